@@ -1,0 +1,162 @@
+//! The parameter structures that host and kernels share; `kernels/mask.cuh` declares the same ones,
+//! field for field.
+
+use crate::error::Error;
+use crate::mask::RowMap;
+use crate::ops::Draw;
+use bytemuck::{Pod, Zeroable};
+
+/// Division by a constant without a division instruction: `(n * multiplier) >> 32 >> shift`, with the
+/// 33rd bit of the multiplier added as `n`. Exact for every u32 n (Granlund and Montgomery, PLDI 1994).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Divisor {
+    pub divisor: u32,
+    pub multiplier: u32,
+    pub shift: u32,
+}
+
+impl Divisor {
+    /// Division by `divisor`, which is at least 1.
+    pub fn new(divisor: u32) -> Self {
+        // q = (((n - t) >> 1) + t) >> shift with t = mulhi(n, multiplier); multiplier is the low half
+        // of ceil(2^(32 + bits) / divisor), bits = ceil(log2 divisor). Divisor 1: bits = 0 has no
+        // room for the halving, so 1 is told apart by shift = 32 and answered as n.
+        if divisor == 1 {
+            return Self { divisor, multiplier: 0, shift: 32 };
+        }
+        let bits = 32 - (divisor - 1).leading_zeros();
+        let wide = (1u128 << (32 + bits)).div_ceil(u128::from(divisor));
+        Self { divisor, multiplier: wide as u32, shift: bits - 1 }
+    }
+
+    /// The kernels' arithmetic, for the test that holds it to `/`.
+    #[cfg(test)]
+    fn quotient(self, n: u32) -> u32 {
+        if self.shift == 32 {
+            return n;
+        }
+        let t = ((u64::from(n) * u64::from(self.multiplier)) >> 32) as u32;
+        (((n - t) >> 1) + t) >> self.shift
+    }
+}
+
+/// `RowMap` with its list in device memory (`list`, null for an affine map), and the local row that
+/// the launch starts at.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Rows {
+    pub list: u64,
+    pub first: u32,
+    pub head_stride: u32,
+    pub batch_stride: u32,
+    /// Local row of the launch's row 0, where a large tensor is launched in parts.
+    pub offset: u32,
+    pub queries: Divisor,
+    pub heads: Divisor,
+}
+
+/// The mask of one launch: Philox key and counter, threshold and scale.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Mask {
+    /// The ten round keys, (k0, k1) a round, so that no thread computes them.
+    pub round_keys: [u32; 20],
+    /// Stream number, read at run time from here unless null.
+    pub stream_pointer: u64,
+    /// Stream number, low word first, where `stream_pointer` is null.
+    pub stream: [u32; 2],
+    /// 0 ..= 65535; a lane below it is dropped.
+    pub threshold: u32,
+    /// 0: no random numbers are needed, every lane is 0 (threshold 0: all kept; 1: all dropped).
+    pub random: u32,
+    pub scale: f32,
+    /// Octet of the launch's column 0.
+    pub first_octet: u32,
+    pub rows: Rows,
+}
+
+impl Mask {
+    /// The mask of `draw` for the part of the tensor that starts at local row `row` and octet `octet`.
+    pub fn new(
+        operator: &'static str,
+        draw: &Draw<'_>,
+        stream_pointer: u64,
+        row_list: u64,
+    ) -> Result<Self, Error> {
+        if row_list == 0 && matches!(draw.rows, RowMap::Explicit(_)) {
+            return Err(Error::argument(
+                operator,
+                "rows",
+                "an explicit row list in device memory (Call::row_list)",
+                "a list on the host",
+            ));
+        }
+        let (first, heads, queries, head_stride, batch_stride) = draw.rows.coefficients();
+        // 0 and 65536 need no random numbers; 65536 is one more than a 16-bit compare can express.
+        let (threshold, random) = match draw.threshold {
+            0 => (0, 0),
+            65536 => (1, 0),
+            threshold => (threshold, 1),
+        };
+        Ok(Self {
+            round_keys: round_keys(draw.key.philox_key()),
+            stream_pointer,
+            stream: [draw.key.stream as u32, (draw.key.stream >> 32) as u32],
+            threshold,
+            random,
+            scale: draw.scale,
+            first_octet: draw.first_octet,
+            rows: Rows {
+                list: row_list,
+                first,
+                head_stride,
+                batch_stride,
+                offset: 0,
+                queries: Divisor::new(queries),
+                heads: Divisor::new(heads),
+            },
+        })
+    }
+
+    /// The same mask for a part that starts `rows` rows and `octets` octets further on.
+    pub fn advanced(mut self, rows: u32, octets: u32) -> Self {
+        self.rows.offset += rows;
+        self.first_octet += octets;
+        self
+    }
+}
+
+/// Philox4x32's key schedule: each round's key is the last one plus the two Weyl constants of
+/// Salmon et al. (SC'11).
+fn round_keys(key: [u32; 2]) -> [u32; 20] {
+    let mut keys = [0; 20];
+    for round in 0..10u32 {
+        keys[2 * round as usize] = key[0].wrapping_add(round.wrapping_mul(0x9E37_79B9));
+        keys[2 * round as usize + 1] = key[1].wrapping_add(round.wrapping_mul(0xBB67_AE85));
+    }
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divisor_is_exact() {
+        let edges = |d: u32| {
+            let near = [0, 1, 2, d - 1, d, d.wrapping_add(1), d.wrapping_mul(2), u32::MAX];
+            let last = u32::MAX / d * d;
+            near.into_iter().chain([last, last.wrapping_sub(1), 0x8000_0000, 0x7fff_ffff])
+        };
+        let divisors = (1..2000).chain((0..32).flat_map(|b| {
+            let power = 1u32 << b;
+            [power, power.wrapping_sub(1).max(1), power.wrapping_add(1)]
+        }));
+        for d in divisors.chain([u32::MAX, u32::MAX - 1]) {
+            for n in edges(d) {
+                assert_eq!(Divisor::new(d).quotient(n), n / d, "{n} / {d}");
+            }
+        }
+    }
+}

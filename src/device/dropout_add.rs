@@ -1,0 +1,1 @@
+//! `dropout_add` (to be written)

@@ -1,0 +1,1 @@
+//! `keep_mask` (to be written)

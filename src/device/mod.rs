@@ -1,0 +1,141 @@
+//! The operators as launches of the kernels in `kernels/`: which kernel, how large a grid, which
+//! parameters. Written once, for every [`Device`] that can run a kernel: a CUDA stream
+//! (`cuda::Gpu`), or the host (`emulator::Emulator`). So what the emulator's tests prove is what a
+//! GPU is given.
+//!
+//! Each operator has two levels: safe functions on tensors that the device can hold ([`Readable`],
+//! [`Writable`]), and in its module `raw` the same launches on bare addresses.
+
+use crate::error::Error;
+use crate::ops::check_len;
+use std::ffi::c_void;
+
+pub(crate) mod abi;
+pub mod dropout;
+pub mod dropout_add;
+pub mod keep_mask;
+pub mod softmax_dropout;
+
+/// A kernel: its name, and the operator whose file (`kernels/<operator>.cu`) it stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// The operator.
+    pub operator: &'static str,
+    /// The `extern "C"` name.
+    pub name: &'static str,
+}
+
+/// Something that runs the crate's kernels.
+pub trait Device {
+    /// What keeps a tensor's address valid, and its uses in order, until the launch is submitted.
+    type Hold<'a>;
+
+    /// Submits `kernel` on `blocks` blocks of `threads` threads. Every kernel has one parameter, a
+    /// structure of [`abi`]; `params` points to it.
+    ///
+    /// # Safety
+    /// `params` points to the structure that the kernel declares, and every address in it is valid on
+    /// this device for what the kernel reads and writes, until the kernel has run.
+    unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        blocks: u32,
+        threads: u32,
+        params: *const c_void,
+    ) -> Result<(), Error>;
+}
+
+/// A tensor's address on a device, held until dropped.
+pub struct Address<'a, D: Device> {
+    /// The first element, as a kernel sees it.
+    pub pointer: u64,
+    /// Dropped after the launch was submitted.
+    pub hold: D::Hold<'a>,
+}
+
+/// A tensor of `T` that kernels on `D` can read.
+pub trait Readable<T, D: Device> {
+    /// Length in elements.
+    fn elements(&self) -> usize;
+    /// The address, for a kernel that reads it.
+    ///
+    /// # Errors
+    /// Whatever the device says while it orders the read behind earlier writes.
+    fn read<'a>(&'a self, device: &'a D) -> Result<Address<'a, D>, Error>;
+}
+
+/// A tensor of `T` that kernels on `D` can read and write.
+pub trait Writable<T, D: Device>: Readable<T, D> {
+    /// The address, for a kernel that writes it.
+    ///
+    /// # Errors
+    /// Whatever the device says while it orders the write behind earlier uses.
+    fn write<'a>(&'a mut self, device: &'a D) -> Result<Address<'a, D>, Error>;
+}
+
+/// Where an operator is launched, and the parts of its key that lie in device memory.
+///
+/// A captured CUDA graph replays its parameters as they were captured. A stream number that is read
+/// from device memory when the kernel runs draws a fresh mask at each replay.
+pub struct Call<'a, D: Device> {
+    pub(crate) device: &'a D,
+    stream_number: Option<&'a dyn Readable<u64, D>>,
+    row_list: Option<&'a dyn Readable<u32, D>>,
+}
+
+impl<'a, D: Device> Call<'a, D> {
+    /// A launch on `device`, the whole key from the host.
+    pub fn on(device: &'a D) -> Self {
+        Self { device, stream_number: None, row_list: None }
+    }
+
+    /// Reads the stream number (one u64) from device memory when the kernel runs, in place of
+    /// `dropout.key.stream`.
+    pub fn stream_number(self, number: &'a dyn Readable<u64, D>) -> Self {
+        Self { stream_number: Some(number), ..self }
+    }
+
+    /// Takes the logical row of each local row (one u32 a row) from device memory, in place of
+    /// `dropout.place.rows`: the explicit row map. `RowMap::Explicit` with its list on the host is
+    /// refused on a device.
+    pub fn row_list(self, list: &'a dyn Readable<u32, D>) -> Self {
+        Self { row_list: Some(list), ..self }
+    }
+
+    /// The address of an optional tensor, 0 where there is none.
+    pub(crate) fn optional<T>(
+        &'a self,
+        tensor: Option<&'a dyn Readable<T, D>>,
+    ) -> Result<Option<Address<'a, D>>, Error> {
+        tensor.map(|tensor| tensor.read(self.device)).transpose()
+    }
+
+    /// Checks the device-resident parts of the key and takes their addresses.
+    pub(crate) fn resident(
+        &self,
+        operator: &'static str,
+        rows: usize,
+    ) -> Result<Resident<'_, D>, Error> {
+        if let Some(number) = self.stream_number {
+            check_len(operator, "stream_number", 1, number.elements())?;
+        }
+        if let Some(list) = self.row_list {
+            check_len(operator, "row_list", rows, list.elements())?;
+        }
+        Ok(Resident {
+            stream_number: self.stream_number.map(|n| n.read(self.device)).transpose()?,
+            row_list: self.row_list.map(|l| l.read(self.device)).transpose()?,
+        })
+    }
+}
+
+/// The device-resident parts of a key, held for one launch.
+pub(crate) struct Resident<'a, D: Device> {
+    pub stream_number: Option<Address<'a, D>>,
+    pub row_list: Option<Address<'a, D>>,
+}
+
+/// The pointer of an optional tensor, null where there is none.
+pub(crate) fn pointer<D: Device>(address: &Option<Address<'_, D>>) -> u64 {
+    address.as_ref().map_or(0, |address| address.pointer)
+}

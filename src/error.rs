@@ -1,0 +1,66 @@
+//! The one error type of the crate.
+
+/// Why an operator refused to run, or failed while running.
+///
+/// An operator that returns [`Error::Argument`] or [`Error::Unavailable`] has written to none of its
+/// outputs. After the other variants the contents of the outputs are unspecified.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument does not fit the operator.
+    #[error("{operator}: {argument}: expected {expected}, got {given}")]
+    Argument {
+        /// The operator, as its module is called.
+        operator: &'static str,
+        /// The argument, as the function's signature names it.
+        argument: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What was passed.
+        given: String,
+    },
+    /// A backend cannot be used on this machine.
+    #[error("{backend} is not available: {reason}")]
+    Unavailable {
+        /// The backend.
+        backend: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// The CUDA driver returned an error.
+    #[error("{operation}: CUDA driver error {code}: {message}")]
+    Driver {
+        /// What the crate asked the driver to do.
+        operation: &'static str,
+        /// The driver's own code, a `CUresult`.
+        code: u32,
+        /// The driver's name and text for it.
+        message: String,
+    },
+    /// An emulated kernel did something that no kernel may do (an access outside of its buffers, a
+    /// barrier that not all threads reached).
+    #[error("emulated kernel {kernel}: {fault}")]
+    Fault {
+        /// The kernel's name.
+        kernel: &'static str,
+        /// The first thing it did wrong, with block and thread.
+        fault: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Argument`]; `expected` and `given` in words.
+    pub(crate) fn argument(
+        operator: &'static str,
+        argument: &'static str,
+        expected: impl ToString,
+        given: impl ToString,
+    ) -> Self {
+        Error::Argument {
+            operator,
+            argument,
+            expected: expected.to_string(),
+            given: given.to_string(),
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! `softmax_dropout`: y = D(softmax(scale * x + mask)) along the keys, attention's probabilities.
+//!
+//! With z = scale * x + mask over the visible keys of a row, m = max z, S = sum exp(z - m):
+//!
+//! - forward: y = D(exp(z - m) / S), lse = m + ln S;
+//! - backward: with P = exp(z - lse) and g = D(dy): dx = scale * P * (g - sum P g).
+//!
+//! A masked key has y = +0 and dx = +0. A row without a visible key, or whose z are all -infinity,
+//! gives zeros, lse = -infinity and a zero gradient. (In f32; a NaN or +infinity among a row's z makes
+//! the kept elements of that row NaN, as the mathematics has it.)
+
+use super::{Draw, Dropout, Shape, check_len};
+use crate::error::Error;
+
+/// The operator's name in errors.
+pub(crate) const NAME: &str = "softmax_dropout";
+
+/// The shape of the scores, `[batch, heads, queries, keys]`, and the factor before the softmax.
+///
+/// For the contract, row (b * heads + h) * queries + q is the local row, and the key is the column.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores {
+    /// Batch entries.
+    pub batch: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Queries a head.
+    pub queries: usize,
+    /// Keys a query: the columns of a row.
+    pub keys: usize,
+    /// What x is multiplied by, usually `1 / sqrt(head width)`. Finite.
+    pub scale: f32,
+}
+
+/// Which keys a query sees. All parts that are given apply together.
+///
+/// `L` and `A` are how a backend takes the two tensors: slices on the CPU, device memory on CUDA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionMask<L, A> {
+    /// Causal: query q sees keys k <= q + offset. 0 for a square; `keys - queries` where the queries
+    /// are the last ones (a cache of earlier keys); negative offsets blind the first queries.
+    pub causal: Option<i64>,
+    /// Valid keys of each row, `[batch * heads * queries]`: row r sees keys k < lengths[r].
+    pub lengths: Option<L>,
+    /// Added to scale * x: `[batch, queries, keys]`, the same for all heads. -infinity masks.
+    pub additive: Option<A>,
+}
+
+impl<L, A> AttentionMask<L, A> {
+    /// Every query sees every key.
+    pub const NONE: Self = Self { causal: None, lengths: None, additive: None };
+
+    /// Query q sees keys k <= q + offset.
+    pub fn causal(offset: i64) -> Self {
+        Self { causal: Some(offset), ..Self::NONE }
+    }
+}
+
+impl<L, A> Default for AttentionMask<L, A> {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+impl Scores {
+    /// Rows and columns, or an error where the sizes do not fit.
+    pub(crate) fn shape(&self) -> Result<Shape, Error> {
+        let rows = self.batch.checked_mul(self.heads).and_then(|n| n.checked_mul(self.queries));
+        let shape = Shape::new(rows.unwrap_or(usize::MAX), self.keys);
+        if rows.is_none() {
+            let given = format!("{} x {} x {}", self.batch, self.heads, self.queries);
+            return Err(Error::argument(NAME, "scores", "rows that fit in memory", given));
+        }
+        shape.elements(NAME)?;
+        Ok(shape)
+    }
+
+    /// The batch entry and the query of a local row.
+    pub(crate) fn batch_and_query(&self, row: usize) -> (usize, usize) {
+        (row / self.queries / self.heads, row % self.queries)
+    }
+}
+
+/// How many keys, from the first, a row of query `query` can see: the causal limit and the row's
+/// length together.
+pub(crate) fn visible(
+    keys: usize,
+    causal: Option<i64>,
+    query: usize,
+    length: Option<u32>,
+) -> usize {
+    let limit = match causal {
+        // Saturating: an offset may be any i64. A negative count is none.
+        Some(offset) => (query as i64).saturating_add(offset).saturating_add(1).max(0) as usize,
+        None => keys,
+    };
+    let length = length.map_or(keys, |length| length as usize);
+    keys.min(limit).min(length)
+}
+
+/// Lengths of the tensors of a call, in elements.
+pub(crate) struct Lens {
+    pub x: usize,
+    /// The argument's name, and its elements: dy of a backward call.
+    pub dy: Option<usize>,
+    /// The output's name, and its elements.
+    pub out: (&'static str, usize),
+    pub lse: Option<usize>,
+    pub lengths: Option<usize>,
+    pub additive: Option<usize>,
+}
+
+/// Checks a call, forward or backward.
+pub(crate) fn check<'a>(
+    dropout: &Dropout<'a>,
+    scores: &Scores,
+    lens: &Lens,
+) -> Result<(Shape, Draw<'a>), Error> {
+    let shape = scores.shape()?;
+    let elements = shape.elements(NAME)?;
+    if !scores.scale.is_finite() {
+        return Err(Error::argument(NAME, "scale", "a finite factor", scores.scale));
+    }
+    check_len(NAME, "x", elements, lens.x)?;
+    if let Some(dy) = lens.dy {
+        check_len(NAME, "dy", elements, dy)?;
+    }
+    check_len(NAME, lens.out.0, elements, lens.out.1)?;
+    if let Some(lse) = lens.lse {
+        check_len(NAME, "lse", shape.rows, lse)?;
+    }
+    if let Some(lengths) = lens.lengths {
+        check_len(NAME, "lengths", shape.rows, lengths)?;
+    }
+    if let Some(additive) = lens.additive {
+        // At most `elements`, unless there are no heads: saturate, and let the comparison refuse.
+        let plane = scores.queries.saturating_mul(scores.keys);
+        check_len(NAME, "additive", scores.batch.saturating_mul(plane), additive)?;
+    }
+    Ok((shape, dropout.draw(NAME, shape)?))
+}
