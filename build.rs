@@ -29,12 +29,16 @@ mod emulator {
     pub fn compile() {
         let kernels = Path::new(&env::var("CARGO_MANIFEST_DIR").unwrap()).join("kernels");
         let out = PathBuf::from(env::var("OUT_DIR").unwrap());
-        let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").opt_level(2).warnings(false);
+        let mut cpp = cc::Build::new();
+        cpp.cpp(true).std("c++17").opt_level(2).warnings(false);
+        cpp.include(kernels.join("emulator")).flag_if_supported("-fno-exceptions");
         // The contract's arithmetic: no contraction of a * b + c, and nothing of fast-math.
-        build.flag("-ffp-contract=off").flag_if_supported("-Wno-unknown-pragmas");
-        build.include(&kernels).include(kernels.join("emulator"));
-        build.file(kernels.join("emulator/runtime.cpp"));
+        cpp.flag("-ffp-contract=off");
+
+        // The kernels are instrumented; watch.cpp says for what.
+        let mut build = cpp.clone();
+        build.include(&kernels);
+        build.flag_if_supported("-fsanitize=thread,bounds,shift-exponent");
 
         let mut units = String::new();
         let mut table = String::new();
@@ -53,29 +57,33 @@ mod emulator {
         // only if somebody refers to it: this table does.
         let table = format!(
             "extern \"C\" {{\n{units}\
-             void (*const fused_dropout_emulator_units[])() = {{{table}}};\n}}\n"
+             extern void (*const fused_dropout_emulator_units[])() = {{{table}}};\n}}\n"
         );
-        // `extern` because a const object of namespace scope is otherwise local to its file.
-        let table = table.replace("void (*const fused", "extern void (*const fused");
-        build.file(write(&out, "units.cpp", &table));
-        if let Err(error) = build.try_compile("fused_dropout_emulator") {
-            eprintln!(
-                "error: feature `emulator` needs a C++17 compiler (g++ or clang++; CXX chooses one), \
-                 and it must accept the kernels: {error}"
-            );
-            std::process::exit(1);
-        }
+        let objects = build.try_compile_intermediates().unwrap_or_else(|error| refuse(error));
+        cpp.objects(objects);
+        cpp.file(kernels.join("emulator/runtime.cpp")).file(kernels.join("emulator/watch.cpp"));
+        cpp.file(write(&out, "units.cpp", &table));
+        cpp.try_compile("fused_dropout_emulator").unwrap_or_else(|error| refuse(error));
     }
 
-    /// `kernels/*.cu` in order of their names, and the faulty kernels.
+    /// Ends the build with a message that says what is missing.
+    fn refuse<T>(error: cc::Error) -> T {
+        eprintln!(
+            "error: feature `emulator` needs a C++17 compiler for a Unix system (g++ or clang++; the \
+             environment variable CXX chooses one), and it must accept the kernels: {error}"
+        );
+        std::process::exit(1)
+    }
+
+    /// `kernels/*.cu`, and the kernels that only the emulator's tests use.
     fn sources(kernels: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(kernels).expect("the folder kernels");
-        let mut sources: Vec<_> = entries
-            .map(|entry| entry.expect("an entry of the folder kernels").path())
+        let mut sources: Vec<_> = [kernels.to_owned(), kernels.join("emulator")]
+            .iter()
+            .flat_map(|folder| fs::read_dir(folder).expect("a folder of kernels"))
+            .map(|entry| entry.expect("an entry of a folder of kernels").path())
             .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
             .collect();
         sources.sort();
-        sources.push(kernels.join("emulator/faults.cu"));
         sources
     }
 

@@ -93,8 +93,9 @@ struct Site {
 unsigned barrier(const Site& site, bool predicate);
 // Waits until all lanes of `mask` are here; returns the bits that `from` had as `value`.
 uint64_t exchange(const Site& site, unsigned mask, uint64_t value, unsigned from);
-// Waits until all lanes of `mask` are here; returns the lanes whose predicate is nonzero.
-unsigned vote(const Site& site, unsigned mask, bool predicate);
+// Waits until all lanes of `mask` are here; returns the lanes whose predicate is nonzero. Among the
+// warp collectives only __syncwarp orders the lanes' accesses to memory.
+unsigned vote(const Site& site, unsigned mask, bool predicate, bool orders_memory = false);
 // Ends the launch with a message.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -142,7 +143,7 @@ inline int __syncthreads_and(int predicate, FD_SITE) {
     return emulator::barrier({"__syncthreads_and", file, line}, predicate == 0) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, FD_SITE) {
-    emulator::vote({"__syncwarp", file, line}, mask, false);
+    emulator::vote({"__syncwarp", file, line}, mask, false, true);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, FD_SITE) {
     return emulator::vote({"__ballot_sync", file, line}, mask, predicate != 0);

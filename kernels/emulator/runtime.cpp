@@ -3,15 +3,14 @@
 //
 // A fiber runs until its thread ends or waits. The order in which waiting and new threads get their
 // turn comes from the launch's order seed. Every access through the kernels' accessors is checked
-// against the launch's tensors (`emulator_touch`); tensors lie between guard zones and inaccessible
-// pages, for the accesses that go past the accessors.
-#include "builtins.h"
+// against the launch's tensors (`emulator_touch`), and so is every other one (watch.cpp). Tensors lie
+// between guard zones and inaccessible pages all the same.
+#include "runtime.h"
 
 #include <cstdarg>
 #include <cstdio>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -28,40 +27,9 @@ __thread uint3 blockIdx;
 __thread dim3 blockDim;
 __thread dim3 gridDim;
 
-// ---- what Rust sees; src/emulator/runtime.rs declares the same structures -----------------------
-
-extern "C" {
-
-// A tensor's copy between guard zones.
-struct FdGuarded {
-    uint8_t* base;    // the mapping: an inaccessible page, the zones and the tensor, another page
-    size_t mapped;    // bytes of the mapping
-    uint8_t* start;   // the tensor
-    size_t bytes;     // of the tensor
-    uint32_t writable;
-    uint32_t reserved;
-};
-
-// Accesses through the accessors, by width: 1, 2, 4, 8 and 16 bytes.
-struct FdTraffic {
-    uint64_t reads[5];
-    uint64_t writes[5];
-};
-
-struct FdLaunch {
-    const emulator::Kernel* kernel;
-    const void* params;
-    uint32_t blocks, threads;
-    const FdGuarded* tensors;
-    size_t tensor_count;
-    uint64_t order;
-    FdTraffic traffic; // out
-    char message[512]; // out: the fault, empty without one
-};
-}
-
 namespace {
 
+using emulator::Scene;
 using emulator::Site;
 
 constexpr size_t STACK_BYTES = 128 * 1024;
@@ -204,6 +172,7 @@ struct Runtime {
     Fiber* running = nullptr;
 
     FdLaunch* launch = nullptr;
+    Scene scene; // what the watch sees
     bool faulted = false;
     uint64_t random = 0;
     Thread threads[MAX_THREADS];
@@ -294,6 +263,7 @@ void Runtime::block() {
     unsigned count = launch->threads;
     for (unsigned t = 0; t < count; ++t) threads[t] = Thread{};
     at_barrier = 0;
+    scene.begin_block();
     ready.clear();
     release_all(*this, 0, count, [](unsigned) { return true; });
     unsigned ended = 0;
@@ -307,6 +277,7 @@ void Runtime::block() {
         }
         running = thread.fiber;
         threadIdx = {t, 0, 0};
+        scene.stack = running->stack;
         switch_context(hub, running->context);
         if (faulted) return;
         if (thread.wait != Wait::ended) continue;
@@ -451,6 +422,7 @@ unsigned barrier(const Site& site, bool predicate) {
         }
         for (unsigned t = 0; t < count; ++t) runtime.threads[t].result = sum;
         runtime.at_barrier = 0;
+        runtime.scene.passed_barrier();
         release_all(runtime, 0, count, [](unsigned) { return true; });
     }
     yield(runtime);
@@ -460,7 +432,7 @@ unsigned barrier(const Site& site, bool predicate) {
 // Joins the collective of `mask`; the last lane computes everybody's result with `complete`.
 template <class F>
 static uint64_t join(const Site& site, unsigned mask, unsigned from, uint64_t value, bool predicate,
-                     F complete) {
+                     bool orders_memory, F complete) {
     Runtime& runtime = *current;
     unsigned first = threadIdx.x / WARP * WARP, self_lane = lane();
     if (!(mask >> self_lane & 1))
@@ -487,6 +459,7 @@ static uint64_t join(const Site& site, unsigned mask, unsigned from, uint64_t va
     if (all) {
         Thread* lanes = runtime.threads + first;
         complete(lanes);
+        if (orders_memory) runtime.scene.passed_syncwarp(first / WARP);
         release_all(runtime, first, first + WARP,
                     [&](unsigned t) { return (mask >> (t - first) & 1) != 0; });
     }
@@ -495,14 +468,14 @@ static uint64_t join(const Site& site, unsigned mask, unsigned from, uint64_t va
 }
 
 uint64_t exchange(const Site& site, unsigned mask, uint64_t value, unsigned from) {
-    return join(site, mask, from, value, false, [mask](Thread* lanes) {
+    return join(site, mask, from, value, false, false, [mask](Thread* lanes) {
         for (unsigned l = 0; l < WARP; ++l)
             if (mask >> l & 1) lanes[l].result = lanes[lanes[l].from].value;
     });
 }
 
-unsigned vote(const Site& site, unsigned mask, bool predicate) {
-    return unsigned(join(site, mask, lane(), 0, predicate, [mask](Thread* lanes) {
+unsigned vote(const Site& site, unsigned mask, bool predicate, bool orders_memory) {
+    return unsigned(join(site, mask, lane(), 0, predicate, orders_memory, [mask](Thread* lanes) {
         unsigned ballot = 0;
         for (unsigned l = 0; l < WARP; ++l)
             if ((mask >> l & 1) && lanes[l].predicate) ballot |= 1u << l;
@@ -590,8 +563,12 @@ bool fused_dropout_emulator_launch(FdLaunch* launch) {
     runtime->launch = launch;
     runtime->faulted = false;
     runtime->random = launch->order;
+    runtime->scene.launch = launch;
+    runtime->scene.stack_bytes = STACK_BYTES;
     current = runtime;
+    emulator::scene = &runtime->scene;
     runtime->run();
+    emulator::scene = nullptr;
     current = nullptr;
     bool faulted = runtime->faulted;
     std::lock_guard<std::mutex> guard(pool_lock);
