@@ -59,11 +59,11 @@ mod emulator {
             "extern \"C\" {{\n{units}\
              extern void (*const fused_dropout_emulator_units[])() = {{{table}}};\n}}\n"
         );
-        let objects = build.try_compile_intermediates().unwrap_or_else(|error| refuse(error));
+        let objects = build.try_compile_intermediates().unwrap_or_else(refuse);
         cpp.objects(objects);
         cpp.file(kernels.join("emulator/runtime.cpp")).file(kernels.join("emulator/watch.cpp"));
         cpp.file(write(&out, "units.cpp", &table));
-        cpp.try_compile("fused_dropout_emulator").unwrap_or_else(|error| refuse(error));
+        cpp.try_compile("fused_dropout_emulator").unwrap_or_else(refuse);
     }
 
     /// Ends the build with a message that says what is missing.

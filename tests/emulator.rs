@@ -296,7 +296,7 @@ fn bf16_converts_as_the_crate_half_does() {
 fn collectives_give_what_cuda_documents() {
     let x: Vec<u32> = (0..32).map(|lane| lane * lane + 1).collect();
     let y: Vec<u32> = convert("convert_collectives", &x, 32 * 8);
-    let ballot: u32 = (0..32).filter(|&l| x[l] % 3 == 0).map(|l| 1 << l).sum();
+    let ballot: u32 = (0..32).filter(|&l| x[l].is_multiple_of(3)).map(|l| 1 << l).sum();
     let fives = x.iter().filter(|&x| x % 5 == 0).count() as u32;
     for (l, y) in y.chunks(8).enumerate() {
         assert_eq!(y[0], x[5]);

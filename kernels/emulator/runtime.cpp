@@ -365,8 +365,9 @@ void Runtime::run() {
         if (!faulted) check_zones(*this, 64);
     }
     if (!faulted) check_zones(*this, SIZE_MAX);
-    if (!faulted) return;
-    // Abandoned threads: their stacks start anew.
+    // Every stack starts anew: after a fault its thread was abandoned, and the next launch may belong
+    // to another operating-system thread, whose thread-local variables a suspended function would not
+    // find.
     idle = all;
     for (Fiber* fiber : idle) prepare(fiber->context, fiber->stack, fiber_main);
 }

@@ -3,16 +3,24 @@
 //!
 //! Tensors are slices, arrays and vectors in host memory. A launch works on copies of them that lie
 //! between guard zones and inaccessible pages, at the same address modulo 128; what was written is
-//! copied back when the operator returns. Caught, and returned as [`Error::Fault`]:
+//! copied back when the operator returns, also after a fault. Caught, and returned as
+//! [`Error::Fault`] with the kernel, block and thread:
 //!
-//! - an access that is not inside one of the launch's tensors, that writes to one which is only
-//!   read, or that is not aligned to its width;
-//! - a store that goes past the kernels' accessors and lands in a guard zone;
-//! - a barrier or a warp collective that a thread it names never reaches, a shuffle from a lane that
-//!   its mask does not name.
+//! - an access through the kernels' accessors that is not inside one of the launch's tensors, that
+//!   writes to one which is only read, or that is not aligned to its width;
+//! - the same by any other access: the compiler's instrumentation (`-fsanitize=thread`, without its
+//!   library) announces every load and store to `kernels/emulator/watch.cpp`. Code that it does not
+//!   see is still stopped by the guard zones, if it writes: they are looked at after every block;
+//! - in shared memory, a read of what nobody in the block has written, and two accesses by different
+//!   threads, one of them a write, without a barrier between them (Linux only);
+//! - a barrier that a thread of the block, or a warp collective that a lane of its mask, never
+//!   reaches (an ended thread counts as one that does not), threads that meet at different barriers,
+//!   a shuffle from a lane that the mask does not name;
+//! - an index beyond the end of an array of known length, and a shift by more bits than the type has.
 //!
-//! A missing barrier shows as a result that depends on the order in which threads run:
-//! [`Emulator::order`].
+//! A thread runs until it ends or waits, so a missing barrier between accesses to tensors shows as a
+//! result that depends on the order of the threads: [`Emulator::order`]. Not noticed: two blocks that
+//! depend on each other, if no order of the blocks tells; a load that the compiler removed.
 
 use crate::device::{Address, Device, Kernel, Readable, Writable};
 use crate::error::Error;
@@ -117,27 +125,24 @@ impl Emulator {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Copies `source` to where kernels see it. `target` is where the copy goes back to, null for a
+    /// tensor that is only read; otherwise it points to `source`, borrowed for `'a` to be written.
     fn hold<'a, T: bytemuck::Pod>(
         &'a self,
         source: &[T],
-        target: Option<*mut T>,
+        target: *mut T,
     ) -> Result<Address<'a, Self>, Error> {
-        let guarded = runtime::Guarded::new(source, target.is_some()).ok_or_else(|| {
-            let reason = format!("no memory for a copy of {} bytes", size_of_val(source));
+        let bytes = size_of_val(source);
+        let guarded = runtime::Guarded::new(source, !target.is_null()).ok_or_else(|| {
+            let reason = format!("no memory for a copy of {bytes} bytes");
             Error::Unavailable { backend: "emulator", reason }
         })?;
         let mut state = self.lock();
         let id = state.next;
         state.next += 1;
         state.tensors.push(Tensor { id, thread: thread::current().id(), guarded });
-        let hold = Hold {
-            device: self,
-            id,
-            guarded,
-            target: target.map_or(std::ptr::null_mut(), |target| target.cast()),
-            bytes: size_of_val(source),
-            tensor: PhantomData,
-        };
+        let target = target.cast();
+        let hold = Hold { device: self, id, guarded, target, bytes, tensor: PhantomData };
         Ok(Address { pointer: guarded.start as u64, hold })
     }
 }
@@ -159,7 +164,7 @@ impl Drop for Hold<'_> {
         self.device.lock().tensors.retain(|tensor| tensor.id != self.id);
         // SAFETY: `hold` made the copy with `bytes` bytes, and `target` is the tensor of as many
         // bytes that `Writable::write` has borrowed exclusively for as long as this value lives. The
-        // copy is in no list any more, and launches run on the thread that owns this value.
+        // copy is in no list any more, and this thread, which owns the value, runs no launch now.
         unsafe {
             if !self.target.is_null() {
                 std::ptr::copy_nonoverlapping(self.guarded.start, self.target, self.bytes);
@@ -225,7 +230,7 @@ macro_rules! host_tensor {
                 self.len()
             }
             fn read<'a>(&'a self, device: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
-                device.hold(&self[..], None)
+                device.hold(&self[..], std::ptr::null_mut())
             }
         }
     };
@@ -233,10 +238,9 @@ macro_rules! host_tensor {
         host_tensor!([$($generics)*] $tensor);
         impl<T: bytemuck::Pod, $($generics)*> Writable<T, Emulator> for $tensor {
             fn write<'a>(&'a mut self, device: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
-                let target = self[..].as_mut_ptr();
-                // SAFETY: the elements are borrowed for `'a`; the slice is read before it is written.
-                let source = unsafe { std::slice::from_raw_parts(target, self.len()) };
-                device.hold(source, Some(target))
+                let elements = &mut self[..];
+                let target = elements.as_mut_ptr();
+                device.hold(elements, target)
             }
         }
     };
