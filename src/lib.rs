@@ -53,6 +53,8 @@ pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod device;
 mod dtype;
+#[cfg(feature = "emulator")]
+pub mod emulator;
 mod error;
 mod mask;
 pub mod ops;
