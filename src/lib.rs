@@ -1,5 +1,7 @@
 //! front page (to be written)
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod device;
 mod dtype;
