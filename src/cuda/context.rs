@@ -3,6 +3,7 @@
 use crate::error::Error;
 use cudarc::driver::{CudaContext, DriverError};
 use libloading::Library;
+use std::error::Error as _;
 use std::ffi::CStr;
 use std::sync::Arc;
 
@@ -36,7 +37,10 @@ fn find_driver() -> Result<(), Error> {
         // SAFETY: loading a library runs its initialisers; the CUDA driver's have no conditions.
         match unsafe { Library::new(name) } {
             Ok(_) => return Ok(()),
-            Err(error) if reason.is_empty() => reason = error.to_string(),
+            // What the system says stands in the source; the first name is the one that matters.
+            Err(error) if reason.is_empty() => {
+                reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            }
             Err(_) => {}
         }
     }
