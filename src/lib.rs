@@ -50,6 +50,8 @@
 compile_error!("masks are exported and vectors are loaded as little-endian words");
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod device;
 mod dtype;
