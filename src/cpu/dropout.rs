@@ -1,0 +1,118 @@
+//! `dropout` on the CPU: y = D(x), and dx = D(dy) with the same mask.
+
+use super::{Cpu, convert, octets, split};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::ops::dropout::check;
+use crate::ops::{Draw, Dropout, Shape};
+
+/// y = D(x): `x * scale`, rounded once, where kept; +0 where dropped. `x` and `y`: `[rows, cols]`.
+///
+/// # Errors
+/// [`Error::Argument`] where a length or the place does not fit; `y` is untouched then.
+pub fn forward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    x: &[T],
+    y: &mut [T],
+) -> Result<(), Error> {
+    let draw = check(dropout, shape, [("x", x.len()), ("y", y.len())])?;
+    apply(*cpu, &draw, shape, Some(x), y);
+    Ok(())
+}
+
+/// [`forward`] with `x` as its own output.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    x: &mut [T],
+) -> Result<(), Error> {
+    let draw = check(dropout, shape, [("x", x.len()), ("x", x.len())])?;
+    apply(*cpu, &draw, shape, None, x);
+    Ok(())
+}
+
+/// dx = D(dy), with the mask of the forward call of the same `dropout`. `dy` and `dx`: `[rows, cols]`.
+///
+/// # Errors
+/// [`Error::Argument`] where a length or the place does not fit; `dx` is untouched then.
+pub fn backward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    dy: &[T],
+    dx: &mut [T],
+) -> Result<(), Error> {
+    let draw = check(dropout, shape, [("dy", dy.len()), ("dx", dx.len())])?;
+    apply(*cpu, &draw, shape, Some(dy), dx);
+    Ok(())
+}
+
+/// [`backward`] with `dy` as its own output.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    dy: &mut [T],
+) -> Result<(), Error> {
+    let draw = check(dropout, shape, [("dy", dy.len()), ("dy", dy.len())])?;
+    apply(*cpu, &draw, shape, None, dy);
+    Ok(())
+}
+
+/// y = D(x), x = y where it is not given.
+pub(super) fn apply<T: Dtype>(
+    cpu: Cpu,
+    draw: &Draw<'_>,
+    shape: Shape,
+    x: Option<&[T]>,
+    y: &mut [T],
+) {
+    let streaming = x.is_some() && split::streams(y);
+    split::pieces(
+        shape,
+        y,
+        |octet| octets::first_element(shape, octet),
+        |range, y| {
+            let base = octets::first_element(shape, range.start);
+            cpu.run(
+                #[inline(always)]
+                || {
+                    let mut values = [0.0; octets::ELEMENTS];
+                    octets::walk(draw, shape, range, |segment, lanes| {
+                        let values = &mut values[..segment.elements.len()];
+                        let y = &mut y[segment.elements.start - base..segment.elements.end - base];
+                        convert::load(x.map_or(&*y, |x| &x[segment.elements]), values);
+                        select(draw, lanes, values);
+                        split::emit(values, y, streaming);
+                    });
+                    split::fence();
+                },
+            )
+        },
+    );
+}
+
+/// Scales what is kept, and makes +0 of the rest.
+#[inline(always)]
+pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
+    let scale = draw.scale;
+    match draw.threshold {
+        0 => values.iter_mut().for_each(|value| *value *= scale),
+        65536 => values.fill(0.0),
+        threshold => {
+            let threshold = threshold as u16;
+            for (value, &lane) in values.iter_mut().zip(lanes) {
+                *value = if lane >= threshold { *value * scale } else { 0.0 };
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! `dropout_add` on the CPU: y = residual + D(x + bias), and its gradients.
+
+use super::{Cpu, convert, dropout, octets, split};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::mask::OCTET;
+use crate::ops::dropout_add::{TILE_ROWS, check_backward, check_forward};
+use crate::ops::{Draw, Dropout, Shape};
+use rayon::prelude::*;
+
+/// y = residual + D(x + bias). `x`, `residual`, `y`: `[rows, cols]`; `bias`: `[cols]`.
+///
+/// Kept: `fma(x', scale, residual)`, rounded once, with x' = x or x + bias rounded to f32. Dropped:
+/// the residual.
+///
+/// # Errors
+/// [`Error::Argument`] where a length or the place does not fit; `y` is untouched then.
+pub fn forward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    x: &[T],
+    bias: Option<&[T]>,
+    residual: &[T],
+    y: &mut [T],
+) -> Result<(), Error> {
+    let bias_len = bias.map(<[T]>::len);
+    let draw = check_forward(dropout, shape, x.len(), bias_len, residual.len(), y.len())?;
+    add(*cpu, &draw, shape, x, bias, Some(residual), y);
+    Ok(())
+}
+
+/// [`forward`] with the residual as its own output.
+///
+/// # Errors
+/// As [`forward`]; `residual` is untouched then.
+pub fn forward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    x: &[T],
+    bias: Option<&[T]>,
+    residual: &mut [T],
+) -> Result<(), Error> {
+    let (bias_len, residual_len) = (bias.map(<[T]>::len), residual.len());
+    let draw = check_forward(dropout, shape, x.len(), bias_len, residual_len, residual_len)?;
+    add(*cpu, &draw, shape, x, bias, None, residual);
+    Ok(())
+}
+
+/// dx = D(dy) and, where asked for, dbias: scale times the sum of kept dy over rows, in f32 and in the
+/// order of [`TILE_ROWS`]. `dy`, `dx`: `[rows, cols]`; `dbias`: `[cols]`. The residual's gradient is dy.
+///
+/// # Errors
+/// [`Error::Argument`] where a length or the place does not fit; the outputs are untouched then.
+pub fn backward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    dy: &[T],
+    dx: &mut [T],
+    dbias: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let dbias_len = dbias.as_ref().map(|dbias| dbias.len());
+    let draw = check_backward(dropout, shape, dy.len(), dx.len(), dbias_len)?;
+    gradients(*cpu, &draw, shape, Some(dy), dx, dbias);
+    Ok(())
+}
+
+/// [`backward`] with `dy` as its own output.
+///
+/// # Errors
+/// As [`backward`]; the outputs are untouched then.
+pub fn backward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    shape: Shape,
+    dy: &mut [T],
+    dbias: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let dbias_len = dbias.as_ref().map(|dbias| dbias.len());
+    let draw = check_backward(dropout, shape, dy.len(), dy.len(), dbias_len)?;
+    gradients(*cpu, &draw, shape, None, dy, dbias);
+    Ok(())
+}
+
+/// y = residual + D(x + bias), residual = y where it is not given.
+fn add<T: Dtype>(
+    cpu: Cpu,
+    draw: &Draw<'_>,
+    shape: Shape,
+    x: &[T],
+    bias: Option<&[T]>,
+    residual: Option<&[T]>,
+    y: &mut [T],
+) {
+    let streaming = residual.is_some() && split::streams(y);
+    split::pieces(
+        shape,
+        y,
+        |octet| octets::first_element(shape, octet),
+        |range, y| {
+            let base = octets::first_element(shape, range.start);
+            cpu.run(
+                #[inline(always)]
+                || {
+                    let mut values = [0.0; octets::ELEMENTS];
+                    let mut biases = [0.0; octets::ELEMENTS];
+                    let mut sums = [0.0; octets::ELEMENTS];
+                    octets::walk(draw, shape, range, |segment, lanes| {
+                        let len = segment.elements.len();
+                        let (values, sums) = (&mut values[..len], &mut sums[..len]);
+                        let y = &mut y[segment.elements.start - base..segment.elements.end - base];
+                        let residual = residual.map_or(&*y, |r| &r[segment.elements.clone()]);
+                        convert::load(&x[segment.elements], values);
+                        convert::load(residual, sums);
+                        if let Some(bias) = bias {
+                            let biases = &mut biases[..len];
+                            convert::load(&bias[segment.col..segment.col + len], biases);
+                            values.iter_mut().zip(&*biases).for_each(|(x, b)| *x += b);
+                        }
+                        select_add(draw, lanes, values, sums);
+                        split::emit(sums, y, streaming);
+                    });
+                    split::fence();
+                },
+            )
+        },
+    );
+}
+
+/// Adds what is kept, scaled, to `sums`.
+#[inline(always)]
+fn select_add(draw: &Draw<'_>, lanes: &[u16], values: &[f32], sums: &mut [f32]) {
+    let scale = draw.scale;
+    let pairs = sums.iter_mut().zip(values);
+    match draw.threshold {
+        0 => pairs.for_each(|(sum, &value)| *sum = value.mul_add(scale, *sum)),
+        65536 => {}
+        threshold => {
+            let threshold = threshold as u16;
+            for ((sum, &value), &lane) in pairs.zip(lanes) {
+                let added = value.mul_add(scale, *sum);
+                *sum = if lane >= threshold { added } else { *sum };
+            }
+        }
+    }
+}
+
+/// dx = D(dy), dy = dx where it is not given, and dbias.
+fn gradients<T: Dtype>(
+    cpu: Cpu,
+    draw: &Draw<'_>,
+    shape: Shape,
+    dy: Option<&[T]>,
+    dx: &mut [T],
+    dbias: Option<&mut [f32]>,
+) {
+    let Some(dbias) = dbias else {
+        return dropout::apply(cpu, draw, shape, dy, dx);
+    };
+    if shape.cols == 0 {
+        return;
+    }
+    let tiles = shape.rows.div_ceil(TILE_ROWS);
+    let mut sums = vec![0.0f32; tiles * shape.cols];
+    let streaming = dy.is_some() && split::streams(dx);
+    let octets_a_tile = TILE_ROWS * shape.cols.div_ceil(OCTET);
+    let parts = dx.par_chunks_mut(TILE_ROWS * shape.cols).zip(sums.par_chunks_mut(shape.cols));
+    parts.enumerate().for_each(|(tile, (dx, sums))| {
+        let first = tile * octets_a_tile;
+        let range = first..(first + octets_a_tile).min(octets::count(shape));
+        let base = tile * TILE_ROWS * shape.cols;
+        cpu.run(
+            #[inline(always)]
+            || {
+                let unscaled = Draw { scale: 1.0, ..*draw };
+                let mut values = [0.0; octets::ELEMENTS];
+                octets::walk(draw, shape, range, |segment, lanes| {
+                    let values = &mut values[..segment.elements.len()];
+                    let dx = &mut dx[segment.elements.start - base..segment.elements.end - base];
+                    convert::load(dy.map_or(&*dx, |dy| &dy[segment.elements]), values);
+                    dropout::select(&unscaled, lanes, values);
+                    let sums = &mut sums[segment.col..segment.col + values.len()];
+                    // A dropped element adds +0, which changes no sum that started from +0.
+                    sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
+                    // +0 stays +0: the scale is finite and not negative.
+                    values.iter_mut().for_each(|value| *value *= draw.scale);
+                    split::emit(values, dx, streaming);
+                });
+                split::fence();
+            },
+        )
+    });
+    let total = reduce(sums, shape.cols);
+    dbias.iter_mut().zip(&total).for_each(|(dbias, sum)| *dbias = sum * draw.scale);
+}
+
+/// The tree above the tiles: 64 sums in order, from +0, until one is left.
+fn reduce(mut sums: Vec<f32>, cols: usize) -> Vec<f32> {
+    if sums.is_empty() {
+        return vec![0.0; cols];
+    }
+    while sums.len() > cols {
+        let mut above = vec![0.0f32; sums.len().div_ceil(TILE_ROWS * cols) * cols];
+        let groups = sums.par_chunks(TILE_ROWS * cols).zip(above.par_chunks_mut(cols));
+        groups.for_each(|(group, above)| {
+            for row in group.chunks(cols) {
+                above.iter_mut().zip(row).for_each(|(sum, part)| *sum += part);
+            }
+        });
+        sums = above;
+    }
+    sums
+}

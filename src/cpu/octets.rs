@@ -1,0 +1,148 @@
+//! Random lanes, several octets at a time, and the walk over a tensor octet by octet.
+
+use crate::mask::{OCTET, RowMap};
+use crate::ops::{Draw, Shape};
+use std::ops::Range;
+
+/// Philox blocks that are computed together: one AVX-512 vector of a counter word.
+const LANES: usize = 16;
+
+/// Octets of a block: what is drawn, and then used, while it lies in L1.
+const BLOCK: usize = 4 * LANES;
+
+/// Elements of a block.
+pub(super) const ELEMENTS: usize = BLOCK * OCTET;
+
+/// Ten rounds of Philox4x32 (Salmon et al., SC'11) on `LANES` counters at once.
+#[inline(always)]
+fn philox(mut c: [[u32; LANES]; 4], mut key: [u32; 2]) -> [[u32; LANES]; 4] {
+    for _ in 0..10 {
+        let mut next = [[0u32; LANES]; 4];
+        for l in 0..LANES {
+            let a = u64::from(c[0][l]) * 0xD251_1F53;
+            let b = u64::from(c[2][l]) * 0xCD9E_8D57;
+            next[0][l] = (b >> 32) as u32 ^ c[1][l] ^ key[0];
+            next[1][l] = b as u32;
+            next[2][l] = (a >> 32) as u32 ^ c[3][l] ^ key[1];
+            next[3][l] = a as u32;
+        }
+        c = next;
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    c
+}
+
+/// The lanes of one block of octets, eight an octet, in order of the columns.
+pub(super) struct Lanes {
+    words: [u32; BLOCK * 4],
+}
+
+/// A contiguous piece of one row.
+pub(super) struct Segment {
+    /// The elements, counted over the whole local tensor.
+    pub elements: Range<usize>,
+    /// The local column of the first element.
+    pub col: usize,
+}
+
+/// Octets of `shape`, a row's last one counted whole.
+pub(super) fn count(shape: Shape) -> usize {
+    shape.rows * shape.cols.div_ceil(OCTET)
+}
+
+/// The first element of octet `octet`, counting octets row by row; the tensor's end for the last
+/// octet's successor.
+pub(super) fn first_element(shape: Shape, octet: usize) -> usize {
+    let a_row = shape.cols.div_ceil(OCTET);
+    octet / a_row * shape.cols + octet % a_row * OCTET
+}
+
+impl Lanes {
+    pub fn new() -> Self {
+        Self { words: [0; BLOCK * 4] }
+    }
+
+    /// The lanes, two in a word, low half first.
+    #[inline(always)]
+    fn lanes(&self) -> &[u16] {
+        bytemuck::cast_slice(&self.words)
+    }
+
+    /// Draws the lanes of octets (row, octet) `at(0) ..= at(count - 1)`.
+    #[inline(always)]
+    fn draw(&mut self, draw: &Draw<'_>, count: usize, mut at: impl FnMut(usize) -> (u32, u32)) {
+        let key = draw.key.philox_key();
+        let stream = [draw.key.stream as u32, (draw.key.stream >> 32) as u32];
+        for start in (0..count).step_by(LANES) {
+            let mut c = [[0; LANES], [0; LANES], [stream[0]; LANES], [stream[1]; LANES]];
+            for l in 0..LANES.min(count - start) {
+                (c[1][l], c[0][l]) = at(start + l);
+            }
+            let c = philox(c, key);
+            let words = &mut self.words[4 * start..4 * (start + LANES)];
+            for l in 0..LANES {
+                for w in 0..4 {
+                    words[4 * l + w] = c[w][l];
+                }
+            }
+        }
+    }
+}
+
+/// Walks octets `range` of a tensor, a block at a time, and gives `each` every row's piece of a block
+/// with its lanes. Where nothing random is asked for, the lanes are not drawn and mean nothing.
+#[inline(always)]
+pub(super) fn walk(
+    draw: &Draw<'_>,
+    shape: Shape,
+    range: Range<usize>,
+    mut each: impl FnMut(Segment, &[u16]),
+) {
+    let a_row = shape.cols.div_ceil(OCTET);
+    let random = draw.threshold != 0 && draw.threshold != 65536;
+    let mut lanes = Lanes::new();
+    let mut start = range.start;
+    let (mut row, mut octet) = (start / a_row.max(1), start % a_row.max(1));
+    while start < range.end {
+        let count = BLOCK.min(range.end - start);
+        if random && octet + count <= a_row {
+            let (logical, first) = (draw.rows.logical(row), draw.first_octet + octet as u32);
+            lanes.draw(draw, count, |i| (logical, first + i as u32));
+        } else if random {
+            let (mut row, mut octet) = (row, octet);
+            let mut logical = draw.rows.logical(row);
+            lanes.draw(draw, count, |_| {
+                if octet == a_row {
+                    (row, octet) = (row + 1, 0);
+                    logical = next_logical(&draw.rows, row, logical);
+                }
+                octet += 1;
+                (logical, draw.first_octet + octet as u32 - 1)
+            });
+        }
+        let mut done = 0;
+        while done < count {
+            let octets = (a_row - octet).min(count - done);
+            let col = octet * OCTET;
+            let end = (col + octets * OCTET).min(shape.cols);
+            let segment = Segment { elements: row * shape.cols + col..row * shape.cols + end, col };
+            each(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
+            done += octets;
+            octet += octets;
+            if octet == a_row {
+                (row, octet) = (row + 1, 0);
+            }
+        }
+        start += count;
+    }
+}
+
+/// The logical row of `row`, whose predecessor is logical row `previous`: no division where rows
+/// follow each other.
+#[inline(always)]
+fn next_logical(rows: &RowMap<'_>, row: usize, previous: u32) -> u32 {
+    match rows {
+        RowMap::Contiguous { .. } => previous + 1,
+        _ => rows.logical(row),
+    }
+}

@@ -1,0 +1,383 @@
+//! `softmax_dropout` on the CPU: y = D(softmax(scale * x + mask)) and its gradient.
+//!
+//! A thread takes a row, which stays in its caches in f32 between the passes: two for the largest
+//! score and the sum, one for the result.
+
+use super::{Cpu, convert, dropout, octets, split};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::mask::OCTET;
+use crate::ops::softmax_dropout::{AttentionMask, Lens, Scores, check, visible};
+use crate::ops::{Draw, Dropout, Shape};
+use rayon::prelude::*;
+
+/// Which keys a query sees, with its tensors in host memory: lengths `[batch * heads * queries]`,
+/// additive mask `[batch, queries, keys]`.
+pub type Mask<'a, T> = AttentionMask<&'a [u32], &'a [T]>;
+
+/// y = D(softmax(scale * x + mask)) along the keys. `x`, `y`: `[batch, heads, queries, keys]`; `lse`, if
+/// given, receives the log-sum-exp of each row, `[batch, heads, queries]`.
+///
+/// Each probability is within the bound stated in the crate's tests of the exact one; a dropped or
+/// masked one is +0. A row that sees no key is zeros, its lse -infinity.
+///
+/// # Errors
+/// [`Error::Argument`] where a length, the scale or the place does not fit; the outputs are untouched
+/// then.
+pub fn forward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    scores: &Scores,
+    mask: &Mask<'_, T>,
+    x: &[T],
+    y: &mut [T],
+    lse: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let lse_len = lse.as_ref().map(|lse| lse.len());
+    let lens = lens(mask, x.len(), None, ("y", y.len()), lse_len);
+    let (shape, draw) = check(dropout, scores, &lens)?;
+    let task = Task { cpu: *cpu, draw, scores, mask, shape };
+    task.forward(Some(x), y, lse);
+    Ok(())
+}
+
+/// [`forward`] with `x` as its own output. The backward pass needs x: keep it elsewhere.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    scores: &Scores,
+    mask: &Mask<'_, T>,
+    x: &mut [T],
+    lse: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let lse_len = lse.as_ref().map(|lse| lse.len());
+    let lens = lens(mask, x.len(), None, ("x", x.len()), lse_len);
+    let (shape, draw) = check(dropout, scores, &lens)?;
+    let task = Task { cpu: *cpu, draw, scores, mask, shape };
+    task.forward(None, x, lse);
+    Ok(())
+}
+
+/// dx = scale * P * (g - sum P g) with g = D(dy) and P = softmax(scale * x + mask), recomputed from `x`, and
+/// from the forward pass's `lse` where it is given. `x`, `dy`, `dx`: `[batch, heads, queries, keys]`.
+///
+/// # Errors
+/// [`Error::Argument`] where a length, the scale or the place does not fit; `dx` is untouched then.
+pub fn backward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    scores: &Scores,
+    mask: &Mask<'_, T>,
+    x: &[T],
+    lse: Option<&[f32]>,
+    dy: &[T],
+    dx: &mut [T],
+) -> Result<(), Error> {
+    let lens = lens(mask, x.len(), Some(dy.len()), ("dx", dx.len()), lse.map(<[f32]>::len));
+    let (shape, draw) = check(dropout, scores, &lens)?;
+    let task = Task { cpu: *cpu, draw, scores, mask, shape };
+    task.backward(x, lse, Some(dy), dx);
+    Ok(())
+}
+
+/// [`backward`] with `dy` as its own output.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    scores: &Scores,
+    mask: &Mask<'_, T>,
+    x: &[T],
+    lse: Option<&[f32]>,
+    dy: &mut [T],
+) -> Result<(), Error> {
+    let lens = lens(mask, x.len(), Some(dy.len()), ("dy", dy.len()), lse.map(<[f32]>::len));
+    let (shape, draw) = check(dropout, scores, &lens)?;
+    let task = Task { cpu: *cpu, draw, scores, mask, shape };
+    task.backward(x, lse, None, dy);
+    Ok(())
+}
+
+fn lens<T>(
+    mask: &Mask<'_, T>,
+    x: usize,
+    dy: Option<usize>,
+    out: (&'static str, usize),
+    lse: Option<usize>,
+) -> Lens {
+    let (lengths, additive) = (mask.lengths.map(<[u32]>::len), mask.additive.map(<[T]>::len));
+    Lens { x, dy, out, lse, lengths, additive }
+}
+
+/// Partial results of a reduction over a row: the same for every vector width.
+const LANES: usize = 16;
+
+/// A checked call.
+struct Task<'a, T> {
+    cpu: Cpu,
+    draw: Draw<'a>,
+    scores: &'a Scores,
+    mask: &'a Mask<'a, T>,
+    shape: Shape,
+}
+
+/// What a thread needs for one row at a time.
+struct Scratch {
+    z: Vec<f32>,
+    g: Vec<f32>,
+}
+
+impl<T: Dtype> Task<'_, T> {
+    fn scratch(&self) -> Scratch {
+        Scratch { z: vec![0.0; self.shape.cols], g: vec![0.0; self.shape.cols] }
+    }
+
+    fn forward(&self, x: Option<&[T]>, y: &mut [T], lse: Option<&mut [f32]>) {
+        let cols = self.shape.cols;
+        if cols == 0 {
+            // No keys: nothing to normalise over.
+            return lse.into_iter().flatten().for_each(|lse| *lse = f32::NEG_INFINITY);
+        }
+        let streaming = x.is_some() && split::streams(y);
+        let row = |scratch: &mut Scratch, row: usize, y: &mut [T]| {
+            self.cpu.run(
+                #[inline(always)]
+                || {
+                    let x = x.map_or(&*y, |x| &x[row * cols..(row + 1) * cols]);
+                    let z = self.logits(&mut scratch.z, row, x);
+                    let statistics = exponentials(z);
+                    self.dropped(row, z, 1.0 / statistics.sum);
+                    let (seen, hidden) = y.split_at_mut(z.len());
+                    emit(z, seen, streaming);
+                    hidden.fill(T::from_f32(0.0));
+                    split::fence();
+                    statistics.lse()
+                },
+            )
+        };
+        let rows = y.par_chunks_mut(cols).enumerate();
+        match lse {
+            Some(lse) => rows.zip(lse.par_iter_mut()).for_each_init(
+                || self.scratch(),
+                |scratch, ((r, y), lse)| *lse = row(scratch, r, y),
+            ),
+            None => rows.for_each_init(
+                || self.scratch(),
+                |scratch, (r, y)| {
+                    row(scratch, r, y);
+                },
+            ),
+        }
+    }
+
+    fn backward(&self, x: &[T], lse: Option<&[f32]>, dy: Option<&[T]>, dx: &mut [T]) {
+        let cols = self.shape.cols;
+        if cols == 0 {
+            return;
+        }
+        let streaming = dy.is_some() && split::streams(dx);
+        let row = |scratch: &mut Scratch, (row, dx): (usize, &mut [T])| {
+            let elements = row * cols..(row + 1) * cols;
+            self.cpu.run(
+                #[inline(always)]
+                || {
+                    let dy = dy.map_or(&*dx, |dy| &dy[elements.clone()]);
+                    let p = self.logits(&mut scratch.z, row, &x[elements]);
+                    probabilities(p, lse.map(|lse| lse[row]));
+                    let g = &mut scratch.g[..p.len()];
+                    convert::load(&dy[..p.len()], g);
+                    self.dropped(row, g, 1.0);
+                    let dot = sum(p, g, |p, g| p * g);
+                    let scale = self.scores.scale;
+                    for (g, &p) in g.iter_mut().zip(&*p) {
+                        *g = scale * (p * (*g - dot));
+                    }
+                    let (seen, hidden) = dx.split_at_mut(p.len());
+                    emit(g, seen, streaming);
+                    hidden.fill(T::from_f32(0.0));
+                    split::fence();
+                },
+            )
+        };
+        dx.par_chunks_mut(cols).enumerate().for_each_init(|| self.scratch(), row);
+    }
+
+    /// scale * x + mask of the keys that the row sees. What comes back is shorter than the row where
+    /// keys at its end are masked.
+    #[inline(always)]
+    fn logits<'s>(&self, z: &'s mut [f32], row: usize, x: &[T]) -> &'s mut [f32] {
+        let (batch, query) = self.scores.batch_and_query(row);
+        let length = self.mask.lengths.map(|lengths| lengths[row]);
+        let seen = visible(self.shape.cols, self.mask.causal, query, length);
+        let z = &mut z[..seen];
+        convert::load(&x[..seen], z);
+        z.iter_mut().for_each(|z| *z *= self.scores.scale);
+        if let Some(additive) = self.mask.additive {
+            let first = (batch * self.scores.queries + query) * self.shape.cols;
+            let mut buffer = [0.0; octets::ELEMENTS];
+            let parts = additive[first..first + seen].chunks(octets::ELEMENTS);
+            for (z, part) in z.chunks_mut(octets::ELEMENTS).zip(parts) {
+                convert::load(part, &mut buffer[..part.len()]);
+                z.iter_mut().zip(&buffer).for_each(|(z, a)| *z += a);
+            }
+        }
+        z
+    }
+
+    /// Multiplies `values`, the start of a row, by `factor`, then drops.
+    #[inline(always)]
+    fn dropped(&self, row: usize, values: &mut [f32], factor: f32) {
+        if factor != 1.0 {
+            values.iter_mut().for_each(|value| *value *= factor);
+        }
+        let first = row * self.shape.cols.div_ceil(OCTET);
+        let range = first..first + values.len().div_ceil(OCTET);
+        octets::walk(&self.draw, self.shape, range, |segment, lanes| {
+            let end = values.len().min(segment.col + lanes.len());
+            let values = &mut values[segment.col..end];
+            dropout::select(&self.draw, &lanes[..values.len()], values);
+        });
+    }
+}
+
+/// Rounds a row into its output.
+#[inline(always)]
+fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
+    let parts = from.chunks(octets::ELEMENTS).zip(to.chunks_mut(octets::ELEMENTS));
+    parts.for_each(|(from, to)| split::emit(from, to, streaming));
+}
+
+/// A row's largest logit and the sum of exp(z - max).
+struct Statistics {
+    max: f32,
+    sum: f32,
+}
+
+impl Statistics {
+    fn lse(&self) -> f32 {
+        if self.max == f32::NEG_INFINITY && !self.sum.is_nan() {
+            return f32::NEG_INFINITY;
+        }
+        self.max + self.sum.ln()
+    }
+}
+
+/// Replaces z by exp(z - max z). Where nothing is seen, or all is -infinity, by zeros, with a sum of
+/// infinity, whose reciprocal is 0.
+#[inline(always)]
+fn exponentials(z: &mut [f32]) -> Statistics {
+    let max = largest(z);
+    if max == f32::NEG_INFINITY && !z.iter().any(|z| z.is_nan()) {
+        z.fill(0.0);
+        return Statistics { max, sum: f32::INFINITY };
+    }
+    z.iter_mut().for_each(|z| *z = exp(*z - max));
+    Statistics { max, sum: sum(z, z, |e, _| e) }
+}
+
+/// Replaces z by exp(z - lse), or by its softmax where no lse is given.
+#[inline(always)]
+fn probabilities(z: &mut [f32], lse: Option<f32>) {
+    match lse {
+        Some(f32::NEG_INFINITY) => z.fill(0.0),
+        Some(lse) => z.iter_mut().for_each(|z| *z = exp(*z - lse)),
+        None => {
+            let factor = 1.0 / exponentials(z).sum;
+            z.iter_mut().for_each(|e| *e *= factor);
+        }
+    }
+}
+
+/// The largest value, NaNs left out; -infinity of nothing.
+#[inline(always)]
+fn largest(z: &[f32]) -> f32 {
+    let mut best = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = z.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (best, &z) in best.iter_mut().zip(chunk) {
+            *best = if z > *best { z } else { *best };
+        }
+    }
+    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+}
+
+/// The sum of `term(a, b)`: [`LANES`] running sums, and a tree over them and the rest.
+#[inline(always)]
+fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            sums[l] += term(a[l], b[l]);
+        }
+    }
+    for (l, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[l] += term(a, b);
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            sums[l] += sums[l + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// e^x for x <= 0 (and up to 88), within 1.5 ulp; a NaN stays one. The same operations at every level.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, whose remainder,
+/// r^8 / 8!, is below 0.1 ulp; the power of two in two factors, so that subnormal results are rounded
+/// once.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the sum's last bits hold.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts; the first has few bits, so its products with n are exact.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Below -104 the result is 0 all the same. Not f32::max, which would lose a NaN.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut p = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = r.mul_add(p, c);
+    }
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    p * power_of_two(half) * power_of_two(n - half)
+}
+
+/// 2^n for a normal result.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_its_bound() {
+        let mut worst = 0.0f64;
+        for i in 0..=4_000_000 {
+            let x = -104.5 * (i as f32 / 4_000_000.0);
+            let exact = f64::from(x).exp();
+            // An ulp, from the smallest subnormal up.
+            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / ulp);
+        }
+        assert!(worst <= 1.5, "{worst} ulp");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+}
