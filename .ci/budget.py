@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Holds the kernels' registers and shared memory to kernels/budget.txt, and forbids spills.
+
+  budget.py            compile every kernel for every chip of the table and compare
+  budget.py --write    compile, and write the table anew
+  budget.py --sass     print what the sm_90 machine code is made of, kernel by kernel
+
+nvcc: $FUSED_DROPOUT_NVCC, else the first on PATH, else the one of the wheels beside this Python.
+--sass needs cuobjdump and nvdisasm beside it (nvidia-cuda-cuobjdump, nvidia-nvdisasm).
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+
+KERNELS = pathlib.Path(__file__).resolve().parent.parent / "kernels"
+BUDGET = KERNELS / "budget.txt"
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+def find_nvcc():
+    named = os.environ.get("FUSED_DROPOUT_NVCC") or shutil.which("nvcc")
+    wheels = sorted(pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc"))
+    if not named and not wheels:
+        sys.exit("budget: no nvcc: set FUSED_DROPOUT_NVCC, or install the wheel nvidia-cuda-nvcc")
+    return pathlib.Path(named or wheels[0])
+
+
+def flags():
+    """The build's own flags."""
+    lines = (line.strip() for line in (KERNELS / "nvcc-flags.txt").read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def compile_all(nvcc, archs, folder):
+    """Compiles every .cu for every arch; {(file, arch): what ptxas printed}."""
+
+    def one(source, arch):
+        cubin = folder / f"{source.stem}.{arch}.cubin"
+        # A warning here is an error: users of the crate see them as their own build's.
+        command = [nvcc, "--cubin", f"--gpu-architecture={arch}", *flags(), "--Werror=all-warnings"]
+        command += ["--resource-usage", source, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"budget: {source.name} for {arch}:\n{done.stderr}{done.stdout}")
+        return done.stderr + done.stdout
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (source.stem, arch): pool.submit(one, source, arch)
+            for source in sorted(KERNELS.glob("*.cu"))
+            for arch in archs
+        }
+        return {key: job.result() for key, job in jobs.items()}
+
+
+def parse(text):
+    """{kernel: {"registers", "smem", "stack", "stores", "loads"}} of what ptxas printed."""
+    kernels = {}
+    for part in text.split("Compiling entry function '")[1:]:
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
+        smem = re.search(r"(\d+) bytes smem", part)
+        kernels[part.split("'")[0]] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+            "smem": int(smem[1]) if smem else 0,
+            "stack": int(stack),
+            "stores": int(stores),
+            "loads": int(loads),
+        }
+    return kernels
+
+
+def measure(nvcc, folder):
+    """{kernel: {arch: its figures}}"""
+    measured = {}
+    for (_, arch), text in compile_all(nvcc, ARCHS, folder).items():
+        for kernel, figures in parse(text).items():
+            measured.setdefault(kernel, {})[arch] = figures
+    if not measured:
+        sys.exit(f"budget: no kernels in {KERNELS}")
+    return measured
+
+
+def read_budget():
+    """{kernel: ({arch: registers}, shared memory in bytes)}"""
+    budget = {}
+    for line in BUDGET.read_text().splitlines():
+        fields = line.split()
+        if fields and fields[0] != "#":
+            budget[fields[0]] = dict(zip(ARCHS, map(int, fields[1:-1]))), int(fields[-1])
+    return budget
+
+
+def write_budget(measured, nvcc):
+    release = re.search(r"release [^,]*, (V\S+)", run([nvcc, "--version"]))[1]
+    width = max(map(len, measured))
+    lines = [
+        "# What each kernel may use: registers a thread on each chip, and bytes of shared memory.",
+        f"# As nvcc {release} compiles them; written by .ci/budget.py --write.",
+        f"# {'kernel':<{width - 2}}" + "".join(f"{arch:>8}" for arch in [*ARCHS, "smem"]),
+    ]
+    for kernel in sorted(measured):
+        registers = [measured[kernel][arch]["registers"] for arch in ARCHS]
+        smem = max(figures["smem"] for figures in measured[kernel].values())
+        lines.append(f"{kernel:<{width}}" + "".join(f"{n:>8}" for n in [*registers, smem]))
+    BUDGET.write_text("\n".join(lines) + "\n")
+    print(f"budget: {BUDGET.name} written, {len(measured)} kernels")
+
+
+def spills(measured):
+    return [
+        f"{kernel} {arch}: spills ({f['stores']} bytes stored, {f['loads']} loaded, stack {f['stack']})"
+        for kernel, archs in sorted(measured.items())
+        for arch, f in archs.items()
+        if f["stores"] or f["loads"] or f["stack"]
+    ]
+
+
+def compare(measured, budget):
+    wrong = spills(measured)
+    wrong += [f"{kernel}: not in {BUDGET.name}" for kernel in sorted(measured.keys() - budget.keys())]
+    wrong += [f"{kernel}: no such kernel" for kernel in sorted(budget.keys() - measured.keys())]
+    for kernel in sorted(measured.keys() & budget.keys()):
+        registers, smem = budget[kernel]
+        for arch, figures in measured[kernel].items():
+            if figures["registers"] > registers[arch]:
+                wrong.append(f"{kernel} {arch}: {figures['registers']} registers, {registers[arch]} allowed")
+            if figures["smem"] > smem:
+                wrong.append(f"{kernel} {arch}: {figures['smem']} bytes of shared memory, {smem} allowed")
+    for line in wrong:
+        print(f"budget: {line}")
+    most = {arch: max(figures[arch]["registers"] for figures in measured.values()) for arch in ARCHS}
+    print(f"budget: {len(measured)} kernels, {len(wrong)} faults; most registers: {most}")
+    return 1 if wrong else 0
+
+
+def registers_of(text, wide):
+    """The registers that an operand such as R4 stands for, `wide` of them from it on."""
+    first = int(re.match(r"R(\d+)", text)[1])
+    return {f"R{first + i}" for i in range(wide)}
+
+
+def loads_in_flight(code):
+    """The most global loads that a straight run through the code, no branch taken that need not be,
+    issues before it first needs the result of one of them."""
+    most, waiting, loads = 0, set(), 0
+    for predicate, name, operands in code:
+        leaves = not predicate and name in ("BRA", "EXIT")
+        if name.startswith("LDG"):
+            target = next(o for o in operands.split(",") if re.match(r"\s*R\d", o)).strip()
+            wide = 4 if ".128" in name else 2 if ".64" in name else 1
+            waiting |= registers_of(target, wide)
+            loads += 1
+            most = max(most, loads)
+        elif leaves or waiting & set(re.findall(r"\bR\d+", operands)):
+            waiting, loads = set(), 0
+    return most
+
+
+COLUMNS = {
+    "code": lambda names: len(names),
+    "WIDE": lambda names: sum(n.startswith("IMAD.WIDE.U32") for n in names),
+    "HI": lambda names: sum(n.startswith("IMAD.HI") for n in names),
+    "VIMNMX": lambda names: sum(n.startswith("VIMNMX") for n in names),
+    "LOP3": lambda names: sum(n.startswith("LOP3") for n in names),
+    "LDG128": lambda names: sum(n.startswith("LDG") and ".128" in n for n in names),
+    "LDG": lambda names: sum(n.startswith("LDG") for n in names),
+    "STG128": lambda names: sum(n.startswith("STG") and ".128" in n for n in names),
+    "STG": lambda names: sum(n.startswith("STG") for n in names),
+    "BRA": lambda names: sum(n.startswith("BRA") for n in names),
+}
+
+
+def print_sass(nvcc, folder):
+    """Counts over a kernel's whole code, all its paths together, without NOPs."""
+    compile_all(nvcc, ["sm_90"], folder)
+    rows = []
+    for cubin in sorted(folder.glob("*.cubin")):
+        text = run([nvcc.parent / "cuobjdump", "-sass", cubin])
+        for part in text.split("Function : ")[1:]:
+            kernel = part.split()[0]
+            code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*([^;]*);", part)
+            code = [instruction for instruction in code if instruction[1] != "NOP"]
+            names = [name for _, name, _ in code]
+            rows.append([kernel, *(count(names) for count in COLUMNS.values()), loads_in_flight(code)])
+    print("sm_90 machine code, instructions a kernel, all its paths together. WIDE and HI: the wide")
+    print("multiplications; in flight: global loads issued before the first one's result is needed\n")
+    width = max(len(row[0]) for row in rows)
+    heads = [*COLUMNS, "in flight"]
+    print(f"{'kernel':<{width}}" + "".join(f"{head:>{max(8, len(head) + 2)}}" for head in heads))
+    for row in rows:
+        cells = (f"{n:>{max(8, len(head) + 2)}}" for head, n in zip(heads, row[1:]))
+        print(f"{row[0]:<{width}}" + "".join(cells))
+
+
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table anew")
+    parser.add_argument("--sass", action="store_true", help="print counts of machine instructions")
+    arguments = parser.parse_args()
+    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        if arguments.sass:
+            return print_sass(nvcc, folder)
+        measured = measure(nvcc, folder)
+    if arguments.write:
+        # A table cannot allow a spill: say so now.
+        for line in spills(measured):
+            print(f"budget: {line}")
+        return write_budget(measured, nvcc)
+    return compare(measured, read_budget())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
