@@ -7,7 +7,7 @@
 /// Stamps the kernel `name`: one parameter, a structure, given to the body (a function template's
 /// instance, last because of its commas). The emulator makes a host function of it instead.
 #ifdef FUSED_DROPOUT_EMULATOR
-#define FD_KERNEL(name, Params, threads, ...) FD_EMULATED_KERNEL(name, Params, (__VA_ARGS__))
+#define FD_KERNEL(name, Params, threads, ...) FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
 #else
 #define FD_KERNEL(name, Params, threads, ...)                                                     \
     extern "C" __global__ void __launch_bounds__(threads)                                         \

@@ -57,6 +57,11 @@ struct Values {
     float at[8];
 };
 
+/// The value of an element: exact.
+__device__ __forceinline__ float to_f32(float value) { return value; }
+__device__ __forceinline__ float to_f32(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_f32(f16 value) { return __half2float(value); }
+
 /// The values of an octet: exact.
 __device__ __forceinline__ Values unpack(const Octet<float>& octet) {
     Values values;
