@@ -34,6 +34,8 @@ mod emulator {
         cpp.include(kernels.join("emulator")).flag_if_supported("-fno-exceptions");
         // The contract's arithmetic: no contraction of a * b + c, and nothing of fast-math.
         cpp.flag("-ffp-contract=off");
+        // nvcc lets memory be looked at as another type.
+        cpp.flag("-fno-strict-aliasing");
 
         // The kernels are instrumented; watch.cpp says for what.
         let mut build = cpp.clone();

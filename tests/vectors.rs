@@ -120,7 +120,12 @@ fn holds(name: &str, keep_mask: impl Fn(&Dropout<'_>, Shape) -> Vec<u8>) {
         }
         let digest = Sha256::digest(&text);
         let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, sha256, "{name}: {dropout:?} {shape:?}\n{}", String::from_utf8_lossy(&text));
+        assert_eq!(
+            hex,
+            sha256,
+            "{name}: {dropout:?} {shape:?}\n{}",
+            String::from_utf8_lossy(&text)
+        );
     }
 }
 
@@ -159,7 +164,8 @@ fn masks_of_the_kernels_on_the_host() {
         };
         // On a device, a list lies in device memory.
         let place = Place { rows: RowMap::WHOLE, ..dropout.place };
-        device::keep_mask::bytes(&call.row_list(&list), &dropout.at(place), shape, &mut out).unwrap();
+        device::keep_mask::bytes(&call.row_list(&list), &dropout.at(place), shape, &mut out)
+            .unwrap();
         out
     });
 }

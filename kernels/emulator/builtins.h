@@ -23,11 +23,13 @@
 #define __host__
 #define __constant__ static const
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __shared__ static thread_local
+#ifndef __clang__
+#define __builtin_assume(condition) ((condition) ? void() : __builtin_unreachable())
+#endif
 
 // ---- vector types -----------------------------------------------------------------------------
 
@@ -235,14 +237,10 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __frsqrt_rn(float a) { return float(1.0 / std::sqrt(double(a))); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __int2float_rn(int x) { return float(x); }
 inline float __ull2float_rn(unsigned long long x) { return float(x); }
-inline unsigned __float2uint_rz(float x) { return unsigned(x); }
-inline int __float2int_rz(float x) { return int(x); }
-inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 
 // The fast approximations of a GPU are the accurate functions here: a bound that holds on both
@@ -343,8 +341,3 @@ FD_MIN_MAX(unsigned long long)
 #undef FD_MIN_MAX
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
-
-template <class T>
-inline size_t __cvta_generic_to_global(const T* address) {
-    return reinterpret_cast<size_t>(address);
-}

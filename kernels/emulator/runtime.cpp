@@ -288,34 +288,48 @@ void Runtime::block() {
     if (ended < count) stuck();
 }
 
+bool same_place(const Site& a, const Site& b) {
+    return a.line == b.line && strcmp(a.what, b.what) == 0 && strcmp(a.file, b.file) == 0;
+}
+
+// Whether `other` has come to where `waiting` waits.
+bool has_met(const Thread& waiting, const Thread& other) {
+    return other.wait == waiting.wait && other.mask == waiting.mask &&
+           same_place(waiting.site, other.site);
+}
+
+// What a thread is doing, in words. The text lives until the next call but one.
+const char* describe(const Thread& thread) {
+    static thread_local char texts[2][200];
+    static thread_local unsigned turn;
+    char* text = texts[turn++ % 2];
+    const Site& site = thread.site;
+    if (thread.wait == Wait::ended) return "has ended";
+    if (thread.wait == Wait::barrier)
+        snprintf(text, sizeof texts[0], "waits in %s at %s:%d", site.what, site.file, site.line);
+    else
+        snprintf(text, sizeof texts[0], "waits in %s with mask %08x at %s:%d", site.what, thread.mask,
+                 site.file, site.line);
+    return text;
+}
+
 // Nobody can go on: says who waits for whom.
 void Runtime::stuck() {
-    for (unsigned t = 0; t < launch->threads; ++t) {
-        const Thread& waiting = threads[t];
-        if (waiting.wait != Wait::barrier && waiting.wait != Wait::warp) continue;
-        for (unsigned u = 0; u < launch->threads || waiting.wait == Wait::warp; ++u) {
-            if (waiting.wait == Wait::warp && u == WARP) break;
-            unsigned other = waiting.wait == Wait::warp ? t / WARP * WARP + u : u;
-            if (waiting.wait == Wait::warp && !(waiting.mask >> u & 1)) continue;
-            bool exists = other < launch->threads;
-            const Thread& late = threads[exists ? other : t];
-            bool same = exists && late.wait == waiting.wait && late.site.line == waiting.site.line &&
-                        strcmp(late.site.file, waiting.site.file) == 0 && late.mask == waiting.mask;
-            if (same) continue;
-            char where[256] = "has no such thread";
-            if (exists && late.wait == Wait::ended) snprintf(where, sizeof where, "has ended");
-            else if (exists)
-                snprintf(where, sizeof where, "waits in %s (%s:%d, mask %08x)", late.site.what,
-                         late.site.file, late.site.line, late.mask);
-            char text[512];
-            snprintf(text, sizeof text,
-                     "block %u, thread %u waits in %s (%s:%d, mask %08x) for thread %u, which %s",
-                     blockIdx.x, t, waiting.site.what, waiting.site.file, waiting.site.line,
-                     waiting.mask, other, where);
-            return set_fault(*this, text);
-        }
+    unsigned t = 0;
+    while (threads[t].wait == Wait::ended) ++t;
+    const Thread& waiting = threads[t];
+    bool warp = waiting.wait == Wait::warp;
+    unsigned other = warp ? t / WARP * WARP : 0;
+    while (other < launch->threads) {
+        bool named = !warp || (waiting.mask >> other % WARP & 1) != 0;
+        if (named && !has_met(waiting, threads[other])) break;
+        ++other;
     }
-    set_fault(*this, "deadlock");
+    const char* late = other < launch->threads ? describe(threads[other]) : "does not exist";
+    char text[512];
+    snprintf(text, sizeof text, "block %u, thread %u %s for thread %u, which %s", blockIdx.x, t,
+             describe(waiting), other, late);
+    set_fault(*this, text);
 }
 
 // Whether the guard zones around `tensor` are as they were, within `reach` bytes of it.
@@ -417,9 +431,9 @@ unsigned barrier(const Site& site, bool predicate) {
         for (unsigned t = 0; t < count; ++t) {
             const Thread& other = runtime.threads[t];
             sum += other.predicate;
-            if (other.site.line != site.line || strcmp(other.site.file, site.file) != 0)
-                fault("%s at %s:%d met thread %u in %s at %s:%d", site.what, site.file, site.line, t,
-                      other.site.what, other.site.file, other.site.line);
+            if (!same_place(site, other.site))
+                fault("%s at %s:%d completes while thread %u %s", site.what, site.file, site.line, t,
+                      describe(other));
         }
         for (unsigned t = 0; t < count; ++t) runtime.threads[t].result = sum;
         runtime.at_barrier = 0;
@@ -449,14 +463,11 @@ static uint64_t join(const Site& site, unsigned mask, unsigned from, uint64_t va
     self.from = from;
     self.value = value;
     self.predicate = predicate;
-    auto here = [&](unsigned l) {
-        if (first + l >= runtime.launch->threads) return false;
-        const Thread& other = runtime.threads[first + l];
-        return other.wait == Wait::warp && other.mask == mask && other.site.line == site.line &&
-               strcmp(other.site.file, site.file) == 0;
-    };
     bool all = true;
-    for (unsigned l = 0; l < WARP && all; ++l) all = !(mask >> l & 1) || here(l);
+    for (unsigned l = 0; l < WARP && all; ++l) {
+        unsigned t = first + l;
+        if (mask >> l & 1) all = t < runtime.launch->threads && has_met(self, runtime.threads[t]);
+    }
     if (all) {
         Thread* lanes = runtime.threads + first;
         complete(lanes);

@@ -229,6 +229,9 @@ FD_HOOK void __tsan_vptr_update(void**, void*) {}
 FD_HOOK void __ubsan_handle_out_of_bounds(void* data, void*) {
     emulator::undefined(data, "an index beyond the end of an array");
 }
+FD_HOOK void __ubsan_handle_local_out_of_bounds() {
+    if (emulator::scene != nullptr) emulator::fault("an index beyond the end of a variable");
+}
 FD_HOOK void __ubsan_handle_shift_out_of_bounds(void* data, void*, void*) {
     emulator::undefined(data, "a shift by more bits than the type has");
 }

@@ -247,6 +247,7 @@ macro_rules! host_tensor {
 }
 
 host_tensor!(mut [] Vec<T>);
+host_tensor!(mut [] Box<[T]>);
 host_tensor!(mut [const N: usize] [T; N]);
 host_tensor!([] & [T]);
 host_tensor!(mut [] &mut [T]);
