@@ -4,7 +4,7 @@
 #![cfg(feature = "cuda")]
 
 use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use fused_dropout::cuda::cudarc::driver::{CudaContext, DevicePtr, DeviceSlice};
+use fused_dropout::cuda::cudarc::driver::{CudaContext, DevicePtr};
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use fused_dropout::device::{Call, dropout};
 use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape};
@@ -21,10 +21,13 @@ fn a_missing_device_is_an_error_and_no_panic() {
     assert!(matches!(error, Error::Unavailable { backend: "cuda", .. }), "{error}");
 }
 
+/// What a check does on its stream.
+type Check = fn(&Gpu);
+
 /// The checks that need a device, one after the other, each on a stream of its own.
 #[test]
 fn on_a_device() {
-    let checks: &[(&str, fn(&Gpu))] = &[
+    let checks: &[(&str, Check)] = &[
         ("a launch gives the naive loop's bits", a_launch_gives_the_naive_loops_bits),
         ("views at odd elements", views_at_odd_elements),
         ("a borrowed stream", a_borrowed_stream),
