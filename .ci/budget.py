@@ -5,7 +5,7 @@
   budget.py --write    compile, and write the table anew
   budget.py --sass     print what the sm_90 machine code is made of, kernel by kernel
 
-nvcc: $FUSED_DROPOUT_NVCC, else the first on PATH, else the one of the wheels beside this Python.
+nvcc: $FUSED_DROPOUT_NVCC, else the first on PATH, else the wheels' in $VIRTUAL_ENV or this Python.
 --sass needs cuobjdump and nvdisasm beside it (nvidia-cuda-cuobjdump, nvidia-nvdisasm).
 """
 
@@ -27,7 +27,10 @@ ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 def find_nvcc():
     named = os.environ.get("FUSED_DROPOUT_NVCC") or shutil.which("nvcc")
-    wheels = sorted(pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc"))
+    sites = [pathlib.Path(sysconfig.get_path("purelib"))]
+    if environment := os.environ.get("VIRTUAL_ENV"):
+        sites = [*pathlib.Path(environment).glob("lib/python*/site-packages"), *sites]
+    wheels = [nvcc for site in sites for nvcc in sorted(site.glob("nvidia/*/bin/nvcc"))]
     if not named and not wheels:
         sys.exit("budget: no nvcc: set FUSED_DROPOUT_NVCC, or install the wheel nvidia-cuda-nvcc")
     return pathlib.Path(named or wheels[0])

@@ -1,23 +1,18 @@
-//! The CUDA backend: what it answers where there is no driver, and on a device that it works at all.
-//! Where there is no device the other tests are skipped, and say so.
+//! The CUDA backend: what it answers where there is no driver, and, on a device, that loading,
+//! launching, its errors and graphs work. That the operators compute what they should is the case
+//! table's business.
 #![cfg(feature = "cuda")]
 
-use fused_dropout::Error;
-use fused_dropout::cuda::cudarc::driver::CudaContext;
+use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use fused_dropout::cuda::cudarc::driver::{CudaContext, DevicePtr};
 use fused_dropout::cuda::{self, Gpu, Kernels};
-use std::sync::Arc;
+use fused_dropout::device::{Call, dropout};
+use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape};
+use std::io::Write;
 
-/// The device's context, or the reason why this machine has none. The reason is printed: a test that
-/// asks for a device and gets none has not run.
-fn device(test: &str) -> Option<Arc<CudaContext>> {
-    match cuda::context(0) {
-        Ok(context) => Some(context),
-        Err(error) => {
-            println!("skipped {test}: {error}");
-            None
-        }
-    }
-}
+/// Odd in both directions, and more than one block.
+const SHAPE: Shape = Shape { rows: 37, cols: 1003 };
+const ELEMENTS: usize = 37 * 1003;
 
 /// Runs everywhere: a machine without a driver, or without a hundred devices.
 #[test]
@@ -26,9 +21,158 @@ fn a_missing_device_is_an_error_and_no_panic() {
     assert!(matches!(error, Error::Unavailable { backend: "cuda", .. }), "{error}");
 }
 
+/// What a check does on its stream.
+type Check = fn(&Gpu);
+
+/// The checks that need a device, one after the other, each on a stream of its own.
 #[test]
-fn kernels_load() {
-    let Some(context) = device("kernels_load") else { return };
+fn on_a_device() {
+    let checks: &[(&str, Check)] = &[
+        ("a launch gives the naive loop's bits", a_launch_gives_the_naive_loops_bits),
+        ("views at odd elements", views_at_odd_elements),
+        ("a borrowed stream", a_borrowed_stream),
+        ("refused calls leave the output as it was", refused_calls_leave_the_output_as_it_was),
+        ("another context is refused", another_context_is_refused),
+        ("the stream number from device memory", the_stream_number_from_device_memory),
+        ("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
+    ];
+    // Past the test harness, which keeps a passing test's output to itself.
+    let mut report = std::io::stderr();
+    let context = match cuda::context(0) {
+        Ok(context) => context,
+        Err(error) => {
+            let skipped = checks.len();
+            writeln!(report, "skipped {skipped} of {skipped} checks on a device: {error}").unwrap();
+            return;
+        }
+    };
     let kernels = Kernels::load(&context).unwrap();
-    Gpu::new(&kernels, context.default_stream()).unwrap();
+    for (name, check) in checks {
+        writeln!(report, "on a device: {name}").unwrap();
+        check(&Gpu::new(&kernels, context.new_stream().unwrap()).unwrap());
+    }
+}
+
+fn drop_at(stream: u64) -> Dropout<'static> {
+    Dropout::new(Key::new(42, stream), Probability::new(0.25).unwrap())
+}
+
+fn input() -> Vec<f32> {
+    (0..ELEMENTS).map(|i| i as f32 * 0.37 - 1000.0).collect()
+}
+
+/// The contract, an element at a time, as bits.
+fn naive(drop: &Dropout<'_>, x: &[f32]) -> Vec<u32> {
+    let kept = |i: usize| drop.key.keeps(drop.p, (i / SHAPE.cols) as u32, (i % SHAPE.cols) as u64);
+    let y = |(i, x): (usize, &f32)| if kept(i) { x * drop.p.scale() } else { 0.0 };
+    x.iter().enumerate().map(y).map(f32::to_bits).collect()
+}
+
+/// Reads a tensor back, as bits.
+fn bits(gpu: &Gpu, tensor: &impl DevicePtr<f32>) -> Vec<u32> {
+    let mut host = vec![0.0; tensor.len()];
+    gpu.stream().memcpy_dtoh(tensor, &mut host).unwrap();
+    gpu.stream().synchronize().unwrap();
+    host.into_iter().map(f32::to_bits).collect()
+}
+
+fn a_launch_gives_the_naive_loops_bits(gpu: &Gpu) {
+    let x = gpu.stream().clone_htod(&input()).unwrap();
+    let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
+    dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x, &mut y).unwrap();
+    assert_eq!(bits(gpu, &y), naive(&drop_at(7), &input()));
+}
+
+fn views_at_odd_elements(gpu: &Gpu) {
+    let mut padded = input();
+    padded.insert(0, f32::NAN);
+    let x = gpu.stream().clone_htod(&padded).unwrap();
+    let mut y = gpu.stream().clone_htod(&vec![5.0; ELEMENTS + 4]).unwrap();
+    let mut inner = y.slice_mut(3..3 + ELEMENTS);
+    dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x.slice(1..), &mut inner).unwrap();
+    let y = bits(gpu, &y);
+    assert_eq!(y[3..3 + ELEMENTS], naive(&drop_at(7), &input()));
+    for outside in [0, 1, 2, ELEMENTS + 3] {
+        assert_eq!(y[outside], 5f32.to_bits(), "element {outside} lies outside of the view");
+    }
+}
+
+fn a_borrowed_stream(gpu: &Gpu) {
+    // SAFETY: the stream belongs to the kernels' context, and `gpu` keeps it alive. Everything below
+    // uses this one stream.
+    let borrowed = unsafe { Gpu::from_raw(gpu.kernels(), gpu.stream().cu_stream()) };
+    let mut y = borrowed.stream().clone_htod(&input()).unwrap();
+    dropout::forward_in_place(&Call::on(&borrowed), &drop_at(7), SHAPE, &mut y).unwrap();
+    assert_eq!(bits(&borrowed, &y), naive(&drop_at(7), &input()));
+}
+
+fn refused_calls_leave_the_output_as_it_was(gpu: &Gpu) {
+    let x = gpu.stream().clone_htod(&input()).unwrap();
+    let mut y = gpu.stream().clone_htod(&vec![5.0; ELEMENTS]).unwrap();
+    let call = Call::on(gpu);
+    let list = vec![3; SHAPE.rows];
+    let on_host = Place { first_col: 0, rows: RowMap::Explicit(&list) };
+    let odd_column = Place { first_col: 4, ..Place::WHOLE };
+    let errors = [
+        dropout::forward(&call, &drop_at(7), SHAPE, &x.slice(1..), &mut y),
+        dropout::forward(&call, &drop_at(7), Shape::new(37, 1004), &x, &mut y),
+        dropout::forward(&call, &drop_at(7).at(on_host), SHAPE, &x, &mut y),
+        dropout::forward(&call, &drop_at(7).at(odd_column), SHAPE, &x, &mut y),
+    ];
+    for error in errors {
+        assert!(matches!(error, Err(Error::Argument { operator: "dropout", .. })), "{error:?}");
+    }
+    assert_eq!(bits(gpu, &y), vec![5f32.to_bits(); ELEMENTS]);
+}
+
+fn another_context_is_refused(gpu: &Gpu) {
+    let other = CudaContext::new_non_primary(0, 0).unwrap();
+    let stream = other.new_stream().unwrap();
+    let error = Gpu::new(gpu.kernels(), stream.clone()).expect_err("a stream of another context");
+    assert!(matches!(error, Error::Argument { argument: "stream", .. }), "{error}");
+
+    let x = stream.clone_htod(&input()).unwrap();
+    let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
+    let error = dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x, &mut y)
+        .expect_err("a tensor of another context");
+    assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
+}
+
+fn the_stream_number_from_device_memory(gpu: &Gpu) {
+    let x = gpu.stream().clone_htod(&input()).unwrap();
+    let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
+    for stream in [0, 7, u64::MAX, 1 << 32] {
+        let number = gpu.stream().clone_htod(&[stream]).unwrap();
+        let call = Call::on(gpu).stream_number(&number);
+        // The number of the host's key is not looked at.
+        dropout::forward(&call, &drop_at(1234), SHAPE, &x, &mut y).unwrap();
+        assert_eq!(bits(gpu, &y), naive(&drop_at(stream), &input()), "stream {stream}");
+    }
+}
+
+fn each_replay_draws_a_fresh_mask(gpu: &Gpu) {
+    // SAFETY: until it is switched on again, this test uses one stream for everything, and frees
+    // nothing.
+    unsafe { gpu.stream().context().disable_event_tracking() };
+    let x = gpu.stream().clone_htod(&input()).unwrap();
+    let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
+    let mut number = gpu.stream().clone_htod(&[0u64]).unwrap();
+    let mut run = |number: &_| {
+        let call = Call::on(gpu).stream_number(number);
+        dropout::forward(&call, &drop_at(0), SHAPE, &x, &mut y).unwrap();
+    };
+    run(&number); // the kernel is looked up and loaded before the capture
+    gpu.stream().synchronize().unwrap();
+
+    gpu.stream().begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    run(&number);
+    let graph = gpu.stream().end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    for stream in [3, 4, 1 << 40] {
+        gpu.stream().memcpy_htod(&[stream], &mut number).unwrap();
+        graph.launch().unwrap();
+        assert_eq!(bits(gpu, &y), naive(&drop_at(stream), &input()), "stream {stream}");
+    }
+    // SAFETY: the tensors that were made without events are dropped at the end of this function, and
+    // no other stream has seen them.
+    unsafe { gpu.stream().context().enable_event_tracking() };
 }

@@ -2,8 +2,8 @@
 //! field for field.
 
 use crate::error::Error;
-use crate::mask::RowMap;
-use crate::ops::Draw;
+use crate::mask::{OCTET, RowMap};
+use crate::ops::{Draw, Shape};
 use bytemuck::{Pod, Zeroable};
 
 /// Division by a constant without a division instruction: `(n * multiplier) >> 32 >> shift`, with the
@@ -41,6 +41,89 @@ impl Divisor {
     }
 }
 
+/// Division by a constant of an index below 2^31: `(2 n * multiplier) >> 32 >> shift`, which is three
+/// instructions less than [`Divisor`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct IndexDivisor {
+    pub divisor: u32,
+    pub multiplier: u32,
+    pub shift: u32,
+}
+
+impl IndexDivisor {
+    /// Division by `divisor`, 1 ..= 2^31.
+    pub fn new(divisor: u32) -> Self {
+        // m = ceil(2^(31 + s) / d) with s = ceil(log2 d) lies in 2^31 ..= 2^32 - 1, and exceeds the
+        // quotient by less than 1: after n < 2^31 it is off by less than n * d / 2^(31 + s) / d < 1/d.
+        let shift = 32 - (divisor - 1).leading_zeros();
+        let multiplier = (1u64 << (31 + shift)).div_ceil(u64::from(divisor)) as u32;
+        Self { divisor, multiplier, shift }
+    }
+
+    /// The kernels' arithmetic, for the test that holds it to `/`.
+    #[cfg(test)]
+    fn quotient(self, n: u32) -> u32 {
+        ((u64::from(2 * n) * u64::from(self.multiplier)) >> 32 >> self.shift) as u32
+    }
+}
+
+/// The octets of one launch, counted row by row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Octets {
+    pub count: u32,
+    pub per_row: IndexDivisor,
+    /// Columns of the launch; also the elements from one row to the next, where it has several.
+    pub cols: u64,
+}
+
+/// Part of a tensor that one launch of a streaming kernel covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub octets: Octets,
+    /// Its first row and octet of columns.
+    pub row: u32,
+    pub octet: u32,
+    /// Index of its first element, and of its first octet, in the whole tensor.
+    pub first_element: u64,
+    pub first_octet: u64,
+}
+
+/// Octets of the largest part: kernels count them in 31 bits, with room for a last block that is not
+/// full.
+const PART_OCTETS: usize = 1 << 30;
+
+/// Splits a tensor into parts: whole rows, or stretches of one row where a row is longer than a part.
+pub(crate) fn parts(shape: Shape) -> impl Iterator<Item = Part> {
+    parts_of(shape, PART_OCTETS)
+}
+
+fn parts_of(shape: Shape, octets: usize) -> impl Iterator<Item = Part> {
+    let Shape { rows, cols: row_elements } = shape;
+    let row_octets = row_elements.div_ceil(OCTET);
+    let width = row_octets.clamp(1, octets);
+    let height = if width < row_octets { 1 } else { octets / width };
+    (0..rows).step_by(height).flat_map(move |row| {
+        let rows = height.min(rows - row);
+        (0..row_octets).step_by(width).map(move |octet| {
+            let cols = (row_elements - octet * OCTET).min(width * OCTET);
+            let per_row = cols.div_ceil(OCTET);
+            Part {
+                octets: Octets {
+                    count: (rows * per_row) as u32,
+                    per_row: IndexDivisor::new(per_row as u32),
+                    cols: cols as u64,
+                },
+                row: row as u32,
+                octet: octet as u32,
+                first_element: (row * row_elements + octet * OCTET) as u64,
+                first_octet: (row * row_octets + octet) as u64,
+            }
+        })
+    })
+}
+
 /// `RowMap` with its list in device memory (`list`, null for an affine map), and the local row that
 /// the launch starts at.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -54,6 +137,9 @@ pub(crate) struct Rows {
     pub offset: u32,
     pub queries: Divisor,
     pub heads: Divisor,
+    /// 1: the map is `first + row`, and no thread divides.
+    pub contiguous: u32,
+    pub reserved: u32,
 }
 
 /// The mask of one launch: Philox key and counter, threshold and scale.
@@ -115,6 +201,10 @@ impl Mask {
                 offset: 0,
                 queries: Divisor::new(queries),
                 heads: Divisor::new(heads),
+                contiguous: u32::from(
+                    row_list == 0 && matches!(draw.rows, RowMap::Contiguous { .. }),
+                ),
+                reserved: 0,
             },
         })
     }
@@ -126,6 +216,12 @@ impl Mask {
         self
     }
 }
+
+// The kernels assert the same sizes.
+const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
+const _: () = assert!(size_of::<Octets>() == 24);
+const _: () = assert!(size_of::<Rows>() == 56);
+const _: () = assert!(size_of::<Mask>() == 168);
 
 /// Philox4x32's key schedule: each round's key is the last one plus the two Weyl constants of
 /// Salmon et al. (SC'11).
@@ -156,7 +252,35 @@ mod tests {
         for d in divisors.chain([u32::MAX, u32::MAX - 1]) {
             for n in edges(d) {
                 assert_eq!(Divisor::new(d).quotient(n), n / d, "{n} / {d}");
+                if d <= 1 << 31 {
+                    let n = n & 0x7fff_ffff;
+                    assert_eq!(IndexDivisor::new(d).quotient(n), n / d, "{n} / {d}");
+                }
             }
+        }
+    }
+
+    #[test]
+    fn parts_cover_every_octet_once() {
+        for (rows, cols, octets) in [(5, 24, 7), (5, 20, 3), (3, 100, 4), (4, 1, 3), (0, 9, 2)] {
+            let mut seen = Vec::new();
+            for part in parts_of(Shape::new(rows, cols), octets) {
+                assert!(part.octets.count as usize <= octets);
+                for index in 0..part.octets.count {
+                    let (row, octet) =
+                        (index / part.octets.per_row.divisor, index % part.octets.per_row.divisor);
+                    let (r, o) = (part.row + row, part.octet + octet);
+                    let element = part.first_element + u64::from(row) * part.octets.cols;
+                    assert_eq!(
+                        element + 8 * u64::from(octet),
+                        u64::from(r) * cols as u64 + 8 * u64::from(o)
+                    );
+                    seen.push((r as usize, o as usize));
+                }
+            }
+            let all: Vec<_> =
+                (0..rows).flat_map(|r| (0..cols.div_ceil(8)).map(move |o| (r, o))).collect();
+            assert_eq!(seen, all);
         }
     }
 }

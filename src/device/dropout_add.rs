@@ -1,1 +1,373 @@
-//! `dropout_add` (to be written)
+//! `dropout_add`: y = residual + D(x + bias), and its gradients.
+
+use super::{Call, Device, Readable, Writable, pointer};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::ops::dropout_add::{NAME, check_backward, check_forward, workspace_len};
+use crate::ops::{Dropout, Shape, check_len};
+
+/// y = residual + D(x + bias). `bias` has `shape.cols` elements, every other tensor
+/// `shape.rows * shape.cols`.
+///
+/// # Errors
+/// [`Error::Argument`] where the arguments do not fit each other; nothing is written then.
+/// Otherwise what the device says.
+pub fn forward<T: Dtype, D: Device>(
+    call: &Call<'_, D>,
+    dropout: &Dropout,
+    shape: Shape,
+    x: &dyn Readable<T, D>,
+    bias: Option<&dyn Readable<T, D>>,
+    residual: &dyn Readable<T, D>,
+    y: &mut dyn Writable<T, D>,
+) -> Result<(), Error> {
+    let bias_len = bias.map(|bias| bias.elements());
+    check_forward(dropout, shape, x.elements(), bias_len, residual.elements(), y.elements())?;
+    let key = call.resident(NAME, shape.rows)?;
+    let (x, bias) = (x.read(call.device)?, call.optional(bias)?);
+    let (residual, y) = (residual.read(call.device)?, y.write(call.device)?);
+    let tensors = raw::Forward {
+        x: x.pointer,
+        bias: pointer(&bias),
+        residual: residual.pointer,
+        y: y.pointer,
+    };
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
+    unsafe { raw::forward::<T, D>(call.device, dropout, shape, key.addresses(), tensors) }
+}
+
+/// residual = residual + D(x + bias).
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_in_place<T: Dtype, D: Device>(
+    call: &Call<'_, D>,
+    dropout: &Dropout,
+    shape: Shape,
+    x: &dyn Readable<T, D>,
+    bias: Option<&dyn Readable<T, D>>,
+    residual: &mut dyn Writable<T, D>,
+) -> Result<(), Error> {
+    let bias_len = bias.map(|bias| bias.elements());
+    let residual_len = residual.elements();
+    check_forward(dropout, shape, x.elements(), bias_len, residual_len, residual_len)?;
+    let key = call.resident(NAME, shape.rows)?;
+    let (x, bias) = (x.read(call.device)?, call.optional(bias)?);
+    let residual = residual.write(call.device)?;
+    let tensors = raw::Forward {
+        x: x.pointer,
+        bias: pointer(&bias),
+        residual: residual.pointer,
+        y: residual.pointer,
+    };
+    // SAFETY: as in `forward`; the kernel allows that its output is the residual.
+    unsafe { raw::forward::<T, D>(call.device, dropout, shape, key.addresses(), tensors) }
+}
+
+/// Where the bias gradient goes.
+pub struct BiasGrad<'a, D: Device> {
+    /// The gradient, `shape.cols` elements.
+    pub dbias: &'a mut dyn Writable<f32, D>,
+    /// Scratch memory, [`workspace_len`] elements; its contents do not matter.
+    pub workspace: &'a mut dyn Writable<f32, D>,
+}
+
+/// dx = D(dy), and the bias gradient, where it is asked for: kept dy summed over rows in the fixed
+/// order of [`crate::ops::dropout_add::TILE_ROWS`], times the scale. The residual's gradient is dy.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<T: Dtype, D: Device>(
+    call: &Call<'_, D>,
+    dropout: &Dropout,
+    shape: Shape,
+    dy: &dyn Readable<T, D>,
+    dx: &mut dyn Writable<T, D>,
+    bias_grad: Option<BiasGrad<'_, D>>,
+) -> Result<(), Error> {
+    check_grads(dropout, shape, dy.elements(), dx.elements(), &bias_grad)?;
+    let key = call.resident(NAME, shape.rows)?;
+    let (dy, dx) = (dy.read(call.device)?, dx.write(call.device)?);
+    with_bias_grad(call.device, bias_grad, |grad| {
+        // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
+        unsafe {
+            let key = key.addresses();
+            raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dx.pointer, grad)
+        }
+    })
+}
+
+/// dy = D(dy), and the bias gradient.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_in_place<T: Dtype, D: Device>(
+    call: &Call<'_, D>,
+    dropout: &Dropout,
+    shape: Shape,
+    dy: &mut dyn Writable<T, D>,
+    bias_grad: Option<BiasGrad<'_, D>>,
+) -> Result<(), Error> {
+    check_grads(dropout, shape, dy.elements(), dy.elements(), &bias_grad)?;
+    let key = call.resident(NAME, shape.rows)?;
+    let dy = dy.write(call.device)?;
+    with_bias_grad(call.device, bias_grad, |grad| {
+        // SAFETY: as in `backward`; the kernels allow that dx is dy.
+        unsafe {
+            let key = key.addresses();
+            raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dy.pointer, grad)
+        }
+    })
+}
+
+fn check_grads<D: Device>(
+    dropout: &Dropout,
+    shape: Shape,
+    dy: usize,
+    dx: usize,
+    bias_grad: &Option<BiasGrad<'_, D>>,
+) -> Result<(), Error> {
+    let dbias = bias_grad.as_ref().map(|grad| grad.dbias.elements());
+    check_backward(dropout, shape, dy, dx, dbias)?;
+    let Some(grad) = bias_grad else { return Ok(()) };
+    check_len(NAME, "workspace", workspace_len(shape), grad.workspace.elements())
+}
+
+/// Holds the addresses of a bias gradient during `launch`.
+fn with_bias_grad<D: Device>(
+    device: &D,
+    bias_grad: Option<BiasGrad<'_, D>>,
+    launch: impl FnOnce(Option<raw::BiasGrad>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let Some(grad) = bias_grad else { return launch(None) };
+    let (dbias, workspace) = (grad.dbias.write(device)?, grad.workspace.write(device)?);
+    launch(Some(raw::BiasGrad { dbias: dbias.pointer, workspace: workspace.pointer }))
+}
+
+/// The same on bare addresses.
+pub mod raw {
+    use super::NAME;
+    use crate::device::abi::{IndexDivisor, Mask, Octets, parts};
+    use crate::device::{self, Device, Kernel, KeyAddresses};
+    use crate::device::{OCTETS_A_BLOCK, THREADS, aligned, kernel, launch};
+    use crate::dtype::Dtype;
+    use crate::error::Error;
+    use crate::ops::dropout_add::TILE_ROWS;
+    use crate::ops::{Dropout, Shape};
+
+    /// Addresses of a forward call.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Forward {
+        /// `shape.rows * shape.cols` elements, read.
+        pub x: u64,
+        /// `shape.cols` elements, read; 0: no bias.
+        pub bias: u64,
+        /// `shape.rows * shape.cols` elements, read.
+        pub residual: u64,
+        /// `shape.rows * shape.cols` elements, written; may be the residual.
+        pub y: u64,
+    }
+
+    /// `DropoutAddParams` in `kernels/dropout_add.cu`.
+    #[repr(C)]
+    struct ForwardParams {
+        mask: Mask,
+        octets: Octets,
+        x: u64,
+        bias: u64,
+        residual: u64,
+        y: u64,
+    }
+    const _: () = assert!(size_of::<ForwardParams>() == 224);
+
+    /// y = residual + D(x + bias).
+    ///
+    /// # Safety
+    /// On `device`, the addresses in `tensors` and `key` are valid as [`Forward`] and
+    /// [`KeyAddresses`] say until the kernel has run, and aligned to their element; no tensor
+    /// overlaps `y`, but `y` may be the residual.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where `shape` or `dropout` is refused; otherwise what the device says.
+    pub unsafe fn forward<T: Dtype, D: Device>(
+        device: &D,
+        dropout: &Dropout,
+        shape: Shape,
+        key: KeyAddresses,
+        tensors: Forward,
+    ) -> Result<(), Error> {
+        shape.elements(NAME)?;
+        let Forward { x, bias, residual, y } = tensors;
+        let draw = dropout.draw(NAME, shape)?;
+        let mask = Mask::new(NAME, &draw, key.stream_number, key.row_list)?;
+        let kernel = match (bias != 0, aligned(shape.cols, &[x, bias, residual, y])) {
+            (false, true) => kernel!(NAME, "dropout_add", T),
+            (false, false) => kernel!(NAME, "dropout_add_any", T),
+            (true, true) => kernel!(NAME, "dropout_add_bias", T),
+            (true, false) => kernel!(NAME, "dropout_add_bias_any", T),
+        };
+        let size = size_of::<T>() as u64;
+        for part in parts(shape) {
+            let bytes = part.first_element * size;
+            let params = ForwardParams {
+                mask: mask.advanced(part.row, part.octet),
+                octets: part.octets,
+                x: x + bytes,
+                bias: if bias == 0 { 0 } else { bias + 8 * u64::from(part.octet) * size },
+                residual: residual + bytes,
+                y: y + bytes,
+            };
+            let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
+            // SAFETY: the caller's promise; the parts stay within the tensors.
+            unsafe { launch(device, kernel, blocks, &params)? };
+        }
+        Ok(())
+    }
+
+    /// Addresses of a bias gradient.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct BiasGrad {
+        /// `shape.cols` f32, written.
+        pub dbias: u64,
+        /// [`workspace_len`](crate::ops::dropout_add::workspace_len) f32, written and read.
+        pub workspace: u64,
+    }
+
+    /// dx = D(dy), and the bias gradient.
+    ///
+    /// # Safety
+    /// On `device`, `dy` and `dx` are addresses of `shape.rows * shape.cols` elements of T, aligned
+    /// to T, and those in `bias_grad` and `key` are as [`BiasGrad`] and [`KeyAddresses`] say; all are
+    /// valid until the kernels have run. No two overlap, but `dx` may be `dy`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where `shape` or `dropout` is refused; otherwise what the device says.
+    pub unsafe fn backward<T: Dtype, D: Device>(
+        device: &D,
+        dropout: &Dropout,
+        shape: Shape,
+        key: KeyAddresses,
+        dy: u64,
+        dx: u64,
+        bias_grad: Option<BiasGrad>,
+    ) -> Result<(), Error> {
+        let Some(grad) = bias_grad else {
+            // SAFETY: the caller's promise is the one asked for here.
+            return unsafe {
+                device::dropout::raw::forward::<T, D>(device, dropout, shape, key, dy, dx)
+            };
+        };
+        shape.elements(NAME)?;
+        let draw = dropout.draw(NAME, shape)?;
+        let mask = Mask::new(NAME, &draw, key.stream_number, key.row_list)?;
+        let tiles = shape.rows.div_ceil(TILE_ROWS);
+        let factor = |parts: usize| if parts <= 1 { draw.scale } else { 1.0 };
+        // SAFETY: the caller's promise. A level's sums lie in the workspace, the odd levels' from
+        // its start and the even ones' behind the first level's, which is the largest.
+        unsafe {
+            let (mut sums, mut above) =
+                (grad.workspace, grad.workspace + (tiles * shape.cols * 4) as u64);
+            let first = if tiles == 1 { grad.dbias } else { sums };
+            sum_tiles::<T, D>(device, &mask, shape, dy, dx, first, factor(tiles))?;
+            // One row of tiles has written dbias; none has not.
+            let mut parts = tiles;
+            while parts != 1 {
+                let groups = parts.div_ceil(TILE_ROWS).max(1);
+                let target = if groups == 1 { grad.dbias } else { above };
+                sum(device, shape.cols, sums, parts, target, factor(groups))?;
+                (sums, above, parts) = (above, sums, groups);
+            }
+        }
+        Ok(())
+    }
+
+    /// Columns of a tile: `TILE_COLS` in `kernels/dropout_add.cu`.
+    const TILE_COLS: usize = 64;
+
+    /// `BiasGradParams` in `kernels/dropout_add.cu`.
+    #[repr(C)]
+    struct BiasGradParams {
+        mask: Mask,
+        dy: u64,
+        dx: u64,
+        sums: u64,
+        rows: u64,
+        cols: u64,
+        tiles_a_row: IndexDivisor,
+        factor: f32,
+    }
+    const _: () = assert!(size_of::<BiasGradParams>() == 224);
+
+    /// dx, and the sums of each 64 rows of kept dy, times `factor`.
+    unsafe fn sum_tiles<T: Dtype, D: Device>(
+        device: &D,
+        mask: &Mask,
+        shape: Shape,
+        dy: u64,
+        dx: u64,
+        sums: u64,
+        factor: f32,
+    ) -> Result<(), Error> {
+        let tiles_a_row = shape.cols.div_ceil(TILE_COLS);
+        let blocks = shape.rows.div_ceil(TILE_ROWS).saturating_mul(tiles_a_row);
+        if blocks == 0 {
+            return Ok(());
+        }
+        let kernel = if aligned(shape.cols, &[dy, dx]) {
+            kernel!(NAME, "dropout_add_bias_grad", T)
+        } else {
+            kernel!(NAME, "dropout_add_bias_grad_any", T)
+        };
+        let params = BiasGradParams {
+            mask: *mask,
+            dy,
+            dx,
+            sums,
+            rows: shape.rows as u64,
+            cols: shape.cols as u64,
+            tiles_a_row: IndexDivisor::new(tiles_a_row as u32),
+            factor,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { launch(device, kernel, blocks, &params) }
+    }
+
+    /// `SumParams` in `kernels/dropout_add.cu`.
+    #[repr(C)]
+    struct SumParams {
+        parts: u64,
+        sums: u64,
+        count: u64,
+        cols: u64,
+        blocks_a_row: IndexDivisor,
+        factor: f32,
+    }
+    const _: () = assert!(size_of::<SumParams>() == 48);
+
+    /// The sums of each 64 rows of `parts`, times `factor`; a row of zeros where there are no parts.
+    unsafe fn sum<D: Device>(
+        device: &D,
+        cols: usize,
+        parts: u64,
+        count: usize,
+        sums: u64,
+        factor: f32,
+    ) -> Result<(), Error> {
+        let blocks_a_row = cols.div_ceil(THREADS as usize);
+        let blocks = count.div_ceil(TILE_ROWS).max(1) * blocks_a_row;
+        if blocks == 0 {
+            return Ok(());
+        }
+        let params = SumParams {
+            parts,
+            sums,
+            count: count as u64,
+            cols: cols as u64,
+            blocks_a_row: IndexDivisor::new(blocks_a_row as u32),
+            factor,
+        };
+        let kernel = Kernel { operator: NAME, name: "dropout_add_sum_f32" };
+        // SAFETY: the caller's promise.
+        unsafe { launch(device, kernel, blocks, &params) }
+    }
+}

@@ -7,6 +7,7 @@
 //! [`Writable`]), and in its module `raw` the same launches on bare addresses.
 
 use crate::error::Error;
+use crate::mask::OCTET;
 use crate::ops::check_len;
 use std::ffi::c_void;
 
@@ -103,10 +104,13 @@ impl<'a, D: Device> Call<'a, D> {
     }
 
     /// The address of an optional tensor, 0 where there is none.
-    pub(crate) fn optional<T>(
-        &'a self,
-        tensor: Option<&'a dyn Readable<T, D>>,
-    ) -> Result<Option<Address<'a, D>>, Error> {
+    pub(crate) fn optional<'t, T>(
+        &self,
+        tensor: Option<&'t dyn Readable<T, D>>,
+    ) -> Result<Option<Address<'t, D>>, Error>
+    where
+        'a: 't,
+    {
         tensor.map(|tensor| tensor.read(self.device)).transpose()
     }
 
@@ -134,6 +138,71 @@ pub(crate) struct Resident<'a, D: Device> {
     pub stream_number: Option<Address<'a, D>>,
     pub row_list: Option<Address<'a, D>>,
 }
+
+impl<D: Device> Resident<'_, D> {
+    pub fn addresses(&self) -> KeyAddresses {
+        KeyAddresses {
+            stream_number: pointer(&self.stream_number),
+            row_list: pointer(&self.row_list),
+        }
+    }
+}
+
+/// Addresses of the parts of a key that lie in device memory; 0 for a part that the host gives. What
+/// [`Call::stream_number`] and [`Call::row_list`] say, for the functions on bare addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeyAddresses {
+    /// One u64, in place of `dropout.key.stream`.
+    pub stream_number: u64,
+    /// One u32 a row, in place of `dropout.place.rows`.
+    pub row_list: u64,
+}
+
+/// Threads of a block, in every kernel: `THREADS` in `kernels/kernel.cuh`.
+const THREADS: u32 = 256;
+
+/// Octets that a block of a streaming kernel covers: `OCTETS_A_BLOCK` in `kernels/kernel.cuh`.
+const OCTETS_A_BLOCK: u32 = 512;
+
+/// Launches `kernel` on `blocks` blocks.
+///
+/// # Safety
+/// `P` is the structure that the kernel declares, and its addresses are as [`Device::launch`] asks.
+unsafe fn launch<D: Device, P>(
+    device: &D,
+    kernel: Kernel,
+    blocks: usize,
+    params: &P,
+) -> Result<(), Error> {
+    // What a GPU's grid can have in its first dimension.
+    if blocks > i32::MAX as usize {
+        let expected = "a tensor that 2^31 - 1 blocks cover";
+        return Err(Error::argument(kernel.operator, "shape", expected, blocks));
+    }
+    // SAFETY: the caller's promise; `params` lives through the call.
+    unsafe { device.launch(kernel, blocks as u32, THREADS, std::ptr::from_ref(params).cast()) }
+}
+
+/// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
+/// choice between the aligned kernels and the `any` ones is made. An absent tensor (0) is aligned.
+fn aligned(cols: usize, addresses: &[u64]) -> bool {
+    cols % OCTET == 0 && addresses.iter().all(|address| address % 16 == 0)
+}
+
+/// The kernel `$name` for the storage type `$T`.
+macro_rules! kernel {
+    ($operator:expr, $name:literal, $T:ty) => {
+        $crate::device::Kernel {
+            operator: $operator,
+            name: match <$T as $crate::Dtype>::ID {
+                $crate::DtypeId::F32 => concat!($name, "_f32"),
+                $crate::DtypeId::F16 => concat!($name, "_f16"),
+                $crate::DtypeId::Bf16 => concat!($name, "_bf16"),
+            },
+        }
+    };
+}
+use kernel;
 
 /// The pointer of an optional tensor, null where there is none.
 pub(crate) fn pointer<D: Device>(address: &Option<Address<'_, D>>) -> u64 {

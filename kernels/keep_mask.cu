@@ -1,0 +1,65 @@
+// keep_mask: the mask itself, 1 for kept, for whoever must store one.
+//
+// bits:  each row takes ceil(cols / 8) bytes, column c is bit c % 8 of byte c / 8, the unused high bits
+//        of a row's last byte are 0. An octet is a byte. An eighth of a byte an element written, so
+//        this one is bound by the random numbers, not by memory.
+// bytes: one byte an element, 0 or 1.
+
+#include "kernel.cuh"
+
+struct KeepMaskParams {
+    Mask mask;
+    Octets octets;
+    Out<unsigned char> out;
+};
+static_assert(sizeof(KeepMaskParams) == 200, "keep_mask.rs: Params");
+
+/// The mask of an octet, bit j for element j.
+__device__ __forceinline__ unsigned keep_bits(const KeepMaskParams& p, Position position) {
+    const Kept keep = kept(p.mask, stream_number(p.mask), position.row, position.octet);
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        if (keep.at[j]) bits |= 1u << j;
+    }
+    return bits;
+}
+
+/// Nothing is loaded.
+struct Nothing {};
+
+struct KeepBits {
+    using Params = KeepMaskParams;
+    using Loaded = Nothing;
+
+    static __device__ __forceinline__ Loaded load(const Params&, unsigned) { return {}; }
+
+    static __device__ __forceinline__ void finish(const Params& p, unsigned index, Loaded) {
+        const Position position(p.octets, index);
+        const unsigned exist = (1u << position.count(p.octets)) - 1;
+        const unsigned bits = keep_bits(p, position) & exist;
+        // Rows are whole bytes, so octet `index` is byte `index`.
+        p.out.cached(index, static_cast<unsigned char>(bits));
+    }
+};
+
+struct KeepBytes {
+    using Params = KeepMaskParams;
+    using Loaded = Nothing;
+
+    static __device__ __forceinline__ Loaded load(const Params&, unsigned) { return {}; }
+
+    static __device__ __forceinline__ void finish(const Params& p, unsigned index, Loaded) {
+        const Position position(p.octets, index);
+        const unsigned long long element = element_of<false>(p.octets, index, position);
+        const unsigned bits = keep_bits(p, position);
+        const unsigned count = position.count(p.octets);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            if (j < count) p.out.cached(element + j, static_cast<unsigned char>(bits >> j & 1));
+        }
+    }
+};
+
+FD_KERNEL(keep_mask_bits, KeepMaskParams, THREADS, stream<KeepBits>)
+FD_KERNEL(keep_mask_bytes, KeepMaskParams, THREADS, stream<KeepBytes>)
