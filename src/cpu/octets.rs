@@ -116,8 +116,9 @@ pub(super) fn walk(
                     (row, octet) = (row + 1, 0);
                     logical = next_logical(&draw.rows, row, logical);
                 }
+                let column = draw.first_octet + octet as u32;
                 octet += 1;
-                (logical, draw.first_octet + octet as u32 - 1)
+                (logical, column)
             });
         }
         let mut done = 0;
