@@ -35,7 +35,7 @@ struct DropoutAdd {
         Octet<T> residual;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, unsigned index) {
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
         const Position position(p.octets, index);
         const unsigned long long element = element_of<aligned>(p.octets, index, position);
         const unsigned count = position.count(p.octets);
@@ -48,10 +48,11 @@ struct DropoutAdd {
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, unsigned index,
+    template <bool plain>
+    static __device__ __forceinline__ void finish(const Params& p, const Draws& draws, Index index,
                                                   const Loaded& loaded) {
         const Position position(p.octets, index);
-        const Kept keep = kept(p.mask, stream_number(p.mask), position.row, position.octet);
+        const Kept keep = draws.kept_in<plain>(position.row, position.octet);
         Values x = unpack(loaded.x);
         if (with_bias) {
             const Values bias = unpack(loaded.bias);
@@ -61,7 +62,7 @@ struct DropoutAdd {
         Values y = unpack(loaded.residual);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) y.at[j] = __fmaf_rn(x.at[j], p.mask.scale, y.at[j]);
+            if (keep.at[j]) y.at[j] = __fmaf_rn(x.at[j], draws.scale, y.at[j]);
         }
         p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
                                      position.count(p.octets), pack<T>(y));
@@ -119,8 +120,8 @@ struct BiasGrad {
     using Params = BiasGradParams<T>;
 
     const Params& p;
-    unsigned long long row;     // of the thread's first octet; the second one is 32 further
-    unsigned long long column;  // of both
+    const Draws draws;
+    unsigned long long column;  // of both octets
     unsigned octet;
 
     /// Elements of the octet in `at_row` that exist.
@@ -135,9 +136,9 @@ struct BiasGrad {
     }
 
     /// Writes dx and returns kept dy.
+    template <bool plain>
     __device__ __forceinline__ Octet<T> finish(unsigned long long at_row, const Octet<T>& dy) const {
-        const Kept keep =
-            kept(p.mask, stream_number(p.mask), static_cast<unsigned>(at_row), octet);
+        const Kept keep = draws.kept_in<plain>(static_cast<unsigned>(at_row), octet);
         const Values values = unpack(dy);
         Values kept_dy = {};
         Values dx;
@@ -145,7 +146,7 @@ struct BiasGrad {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) kept_dy.at[j] = values.at[j];
             // +0 times the scale, which is finite, is +0.
-            dx.at[j] = __fmul_rn(kept_dy.at[j], p.mask.scale);
+            dx.at[j] = __fmul_rn(kept_dy.at[j], draws.scale);
         }
         p.dx.template cached<aligned>(at_row * p.cols + column, count(at_row), pack<T>(dx));
         return pack<T>(kept_dy);
@@ -162,7 +163,7 @@ __device__ __forceinline__ void bias_grad(const BiasGradParams<T>& p) {
     const unsigned tile_col = blockIdx.x - tile_row * p.tiles_a_row.divisor;
     const unsigned long long row = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
     const unsigned octet = tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS;
-    const BiasGrad<T, aligned> body = {p, row, 8ull * octet, octet};
+    const BiasGrad<T, aligned> body = {p, Draws(p.mask), 8ull * octet, octet};
 
     const bool full = 1ull * (tile_row + 1) * TILE_ROWS <= p.rows &&
                       1ull * (tile_col + 1) * TILE_COLS <= p.cols;
@@ -172,12 +173,19 @@ __device__ __forceinline__ void bias_grad(const BiasGradParams<T>& p) {
         a = body.load(row);
         b = body.load(row + HALF);
         __syncwarp();  // keeps both loads first; the whole block is here
-        a = body.finish(row, a);
-        b = body.finish(row + HALF, b);
+        if (body.draws.is_plain()) {
+            a = body.template finish<true>(row, a);
+            b = body.template finish<true>(row + HALF, b);
+        } else {
+            a = body.template finish<false>(row, a);
+            b = body.template finish<false>(row + HALF, b);
+        }
     } else {
         // What lies outside of the tensor is +0 in the sums, which changes none of them.
-        if (body.count(row)) a = body.finish(row, body.load(row));
-        if (body.count(row + HALF)) b = body.finish(row + HALF, body.load(row + HALF));
+        if (body.count(row)) a = body.template finish<false>(row, body.load(row));
+        if (body.count(row + HALF)) {
+            b = body.template finish<false>(row + HALF, body.load(row + HALF));
+        }
     }
 #pragma unroll
     for (unsigned i = 0; i < WORDS; ++i) {

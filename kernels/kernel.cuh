@@ -26,24 +26,36 @@ constexpr unsigned OCTETS_A_THREAD = 2;
 constexpr unsigned OCTETS_A_BLOCK = THREADS * OCTETS_A_THREAD;
 
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
-/// `Params` with a member `octets`, `Loaded`, `load(params, index)` and `finish(params, index, loaded)`.
+/// `Params` with members `mask` and `octets`, `Loaded`, `load(params, index)` and
+/// `finish<plain>(params, draws, index, loaded)`.
 /// No thread reads what another one writes, so every call may be in place.
 template <typename Op>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
-    const unsigned first = start + threadIdx.x;
-    const unsigned second = first + THREADS;
+    const Index first = {start + threadIdx.x, 0};
+    const Index second = {start + threadIdx.x, THREADS};
     if (start + OCTETS_A_BLOCK <= params.octets.count) {
         const typename Op::Loaded a = Op::load(params, first);
         const typename Op::Loaded b = Op::load(params, second);
         // All threads of the block are here. ptxas would sink the second octet's loads behind the
         // first one's arithmetic; it does not move them across this.
         __syncwarp();
-        Op::finish(params, first, a);
-        Op::finish(params, second, b);
+        const Draws draws(params.mask);
+        if (draws.is_plain()) {
+            Op::template finish<true>(params, draws, first, a);
+            Op::template finish<true>(params, draws, second, b);
+        } else {
+            Op::template finish<false>(params, draws, first, a);
+            Op::template finish<false>(params, draws, second, b);
+        }
         return;
     }
     // The last block, where it is not full: no collective may follow.
-    if (first < params.octets.count) Op::finish(params, first, Op::load(params, first));
-    if (second < params.octets.count) Op::finish(params, second, Op::load(params, second));
+    const Draws draws(params.mask);
+    if (first.sum() < params.octets.count) {
+        Op::template finish<false>(params, draws, first, Op::load(params, first));
+    }
+    if (second.sum() < params.octets.count) {
+        Op::template finish<false>(params, draws, second, Op::load(params, second));
+    }
 }

@@ -88,14 +88,23 @@ struct Octets {
 };
 static_assert(sizeof(Octets) == 24, "abi.rs: Octets");
 
+/// The index of an octet in its launch, `base + ahead`: in two parts, of which `ahead` is known at
+/// compile time, so that a thread's octets are one address and several offsets.
+struct Index {
+    unsigned base;
+    unsigned ahead;
+
+    __device__ __forceinline__ unsigned sum() const { return base + ahead; }
+};
+
 /// Where an octet of a launch lies.
 struct Position {
     unsigned row;
     unsigned octet;
 
-    __device__ __forceinline__ Position(const Octets& octets, unsigned index) {
-        row = octets.per_row.quotient(index);
-        octet = index - row * octets.per_row.divisor;
+    __device__ __forceinline__ Position(const Octets& octets, Index index) {
+        row = octets.per_row.quotient(index.sum());
+        octet = index.sum() - row * octets.per_row.divisor;
     }
 
     /// Elements of the octet that lie within the row.
@@ -107,10 +116,24 @@ struct Position {
 
 /// Index of an octet's first element. `aligned`: rows are whole octets, so octets follow each other.
 template <bool aligned>
-__device__ __forceinline__ unsigned long long element_of(const Octets& octets, unsigned index,
+__device__ __forceinline__ unsigned long long element_of(const Octets& octets, Index index,
                                                          Position position) {
-    if (aligned) return 8ull * index;
+    if (aligned) return 8ull * index.base + 8 * index.ahead;
     return position.row * octets.cols + 8ull * position.octet;
+}
+
+/// What ptxas would read from the parameters again at every predicated use, in a register.
+__device__ __forceinline__ float in_register(float value) {
+#ifndef FUSED_DROPOUT_EMULATOR
+    asm volatile("mov.b32 %0, %0;" : "+f"(value));
+#endif
+    return value;
+}
+__device__ __forceinline__ unsigned in_register(unsigned value) {
+#ifndef FUSED_DROPOUT_EMULATOR
+    asm volatile("mov.b32 %0, %0;" : "+r"(value));
+#endif
+    return value;
 }
 
 /// Which elements of an octet are kept.
@@ -125,35 +148,57 @@ __device__ __forceinline__ uint2 stream_number(const Mask& mask) {
     return make_uint2(static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
 }
 
-/// The lanes of octet `octet` of the launch, in logical row `row`: two a word, low half first.
-__device__ __forceinline__ uint4 draw(const Mask& mask, uint2 stream, unsigned row, unsigned octet) {
-    if (!mask.random) return make_uint4(0, 0, 0, 0);
-    return philox4x32_10(make_uint4(mask.first_octet + octet, row, stream.x, stream.y),
-                         mask.round_keys);
-}
-
-/// Compares both lanes of a word with the threshold.
-__device__ __forceinline__ void compare(unsigned word, unsigned threshold, bool& low, bool& high) {
+/// Compares both lanes of a word with the threshold; `thresholds` holds it twice.
+__device__ __forceinline__ void compare(unsigned word, unsigned thresholds, bool& low, bool& high) {
 #if defined(FUSED_DROPOUT_EMULATOR) || __CUDA_ARCH__ >= 900
     // One VIMNMX.U16x2 gives both predicates (lane >= threshold); its maximum is not used.
-    __vibmax_u16x2(word, threshold * 0x10001u, &high, &low);
+    __vibmax_u16x2(word, thresholds, &high, &low);
 #else
-    low = (word << 16) >= (threshold << 16);
-    high = word >= (threshold << 16);
+    low = (word << 16) >= (thresholds << 16);
+    high = word >= (thresholds & 0xffff0000u);
 #endif
 }
 
-/// Which elements the lanes keep.
-__device__ __forceinline__ Kept kept(const Mask& mask, uint4 lanes) {
-    Kept kept;
-    compare(lanes.x, mask.threshold, kept.at[0], kept.at[1]);
-    compare(lanes.y, mask.threshold, kept.at[2], kept.at[3]);
-    compare(lanes.z, mask.threshold, kept.at[4], kept.at[5]);
-    compare(lanes.w, mask.threshold, kept.at[6], kept.at[7]);
-    return kept;
-}
+/// What a thread takes from the parameters once, for all its octets.
+struct Draws {
+    const Mask& mask;
+    uint2 stream;         // stream number, low word first
+    unsigned thresholds;  // twice the threshold
+    float scale;
 
-/// Which elements of an octet are kept; `row` as the launch counts them.
-__device__ __forceinline__ Kept kept(const Mask& mask, uint2 stream, unsigned row, unsigned octet) {
-    return kept(mask, draw(mask, stream, mask.rows.logical(row), octet));
-}
+    __device__ __forceinline__ explicit Draws(const Mask& mask)
+        : mask(mask),
+          stream(stream_number(mask)),
+          thresholds(in_register(mask.threshold * 0x10001u)),
+          scale(in_register(mask.scale)) {}
+
+    /// Which elements of octet `octet` of the launch are kept, in logical row `row`. `random` says that
+    /// the mask needs random numbers.
+    template <bool random>
+    __device__ __forceinline__ Kept kept(unsigned row, unsigned octet) const {
+        const unsigned column = mask.first_octet + octet;
+        uint4 lanes = make_uint4(0, 0, 0, 0);
+        if (random || mask.random) {
+            lanes = philox4x32_10(make_uint4(column, row, stream.x, stream.y), mask.round_keys);
+        }
+        Kept kept;
+        compare(lanes.x, thresholds, kept.at[0], kept.at[1]);
+        compare(lanes.y, thresholds, kept.at[2], kept.at[3]);
+        compare(lanes.z, thresholds, kept.at[4], kept.at[5]);
+        compare(lanes.w, thresholds, kept.at[6], kept.at[7]);
+        return kept;
+    }
+
+    /// The same in the launch's row `row`. `plain` says that `is_plain()`.
+    template <bool plain>
+    __device__ __forceinline__ Kept kept_in(unsigned row, unsigned octet) const {
+        const Rows& rows = mask.rows;
+        return kept<plain>(plain ? rows.first + rows.offset + row : rows.logical(row), octet);
+    }
+
+    /// Whether rows are contiguous and random numbers needed: the usual case, the same for a whole
+    /// launch, for which the streaming kernels have a path without these two questions in each octet.
+    __device__ __forceinline__ bool is_plain() const {
+        return mask.random & mask.rows.contiguous;
+    }
+};
