@@ -27,16 +27,13 @@ struct Dropout {
                                                position.count(p.octets));
     }
 
-    template <bool plain>
-    static __device__ __forceinline__ void finish(const Params& p, const Draws& draws, Index index,
-                                                  const Loaded& x) {
-        const Position position(p.octets, index);
-        const Kept keep = draws.kept_in<plain>(position.row, position.octet);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float scale, const Loaded& x) {
         const Values values = unpack(x);
         Values y = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], draws.scale);
+            if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], scale);
         }
         p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
                                      position.count(p.octets), pack<T>(y));

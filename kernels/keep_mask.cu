@@ -15,9 +15,7 @@ struct KeepMaskParams {
 static_assert(sizeof(KeepMaskParams) == 200, "keep_mask.rs: Params");
 
 /// The mask of an octet, bit j for element j.
-template <bool plain>
-__device__ __forceinline__ unsigned keep_bits(const Draws& draws, Position position) {
-    const Kept keep = draws.kept_in<plain>(position.row, position.octet);
+__device__ __forceinline__ unsigned keep_bits(const Kept& keep) {
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -35,12 +33,10 @@ struct KeepBits {
 
     static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
 
-    template <bool plain>
-    static __device__ __forceinline__ void finish(const Params& p, const Draws& draws, Index index,
-                                                  Loaded) {
-        const Position position(p.octets, index);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float, Loaded) {
         const unsigned exist = (1u << position.count(p.octets)) - 1;
-        const unsigned bits = keep_bits<plain>(draws, position) & exist;
+        const unsigned bits = keep_bits(keep) & exist;
         // Rows are whole bytes, so octet and byte have the same index.
         p.out.cached(index.sum(), static_cast<unsigned char>(bits));
     }
@@ -52,12 +48,10 @@ struct KeepBytes {
 
     static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
 
-    template <bool plain>
-    static __device__ __forceinline__ void finish(const Params& p, const Draws& draws, Index index,
-                                                  Loaded) {
-        const Position position(p.octets, index);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float, Loaded) {
         const unsigned long long element = element_of<false>(p.octets, index, position);
-        const unsigned bits = keep_bits<plain>(draws, position);
+        const unsigned bits = keep_bits(keep);
         const unsigned count = position.count(p.octets);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {

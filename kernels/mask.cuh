@@ -44,16 +44,10 @@ struct Rows {
     unsigned offset;  // local row of the launch's row 0
     Divisor queries;
     Divisor heads;
-    unsigned contiguous;  // 1: the map is first + row, without a division
-    unsigned reserved;
 
     /// The logical row of the launch's row `row`.
     __device__ __forceinline__ unsigned logical(unsigned row) const {
-        if (contiguous) return first + offset + row;
-        return mapped(offset + row);
-    }
-
-    __device__ __forceinline__ unsigned mapped(unsigned local) const {
+        const unsigned local = offset + row;
         if (list.present()) return list.cached(local);
         const unsigned block = queries.quotient(local);
         const unsigned batch = heads.quotient(block);
@@ -69,14 +63,16 @@ struct Mask {
     In<unsigned long long> stream_pointer;  // the stream number, where it is in device memory
     unsigned stream[2];                     // the stream number otherwise, low word first
     unsigned threshold;                     // 0 ..= 65535
-    unsigned random;                        // 0: every lane is 0, no random numbers are needed
+    unsigned random;  // 0: no random numbers are needed (threshold 0: all are kept; 1: all dropped)
     float scale;
     unsigned first_octet;
     Rows rows;
+    unsigned contiguous;  // 1: the logical row is rows.first + local row
+    unsigned plain;       // 1: contiguous, random, the stream number not in device memory
 };
 
 static_assert(sizeof(Divisor) == 12 && sizeof(IndexDivisor) == 12, "abi.rs: Divisor, IndexDivisor");
-static_assert(sizeof(Rows) == 56, "abi.rs: Rows");
+static_assert(sizeof(Rows) == 48, "abi.rs: Rows");
 static_assert(sizeof(Mask) == 168, "abi.rs: Mask");
 
 /// The octets of a launch, counted row by row: octet `index` of the launch is octet
@@ -122,16 +118,11 @@ __device__ __forceinline__ unsigned long long element_of(const Octets& octets, I
     return position.row * octets.cols + 8ull * position.octet;
 }
 
-/// What ptxas would read from the parameters again at every predicated use, in a register.
+/// A parameter in a register: ptxas would read it from the parameters again at every predicated use.
+/// `%tid.y` is always 0, which the compiler does not know.
 __device__ __forceinline__ float in_register(float value) {
 #ifndef FUSED_DROPOUT_EMULATOR
-    asm volatile("mov.b32 %0, %0;" : "+f"(value));
-#endif
-    return value;
-}
-__device__ __forceinline__ unsigned in_register(unsigned value) {
-#ifndef FUSED_DROPOUT_EMULATOR
-    asm volatile("mov.b32 %0, %0;" : "+r"(value));
+    asm("{.reg .b32 zero; mov.u32 zero, %%tid.y; or.b32 %0, %0, zero;}" : "+f"(value));
 #endif
     return value;
 }
@@ -148,57 +139,69 @@ __device__ __forceinline__ uint2 stream_number(const Mask& mask) {
     return make_uint2(static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
 }
 
-/// Compares both lanes of a word with the threshold; `thresholds` holds it twice.
-__device__ __forceinline__ void compare(unsigned word, unsigned thresholds, bool& low, bool& high) {
-#if defined(FUSED_DROPOUT_EMULATOR) || __CUDA_ARCH__ >= 900
-    // One VIMNMX.U16x2 gives both predicates (lane >= threshold); its maximum is not used.
-    __vibmax_u16x2(word, thresholds, &high, &low);
+/// Whether each lane of `word` is at least `threshold`, which is not 0; `high_threshold` is the threshold
+/// in the upper half of a word.
+///
+/// Two instructions for sm_90: LEA, whose carry out of (word << 16) + 2^32 - (threshold << 16) says
+/// that the low lane is at least the threshold, and ISETP. Compiled, not timed, the others take three:
+/// a shift and two compares; __vibmax_u16x2 is one VIMNMX, but ptxas 13.0 leaves two dead PRMT beside it.
+__device__ __forceinline__ void compare(unsigned word, unsigned high_threshold, bool& low,
+                                        bool& high) {
+    high = word >= high_threshold;
+#ifdef FUSED_DROPOUT_EMULATOR
+    low = (word << 16) >= high_threshold;
 #else
-    low = (word << 16) >= (thresholds << 16);
-    high = word >= (thresholds & 0xffff0000u);
+    unsigned carry;
+    asm("{.reg .u32 sum; add.cc.u32 sum, %1, %2; addc.u32 %0, 0, 0;}"
+        : "=r"(carry)
+        : "r"(word << 16), "r"(0u - high_threshold));
+    low = carry;
 #endif
 }
 
-/// What a thread takes from the parameters once, for all its octets.
+/// The lanes of an octet: two a word, low half first.
+using Lanes = uint4;
+
+/// What a thread takes from the parameters once, for all its octets. `plain` says that the mask is
+/// (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels have a
+/// path of their own that asks nothing.
+template <bool plain>
 struct Draws {
     const Mask& mask;
-    uint2 stream;         // stream number, low word first
-    unsigned thresholds;  // twice the threshold
+    uint2 stream;  // stream number, low word first
+    unsigned high_threshold;
     float scale;
 
     __device__ __forceinline__ explicit Draws(const Mask& mask)
         : mask(mask),
-          stream(stream_number(mask)),
-          thresholds(in_register(mask.threshold * 0x10001u)),
+          stream(plain ? make_uint2(mask.stream[0], mask.stream[1]) : stream_number(mask)),
+          high_threshold((plain ? mask.threshold : max(mask.threshold, 1u)) << 16),
           scale(in_register(mask.scale)) {}
 
-    /// Which elements of octet `octet` of the launch are kept, in logical row `row`. `random` says that
-    /// the mask needs random numbers.
-    template <bool random>
-    __device__ __forceinline__ Kept kept(unsigned row, unsigned octet) const {
-        const unsigned column = mask.first_octet + octet;
-        uint4 lanes = make_uint4(0, 0, 0, 0);
-        if (random || mask.random) {
-            lanes = philox4x32_10(make_uint4(column, row, stream.x, stream.y), mask.round_keys);
+    /// The logical row of the launch's row `row`.
+    __device__ __forceinline__ unsigned logical(unsigned row) const {
+        if (plain || mask.contiguous) return mask.rows.first + mask.rows.offset + row;
+        return mask.rows.logical(row);
+    }
+
+    /// The lanes of octet `octet` of the launch, in logical row `row`.
+    __device__ __forceinline__ Lanes lanes(unsigned row, unsigned octet) const {
+        if (plain || mask.random) {
+            return philox4x32_10(make_uint4(mask.first_octet + octet, row, stream.x, stream.y),
+                                 mask.round_keys);
         }
+        // Without random numbers all lanes are alike: dropped, or kept where the threshold is 0.
+        const unsigned all = mask.threshold ? 0u : 0xffffffffu;
+        return make_uint4(all, all, all, all);
+    }
+
+    /// Which elements the lanes keep.
+    __device__ __forceinline__ Kept kept(Lanes lanes) const {
         Kept kept;
-        compare(lanes.x, thresholds, kept.at[0], kept.at[1]);
-        compare(lanes.y, thresholds, kept.at[2], kept.at[3]);
-        compare(lanes.z, thresholds, kept.at[4], kept.at[5]);
-        compare(lanes.w, thresholds, kept.at[6], kept.at[7]);
+        compare(lanes.x, high_threshold, kept.at[0], kept.at[1]);
+        compare(lanes.y, high_threshold, kept.at[2], kept.at[3]);
+        compare(lanes.z, high_threshold, kept.at[4], kept.at[5]);
+        compare(lanes.w, high_threshold, kept.at[6], kept.at[7]);
         return kept;
-    }
-
-    /// The same in the launch's row `row`. `plain` says that `is_plain()`.
-    template <bool plain>
-    __device__ __forceinline__ Kept kept_in(unsigned row, unsigned octet) const {
-        const Rows& rows = mask.rows;
-        return kept<plain>(plain ? rows.first + rows.offset + row : rows.logical(row), octet);
-    }
-
-    /// Whether rows are contiguous and random numbers needed: the usual case, the same for a whole
-    /// launch, for which the streaming kernels have a path without these two questions in each octet.
-    __device__ __forceinline__ bool is_plain() const {
-        return mask.random & mask.rows.contiguous;
     }
 };
