@@ -21,20 +21,19 @@ struct Dropout {
     using Params = DropoutParams<T>;
     using Loaded = Octet<T>;
 
-    static __device__ __forceinline__ Loaded load(const Params& p, unsigned index) {
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
         const Position position(p.octets, index);
         return p.x.template streaming<aligned>(element_of<aligned>(p.octets, index, position),
                                                position.count(p.octets));
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, unsigned index, const Loaded& x) {
-        const Position position(p.octets, index);
-        const Kept keep = kept(p.mask, stream_number(p.mask), position.row, position.octet);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float scale, const Loaded& x) {
         const Values values = unpack(x);
         Values y = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], p.mask.scale);
+            if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], scale);
         }
         p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
                                      position.count(p.octets), pack<T>(y));

@@ -15,8 +15,7 @@ struct KeepMaskParams {
 static_assert(sizeof(KeepMaskParams) == 200, "keep_mask.rs: Params");
 
 /// The mask of an octet, bit j for element j.
-__device__ __forceinline__ unsigned keep_bits(const KeepMaskParams& p, Position position) {
-    const Kept keep = kept(p.mask, stream_number(p.mask), position.row, position.octet);
+__device__ __forceinline__ unsigned keep_bits(const Kept& keep) {
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -32,14 +31,14 @@ struct KeepBits {
     using Params = KeepMaskParams;
     using Loaded = Nothing;
 
-    static __device__ __forceinline__ Loaded load(const Params&, unsigned) { return {}; }
+    static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
 
-    static __device__ __forceinline__ void finish(const Params& p, unsigned index, Loaded) {
-        const Position position(p.octets, index);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float, Loaded) {
         const unsigned exist = (1u << position.count(p.octets)) - 1;
-        const unsigned bits = keep_bits(p, position) & exist;
-        // Rows are whole bytes, so octet `index` is byte `index`.
-        p.out.cached(index, static_cast<unsigned char>(bits));
+        const unsigned bits = keep_bits(keep) & exist;
+        // Rows are whole bytes, so octet and byte have the same index.
+        p.out.cached(index.sum(), static_cast<unsigned char>(bits));
     }
 };
 
@@ -47,12 +46,12 @@ struct KeepBytes {
     using Params = KeepMaskParams;
     using Loaded = Nothing;
 
-    static __device__ __forceinline__ Loaded load(const Params&, unsigned) { return {}; }
+    static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
 
-    static __device__ __forceinline__ void finish(const Params& p, unsigned index, Loaded) {
-        const Position position(p.octets, index);
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float, Loaded) {
         const unsigned long long element = element_of<false>(p.octets, index, position);
-        const unsigned bits = keep_bits(p, position);
+        const unsigned bits = keep_bits(keep);
         const unsigned count = position.count(p.octets);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {

@@ -25,25 +25,55 @@ constexpr unsigned OCTETS_A_THREAD = 2;
 /// Octets a block of a streaming kernel.
 constexpr unsigned OCTETS_A_BLOCK = THREADS * OCTETS_A_THREAD;
 
+/// Two octets that were loaded, in a block whose octets all exist.
+template <typename Op, bool plain>
+__device__ __forceinline__ void finish_both(const typename Op::Params& params, Index first,
+                                            const typename Op::Loaded& a, Index second,
+                                            const typename Op::Loaded& b) {
+    const Draws<plain> draws(params.mask);
+    const Position at(params.octets, first);
+    const Position beyond(params.octets, second);
+    // Both Philox blocks before the rest: their rounds alternate and share each pair of round keys.
+    const Lanes lanes_a = draws.lanes(draws.logical(at.row), at.octet);
+    const Lanes lanes_b = draws.lanes(draws.logical(beyond.row), beyond.octet);
+    Op::finish(params, first, at, draws.kept(lanes_a), draws.scale, a);
+    Op::finish(params, second, beyond, draws.kept(lanes_b), draws.scale, b);
+}
+
+/// One octet, where it exists.
+template <typename Op>
+__device__ __forceinline__ void load_and_finish(const typename Op::Params& params, Index index) {
+    if (index.sum() >= params.octets.count) return;
+    const Draws<false> draws(params.mask);
+    const Position at(params.octets, index);
+    const typename Op::Loaded loaded = Op::load(params, index);
+    const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
+    Op::finish(params, index, at, draws.kept(lanes), draws.scale, loaded);
+}
+
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
-/// `Params` with a member `octets`, `Loaded`, `load(params, index)` and `finish(params, index, loaded)`.
+/// `Params` with members `mask` and `octets`, `Loaded`, `load(params, index)` and
+/// `finish(params, index, position, kept, scale, loaded)`.
 /// No thread reads what another one writes, so every call may be in place.
 template <typename Op>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
-    const unsigned first = start + threadIdx.x;
-    const unsigned second = first + THREADS;
-    if (start + OCTETS_A_BLOCK <= params.octets.count) {
-        const typename Op::Loaded a = Op::load(params, first);
-        const typename Op::Loaded b = Op::load(params, second);
-        // All threads of the block are here. ptxas would sink the second octet's loads behind the
-        // first one's arithmetic; it does not move them across this.
-        __syncwarp();
-        Op::finish(params, first, a);
-        Op::finish(params, second, b);
+    const Index first = {start + threadIdx.x, 0};
+    const Index second = {start + threadIdx.x, THREADS};
+    if (start + OCTETS_A_BLOCK > params.octets.count) {
+        // The last block, where it is not full: no collective here.
+        load_and_finish<Op>(params, first);
+        load_and_finish<Op>(params, second);
         return;
     }
-    // The last block, where it is not full: no collective may follow.
-    if (first < params.octets.count) Op::finish(params, first, Op::load(params, first));
-    if (second < params.octets.count) Op::finish(params, second, Op::load(params, second));
+    const typename Op::Loaded a = Op::load(params, first);
+    const typename Op::Loaded b = Op::load(params, second);
+    // All threads of the block are here. ptxas would sink the second octet's loads behind the first
+    // one's arithmetic; it does not move them across this.
+    __syncwarp();
+    if (params.mask.plain) {
+        finish_both<Op, true>(params, first, a, second, b);
+    } else {
+        finish_both<Op, false>(params, first, a, second, b);
+    }
 }

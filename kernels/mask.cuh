@@ -44,16 +44,10 @@ struct Rows {
     unsigned offset;  // local row of the launch's row 0
     Divisor queries;
     Divisor heads;
-    unsigned contiguous;  // 1: the map is first + row, without a division
-    unsigned reserved;
 
     /// The logical row of the launch's row `row`.
     __device__ __forceinline__ unsigned logical(unsigned row) const {
-        if (contiguous) return first + offset + row;
-        return mapped(offset + row);
-    }
-
-    __device__ __forceinline__ unsigned mapped(unsigned local) const {
+        const unsigned local = offset + row;
         if (list.present()) return list.cached(local);
         const unsigned block = queries.quotient(local);
         const unsigned batch = heads.quotient(block);
@@ -69,14 +63,16 @@ struct Mask {
     In<unsigned long long> stream_pointer;  // the stream number, where it is in device memory
     unsigned stream[2];                     // the stream number otherwise, low word first
     unsigned threshold;                     // 0 ..= 65535
-    unsigned random;                        // 0: every lane is 0, no random numbers are needed
+    unsigned random;  // 0: no random numbers are needed (threshold 0: all are kept; 1: all dropped)
     float scale;
     unsigned first_octet;
     Rows rows;
+    unsigned contiguous;  // 1: the logical row is rows.first + local row
+    unsigned plain;       // 1: contiguous, random, the stream number not in device memory
 };
 
 static_assert(sizeof(Divisor) == 12 && sizeof(IndexDivisor) == 12, "abi.rs: Divisor, IndexDivisor");
-static_assert(sizeof(Rows) == 56, "abi.rs: Rows");
+static_assert(sizeof(Rows) == 48, "abi.rs: Rows");
 static_assert(sizeof(Mask) == 168, "abi.rs: Mask");
 
 /// The octets of a launch, counted row by row: octet `index` of the launch is octet
@@ -88,14 +84,23 @@ struct Octets {
 };
 static_assert(sizeof(Octets) == 24, "abi.rs: Octets");
 
+/// The index of an octet in its launch, `base + ahead`: in two parts, of which `ahead` is known at
+/// compile time, so that a thread's octets are one address and several offsets.
+struct Index {
+    unsigned base;
+    unsigned ahead;
+
+    __device__ __forceinline__ unsigned sum() const { return base + ahead; }
+};
+
 /// Where an octet of a launch lies.
 struct Position {
     unsigned row;
     unsigned octet;
 
-    __device__ __forceinline__ Position(const Octets& octets, unsigned index) {
-        row = octets.per_row.quotient(index);
-        octet = index - row * octets.per_row.divisor;
+    __device__ __forceinline__ Position(const Octets& octets, Index index) {
+        row = octets.per_row.quotient(index.sum());
+        octet = index.sum() - row * octets.per_row.divisor;
     }
 
     /// Elements of the octet that lie within the row.
@@ -107,10 +112,19 @@ struct Position {
 
 /// Index of an octet's first element. `aligned`: rows are whole octets, so octets follow each other.
 template <bool aligned>
-__device__ __forceinline__ unsigned long long element_of(const Octets& octets, unsigned index,
+__device__ __forceinline__ unsigned long long element_of(const Octets& octets, Index index,
                                                          Position position) {
-    if (aligned) return 8ull * index;
+    if (aligned) return 8ull * index.base + 8 * index.ahead;
     return position.row * octets.cols + 8ull * position.octet;
+}
+
+/// A parameter in a register: ptxas would read it from the parameters again at every predicated use.
+/// `%tid.y` is always 0, which the compiler does not know.
+__device__ __forceinline__ float in_register(float value) {
+#ifndef FUSED_DROPOUT_EMULATOR
+    asm("{.reg .b32 zero; mov.u32 zero, %%tid.y; or.b32 %0, %0, zero;}" : "+f"(value));
+#endif
+    return value;
 }
 
 /// Which elements of an octet are kept.
@@ -125,35 +139,69 @@ __device__ __forceinline__ uint2 stream_number(const Mask& mask) {
     return make_uint2(static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
 }
 
-/// The lanes of octet `octet` of the launch, in logical row `row`: two a word, low half first.
-__device__ __forceinline__ uint4 draw(const Mask& mask, uint2 stream, unsigned row, unsigned octet) {
-    if (!mask.random) return make_uint4(0, 0, 0, 0);
-    return philox4x32_10(make_uint4(mask.first_octet + octet, row, stream.x, stream.y),
-                         mask.round_keys);
-}
-
-/// Compares both lanes of a word with the threshold.
-__device__ __forceinline__ void compare(unsigned word, unsigned threshold, bool& low, bool& high) {
-#if defined(FUSED_DROPOUT_EMULATOR) || __CUDA_ARCH__ >= 900
-    // One VIMNMX.U16x2 gives both predicates (lane >= threshold); its maximum is not used.
-    __vibmax_u16x2(word, threshold * 0x10001u, &high, &low);
+/// Whether each lane of `word` is at least `threshold`, which is not 0; `high_threshold` is the threshold
+/// in the upper half of a word.
+///
+/// Two instructions for sm_90: LEA, whose carry out of (word << 16) + 2^32 - (threshold << 16) says
+/// that the low lane is at least the threshold, and ISETP. Compiled, not timed, the others take three:
+/// a shift and two compares; __vibmax_u16x2 is one VIMNMX, but ptxas 13.0 leaves two dead PRMT beside it.
+__device__ __forceinline__ void compare(unsigned word, unsigned high_threshold, bool& low,
+                                        bool& high) {
+    high = word >= high_threshold;
+#ifdef FUSED_DROPOUT_EMULATOR
+    low = (word << 16) >= high_threshold;
 #else
-    low = (word << 16) >= (threshold << 16);
-    high = word >= (threshold << 16);
+    unsigned carry;
+    asm("{.reg .u32 sum; add.cc.u32 sum, %1, %2; addc.u32 %0, 0, 0;}"
+        : "=r"(carry)
+        : "r"(word << 16), "r"(0u - high_threshold));
+    low = carry;
 #endif
 }
 
-/// Which elements the lanes keep.
-__device__ __forceinline__ Kept kept(const Mask& mask, uint4 lanes) {
-    Kept kept;
-    compare(lanes.x, mask.threshold, kept.at[0], kept.at[1]);
-    compare(lanes.y, mask.threshold, kept.at[2], kept.at[3]);
-    compare(lanes.z, mask.threshold, kept.at[4], kept.at[5]);
-    compare(lanes.w, mask.threshold, kept.at[6], kept.at[7]);
-    return kept;
-}
+/// The lanes of an octet: two a word, low half first.
+using Lanes = uint4;
 
-/// Which elements of an octet are kept; `row` as the launch counts them.
-__device__ __forceinline__ Kept kept(const Mask& mask, uint2 stream, unsigned row, unsigned octet) {
-    return kept(mask, draw(mask, stream, mask.rows.logical(row), octet));
-}
+/// What a thread takes from the parameters once, for all its octets. `plain` says that the mask is
+/// (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels have a
+/// path of their own that asks nothing.
+template <bool plain>
+struct Draws {
+    const Mask& mask;
+    uint2 stream;  // stream number, low word first
+    unsigned high_threshold;
+    float scale;
+
+    __device__ __forceinline__ explicit Draws(const Mask& mask)
+        : mask(mask),
+          stream(plain ? make_uint2(mask.stream[0], mask.stream[1]) : stream_number(mask)),
+          high_threshold((plain ? mask.threshold : max(mask.threshold, 1u)) << 16),
+          scale(in_register(mask.scale)) {}
+
+    /// The logical row of the launch's row `row`.
+    __device__ __forceinline__ unsigned logical(unsigned row) const {
+        if (plain || mask.contiguous) return mask.rows.first + mask.rows.offset + row;
+        return mask.rows.logical(row);
+    }
+
+    /// The lanes of octet `octet` of the launch, in logical row `row`.
+    __device__ __forceinline__ Lanes lanes(unsigned row, unsigned octet) const {
+        if (plain || mask.random) {
+            return philox4x32_10(make_uint4(mask.first_octet + octet, row, stream.x, stream.y),
+                                 mask.round_keys);
+        }
+        // Without random numbers all lanes are alike: dropped, or kept where the threshold is 0.
+        const unsigned all = mask.threshold ? 0u : 0xffffffffu;
+        return make_uint4(all, all, all, all);
+    }
+
+    /// Which elements the lanes keep.
+    __device__ __forceinline__ Kept kept(Lanes lanes) const {
+        Kept kept;
+        compare(lanes.x, high_threshold, kept.at[0], kept.at[1]);
+        compare(lanes.y, high_threshold, kept.at[2], kept.at[3]);
+        compare(lanes.z, high_threshold, kept.at[4], kept.at[5]);
+        compare(lanes.w, high_threshold, kept.at[6], kept.at[7]);
+        return kept;
+    }
+};

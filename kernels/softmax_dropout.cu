@@ -61,7 +61,7 @@ struct Row {
     template <typename T>
     __device__ __forceinline__ Row(const SoftmaxParams<T>& p, unsigned row) {
         local = p.mask.rows.offset + row;
-        logical = p.mask.rows.logical(row);
+        logical = Draws<false>(p.mask).logical(row);
         first = local * p.cols;
         const unsigned head = p.queries.quotient(local);
         const unsigned query = local - head * p.queries.divisor;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     }
 
     const float factor = __fmul_rn(reciprocal(sum), p.mask.scale);
-    const uint2 stream = stream_number(p.mask);
+    const Draws<false> draws(p.mask);
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         const unsigned octet = team.rank + i * Team::SIZE;
@@ -275,7 +275,7 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
         const unsigned visible = Row::below(row.visible, octet);
         Octet<T> y = {};
         if (visible > 0) {
-            const Kept keep = kept(p.mask, draw(p.mask, stream, row.logical, octet));
+            const Kept keep = draws.kept(draws.lanes(row.logical, octet));
             y = dropped<T>(e[i], keep, factor, visible);
         }
         p.out.template cached<aligned>(row.first + 8ull * octet, exist, y);
@@ -309,7 +309,7 @@ __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
     }
 
     const float factor = __fmul_rn(reciprocal(sum), p.mask.scale);
-    const uint2 stream = stream_number(p.mask);
+    const Draws<false> draws(p.mask);
     for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
         const unsigned exist = Row::below(p.cols, octet);
         const unsigned visible = Row::below(row.visible, octet);
@@ -318,7 +318,7 @@ __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
             Values e = scaled(p, load_scores<T, aligned>(p, row, octet, exist), visible);
             exponentiate(e, shift_of(maximum));
             const unsigned at = static_cast<unsigned>(octet);
-            y = dropped<T>(e, kept(p.mask, draw(p.mask, stream, row.logical, at)), factor, visible);
+            y = dropped<T>(e, draws.kept(draws.lanes(row.logical, at)), factor, visible);
         }
         p.out.template cached<aligned>(row.first + 8 * octet, exist, y);
     }
@@ -395,7 +395,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         }
     }
 
-    const uint2 stream = stream_number(p.mask);
+    const Draws<false> draws(p.mask);
     Values g[OCTETS_HELD];
     float product = 0.0f;
 #pragma unroll
@@ -404,7 +404,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         const unsigned visible = Row::below(row.visible, octet);
         g[i] = {};
         if (visible == 0) continue;
-        const Kept keep = kept(p.mask, draw(p.mask, stream, row.logical, octet));
+        const Kept keep = draws.kept(draws.lanes(row.logical, octet));
         g[i] = gradient(p, dy[i], keep, visible);
         product = total_product(z[i], g[i], product);
     }
@@ -425,7 +425,7 @@ template <typename T, bool aligned>
 struct BackwardWide {
     const SoftmaxParams<T>& p;
     const Row& row;
-    uint2 stream;
+    Draws<false> draws;
 
     __device__ __forceinline__ Values scores(unsigned long long octet) const {
         const auto loaded = load_scores<T, aligned>(p, row, octet, Row::below(p.cols, octet));
@@ -435,8 +435,8 @@ struct BackwardWide {
     __device__ __forceinline__ Values gradients(unsigned long long octet) const {
         const Octet<T> dy =
             p.dy.template streaming<aligned>(row.first + 8 * octet, Row::below(p.cols, octet));
-        const uint4 lanes = draw(p.mask, stream, row.logical, static_cast<unsigned>(octet));
-        return gradient(p, dy, kept(p.mask, lanes), Row::below(row.visible, octet));
+        const Kept keep = draws.kept(draws.lanes(row.logical, static_cast<unsigned>(octet)));
+        return gradient(p, dy, keep, Row::below(row.visible, octet));
     }
 };
 
@@ -447,7 +447,7 @@ __device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
     __shared__ float product_scratch[WARPS];
     BlockTeam team;
     const Row row(p, team.row);
-    const BackwardWide<T, aligned> at = {p, row, stream_number(p.mask)};
+    const BackwardWide<T, aligned> at = {p, row, Draws<false>(p.mask)};
 
     Statistics statistics;
     if (p.lse.present()) {

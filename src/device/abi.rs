@@ -137,9 +137,6 @@ pub(crate) struct Rows {
     pub offset: u32,
     pub queries: Divisor,
     pub heads: Divisor,
-    /// 1: the map is `first + row`, and no thread divides.
-    pub contiguous: u32,
-    pub reserved: u32,
 }
 
 /// The mask of one launch: Philox key and counter, threshold and scale.
@@ -154,12 +151,17 @@ pub(crate) struct Mask {
     pub stream: [u32; 2],
     /// 0 ..= 65535; a lane below it is dropped.
     pub threshold: u32,
-    /// 0: no random numbers are needed, every lane is 0 (threshold 0: all kept; 1: all dropped).
+    /// 0: no random numbers are needed (threshold 0: all are kept; 1: all are dropped).
     pub random: u32,
     pub scale: f32,
     /// Octet of the launch's column 0.
     pub first_octet: u32,
     pub rows: Rows,
+    /// 1: the logical row is `rows.first` + local row, and no thread divides.
+    pub contiguous: u32,
+    /// 1: contiguous, random, and the stream number not in device memory. The usual case, for which
+    /// the streaming kernels have a path of their own.
+    pub plain: u32,
 }
 
 impl Mask {
@@ -185,6 +187,7 @@ impl Mask {
             65536 => (1, 0),
             threshold => (threshold, 1),
         };
+        let contiguous = row_list == 0 && matches!(draw.rows, RowMap::Contiguous { .. });
         Ok(Self {
             round_keys: round_keys(draw.key.philox_key()),
             stream_pointer,
@@ -201,11 +204,9 @@ impl Mask {
                 offset: 0,
                 queries: Divisor::new(queries),
                 heads: Divisor::new(heads),
-                contiguous: u32::from(
-                    row_list == 0 && matches!(draw.rows, RowMap::Contiguous { .. }),
-                ),
-                reserved: 0,
             },
+            contiguous: u32::from(contiguous),
+            plain: u32::from(contiguous && random == 1 && stream_pointer == 0),
         })
     }
 
@@ -220,7 +221,7 @@ impl Mask {
 // The kernels assert the same sizes.
 const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
 const _: () = assert!(size_of::<Octets>() == 24);
-const _: () = assert!(size_of::<Rows>() == 56);
+const _: () = assert!(size_of::<Rows>() == 48);
 const _: () = assert!(size_of::<Mask>() == 168);
 
 /// Philox4x32's key schedule: each round's key is the last one plus the two Weyl constants of
