@@ -109,13 +109,13 @@ fn part<'a>(a: &Arguments, row: u64, col: u64) -> Result<Dropout<'a>, Error> {
 /// Refuses what the library would refuse, before the first line is printed.
 fn check(a: &Arguments) -> Result<(), Error> {
     let refused = |argument, expected: &str, given: String| Error::Argument {
-        operator: "mask",
+        operator: "arguments",
         argument,
         expected: expected.to_owned(),
         given,
     };
     Probability::new(a.p)?;
-    if a.origin_col % 8 != 0 {
+    if !a.origin_col.is_multiple_of(8) {
         return Err(refused("--origin-col", "a multiple of 8", a.origin_col.to_string()));
     }
     if u64::from(a.origin_row).checked_add(a.rows).is_none_or(|end| end > 1 << 32) {

@@ -262,7 +262,7 @@ impl Place<'_> {
         rows: usize,
         cols: usize,
     ) -> Result<(), Error> {
-        if self.first_col % OCTET as u64 != 0 {
+        if !self.first_col.is_multiple_of(OCTET as u64) {
             return Err(Error::argument(operator, "first_col", "a multiple of 8", self.first_col));
         }
         let end = u128::from(self.first_col) + cols as u128;

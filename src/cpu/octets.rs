@@ -75,8 +75,9 @@ impl Lanes {
         let stream = [draw.key.stream as u32, (draw.key.stream >> 32) as u32];
         for start in (0..count).step_by(LANES) {
             let mut c = [[0; LANES], [0; LANES], [stream[0]; LANES], [stream[1]; LANES]];
-            for l in 0..LANES.min(count - start) {
-                (c[1][l], c[0][l]) = at(start + l);
+            let [octets, rows, ..] = &mut c;
+            for (i, (octet, row)) in (start..count).zip(octets.iter_mut().zip(rows)) {
+                (*row, *octet) = at(i);
             }
             let c = philox(c, key);
             let words = &mut self.words[4 * start..4 * (start + LANES)];

@@ -1,5 +1,6 @@
 //! The one table of cases, and what a backend must offer to be run through it.
 #![allow(dead_code)] // every test file uses a part
+#![allow(clippy::type_complexity)] // closures over tensors that only live for a call
 
 use fused_dropout::{
     Dropout, Dtype, Error, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
@@ -217,9 +218,13 @@ impl Backend for fused_dropout::cpu::Cpu {
     fn dropout<T: Dtype>(&self, c: &Call, x: Option<&[T]>, y: &mut [T]) -> Result<(), Error> {
         use fused_dropout::cpu::dropout;
         match x {
-            Some(x) if c.offset % 2 == 0 => dropout::forward(self, &c.dropout, c.shape, x, y),
+            Some(x) if c.offset.is_multiple_of(2) => {
+                dropout::forward(self, &c.dropout, c.shape, x, y)
+            }
             Some(x) => dropout::backward(self, &c.dropout, c.shape, x, y),
-            None if c.offset % 2 == 0 => dropout::forward_in_place(self, &c.dropout, c.shape, y),
+            None if c.offset.is_multiple_of(2) => {
+                dropout::forward_in_place(self, &c.dropout, c.shape, y)
+            }
             None => dropout::backward_in_place(self, &c.dropout, c.shape, y),
         }
     }
@@ -394,9 +399,13 @@ pub mod kernels {
             self.call(c, &mut |call, d| {
                 self.0.optional(x, c.offset, &mut |x| {
                     self.0.with(y, c.offset, &mut |y| match x {
-                        Some(x) if c.offset % 2 == 0 => op::forward(call, d, c.shape, x, y),
+                        Some(x) if c.offset.is_multiple_of(2) => {
+                            op::forward(call, d, c.shape, x, y)
+                        }
                         Some(x) => op::backward(call, d, c.shape, x, y),
-                        None if c.offset % 2 == 0 => op::forward_in_place(call, d, c.shape, y),
+                        None if c.offset.is_multiple_of(2) => {
+                            op::forward_in_place(call, d, c.shape, y)
+                        }
                         None => op::backward_in_place(call, d, c.shape, y),
                     })
                 })
