@@ -87,13 +87,20 @@ pub(super) fn apply<T: Dtype>(
                 #[inline(always)]
                 || {
                     let mut values = [0.0; octets::ELEMENTS];
-                    octets::walk(draw, shape, range, |segment, lanes| {
-                        let values = &mut values[..segment.elements.len()];
-                        let y = &mut y[segment.elements.start - base..segment.elements.end - base];
-                        convert::load(x.map_or(&*y, |x| &x[segment.elements]), values);
-                        select(draw, lanes, values);
-                        split::emit(values, y, streaming);
-                    });
+                    octets::walk(
+                        draw,
+                        shape,
+                        range,
+                        #[inline(always)]
+                        |segment, lanes| {
+                            let values = &mut values[..segment.elements.len()];
+                            let y =
+                                &mut y[segment.elements.start - base..segment.elements.end - base];
+                            convert::load(x.map_or(&*y, |x| &x[segment.elements]), values);
+                            select(draw, lanes, values);
+                            split::emit(values, y, streaming);
+                        },
+                    );
                     split::fence();
                 },
             )

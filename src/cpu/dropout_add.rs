@@ -107,21 +107,28 @@ fn add<T: Dtype>(
                     let mut values = [0.0; octets::ELEMENTS];
                     let mut biases = [0.0; octets::ELEMENTS];
                     let mut sums = [0.0; octets::ELEMENTS];
-                    octets::walk(draw, shape, range, |segment, lanes| {
-                        let len = segment.elements.len();
-                        let (values, sums) = (&mut values[..len], &mut sums[..len]);
-                        let y = &mut y[segment.elements.start - base..segment.elements.end - base];
-                        let residual = residual.map_or(&*y, |r| &r[segment.elements.clone()]);
-                        convert::load(&x[segment.elements], values);
-                        convert::load(residual, sums);
-                        if let Some(bias) = bias {
-                            let biases = &mut biases[..len];
-                            convert::load(&bias[segment.col..segment.col + len], biases);
-                            values.iter_mut().zip(&*biases).for_each(|(x, b)| *x += b);
-                        }
-                        select_add(draw, lanes, values, sums);
-                        split::emit(sums, y, streaming);
-                    });
+                    octets::walk(
+                        draw,
+                        shape,
+                        range,
+                        #[inline(always)]
+                        |segment, lanes| {
+                            let len = segment.elements.len();
+                            let (values, sums) = (&mut values[..len], &mut sums[..len]);
+                            let y =
+                                &mut y[segment.elements.start - base..segment.elements.end - base];
+                            let residual = residual.map_or(&*y, |r| &r[segment.elements.clone()]);
+                            convert::load(&x[segment.elements], values);
+                            convert::load(residual, sums);
+                            if let Some(bias) = bias {
+                                let biases = &mut biases[..len];
+                                convert::load(&bias[segment.col..segment.col + len], biases);
+                                values.iter_mut().zip(&*biases).for_each(|(x, b)| *x += b);
+                            }
+                            select_add(draw, lanes, values, sums);
+                            split::emit(sums, y, streaming);
+                        },
+                    );
                     split::fence();
                 },
             )
@@ -176,18 +183,25 @@ fn gradients<T: Dtype>(
             || {
                 let unscaled = Draw { scale: 1.0, ..*draw };
                 let mut values = [0.0; octets::ELEMENTS];
-                octets::walk(draw, shape, range, |segment, lanes| {
-                    let values = &mut values[..segment.elements.len()];
-                    let dx = &mut dx[segment.elements.start - base..segment.elements.end - base];
-                    convert::load(dy.map_or(&*dx, |dy| &dy[segment.elements]), values);
-                    dropout::select(&unscaled, lanes, values);
-                    let sums = &mut sums[segment.col..segment.col + values.len()];
-                    // A dropped element adds +0, which changes no sum that started from +0.
-                    sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
-                    // +0 stays +0: the scale is finite and not negative.
-                    values.iter_mut().for_each(|value| *value *= draw.scale);
-                    split::emit(values, dx, streaming);
-                });
+                octets::walk(
+                    draw,
+                    shape,
+                    range,
+                    #[inline(always)]
+                    |segment, lanes| {
+                        let values = &mut values[..segment.elements.len()];
+                        let dx =
+                            &mut dx[segment.elements.start - base..segment.elements.end - base];
+                        convert::load(dy.map_or(&*dx, |dy| &dy[segment.elements]), values);
+                        dropout::select(&unscaled, lanes, values);
+                        let sums = &mut sums[segment.col..segment.col + values.len()];
+                        // A dropped element adds +0, which changes no sum that started from +0.
+                        sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
+                        // +0 stays +0: the scale is finite and not negative.
+                        values.iter_mut().for_each(|value| *value *= draw.scale);
+                        split::emit(values, dx, streaming);
+                    },
+                );
                 split::fence();
             },
         )

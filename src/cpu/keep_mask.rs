@@ -22,15 +22,21 @@ pub fn bits(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> R
             cpu.run(
                 #[inline(always)]
                 || {
-                    octets::walk(&draw, shape, range, |segment, lanes| {
-                        let len = segment.elements.len();
-                        for (start, byte) in (0..len).step_by(OCTET).zip(&mut out) {
-                            let end = (start + OCTET).min(len);
-                            *byte = (start..end).fold(0, |byte, i| {
-                                byte | u8::from(keeps(&draw, lanes[i])) << (i - start)
-                            });
-                        }
-                    });
+                    octets::walk(
+                        &draw,
+                        shape,
+                        range,
+                        #[inline(always)]
+                        |segment, lanes| {
+                            let len = segment.elements.len();
+                            for (start, byte) in (0..len).step_by(OCTET).zip(&mut out) {
+                                let end = (start + OCTET).min(len);
+                                *byte = (start..end).fold(0, |byte, i| {
+                                    byte | u8::from(keeps(&draw, lanes[i])) << (i - start)
+                                });
+                            }
+                        },
+                    );
                 },
             )
         },
@@ -53,13 +59,19 @@ pub fn bytes(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> 
             cpu.run(
                 #[inline(always)]
                 || {
-                    octets::walk(&draw, shape, range, |segment, lanes| {
-                        let out =
-                            &mut out[segment.elements.start - base..segment.elements.end - base];
-                        for (byte, &lane) in out.iter_mut().zip(lanes) {
-                            *byte = u8::from(keeps(&draw, lane));
-                        }
-                    });
+                    octets::walk(
+                        &draw,
+                        shape,
+                        range,
+                        #[inline(always)]
+                        |segment, lanes| {
+                            let out = &mut out
+                                [segment.elements.start - base..segment.elements.end - base];
+                            for (byte, &lane) in out.iter_mut().zip(lanes) {
+                                *byte = u8::from(keeps(&draw, lane));
+                            }
+                        },
+                    );
                 },
             )
         },

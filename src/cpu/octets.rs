@@ -108,19 +108,29 @@ pub(super) fn walk(
         let count = BLOCK.min(range.end - start);
         if random && octet + count <= a_row {
             let (logical, first) = (draw.rows.logical(row), draw.first_octet + octet as u32);
-            lanes.draw(draw, count, |i| (logical, first + i as u32));
+            lanes.draw(
+                draw,
+                count,
+                #[inline(always)]
+                |i| (logical, first + i as u32),
+            );
         } else if random {
             let (mut row, mut octet) = (row, octet);
             let mut logical = draw.rows.logical(row);
-            lanes.draw(draw, count, |_| {
-                if octet == a_row {
-                    (row, octet) = (row + 1, 0);
-                    logical = next_logical(&draw.rows, row, logical);
-                }
-                let column = draw.first_octet + octet as u32;
-                octet += 1;
-                (logical, column)
-            });
+            lanes.draw(
+                draw,
+                count,
+                #[inline(always)]
+                |_| {
+                    if octet == a_row {
+                        (row, octet) = (row + 1, 0);
+                        logical = next_logical(&draw.rows, row, logical);
+                    }
+                    let column = draw.first_octet + octet as u32;
+                    octet += 1;
+                    (logical, column)
+                },
+            );
         }
         let mut done = 0;
         while done < count {

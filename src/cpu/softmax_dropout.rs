@@ -237,11 +237,17 @@ impl<T: Dtype> Task<'_, T> {
         }
         let first = row * self.shape.cols.div_ceil(OCTET);
         let range = first..first + values.len().div_ceil(OCTET);
-        octets::walk(&self.draw, self.shape, range, |segment, lanes| {
-            let end = values.len().min(segment.col + lanes.len());
-            let values = &mut values[segment.col..end];
-            dropout::select(&self.draw, &lanes[..values.len()], values);
-        });
+        octets::walk(
+            &self.draw,
+            self.shape,
+            range,
+            #[inline(always)]
+            |segment, lanes| {
+                let end = values.len().min(segment.col + lanes.len());
+                let values = &mut values[segment.col..end];
+                dropout::select(&self.draw, &lanes[..values.len()], values);
+            },
+        );
     }
 }
 
