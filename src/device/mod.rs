@@ -186,7 +186,7 @@ unsafe fn launch<D: Device, P>(
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
 /// choice between the aligned kernels and the `any` ones is made. An absent tensor (0) is aligned.
 fn aligned(cols: usize, addresses: &[u64]) -> bool {
-    cols % OCTET == 0 && addresses.iter().all(|address| address % 16 == 0)
+    cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
 /// The kernel `$name` for the storage type `$T`.
