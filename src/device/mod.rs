@@ -32,7 +32,7 @@ pub trait Device {
     type Hold<'a>;
 
     /// Submits `kernel` on `blocks` blocks of `threads` threads. Every kernel has one parameter, a
-    /// structure of [`abi`]; `params` points to it.
+    /// structure that the host fills in; `params` points to it.
     ///
     /// # Safety
     /// `params` points to the structure that the kernel declares, and every address in it is valid on
