@@ -76,22 +76,22 @@ FD_KERNEL(dropout_add_f32, DropoutAddParams<float>, THREADS, stream<DropoutAdd<f
 FD_KERNEL(dropout_add_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, false, true>>)
 FD_KERNEL(dropout_add_bf16, DropoutAddParams<bf16>, THREADS, stream<DropoutAdd<bf16, false, true>>)
 FD_KERNEL(dropout_add_any_f32, DropoutAddParams<float>, THREADS,
-          stream<DropoutAdd<float, false, false>>)
+          stream_any<DropoutAdd<float, false, false>>)
 FD_KERNEL(dropout_add_any_f16, DropoutAddParams<f16>, THREADS,
-          stream<DropoutAdd<f16, false, false>>)
+          stream_any<DropoutAdd<f16, false, false>>)
 FD_KERNEL(dropout_add_any_bf16, DropoutAddParams<bf16>, THREADS,
-          stream<DropoutAdd<bf16, false, false>>)
+          stream_any<DropoutAdd<bf16, false, false>>)
 FD_KERNEL(dropout_add_bias_f32, DropoutAddParams<float>, THREADS,
           stream<DropoutAdd<float, true, true>>)
 FD_KERNEL(dropout_add_bias_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, true, true>>)
 FD_KERNEL(dropout_add_bias_bf16, DropoutAddParams<bf16>, THREADS,
           stream<DropoutAdd<bf16, true, true>>)
 FD_KERNEL(dropout_add_bias_any_f32, DropoutAddParams<float>, THREADS,
-          stream<DropoutAdd<float, true, false>>)
+          stream_any<DropoutAdd<float, true, false>>)
 FD_KERNEL(dropout_add_bias_any_f16, DropoutAddParams<f16>, THREADS,
-          stream<DropoutAdd<f16, true, false>>)
+          stream_any<DropoutAdd<f16, true, false>>)
 FD_KERNEL(dropout_add_bias_any_bf16, DropoutAddParams<bf16>, THREADS,
-          stream<DropoutAdd<bf16, true, false>>)
+          stream_any<DropoutAdd<bf16, true, false>>)
 
 /// Rows of a tile: the radix of the bias gradient's tree.
 constexpr unsigned TILE_ROWS = 64;

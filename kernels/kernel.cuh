@@ -51,6 +51,15 @@ __device__ __forceinline__ void load_and_finish(const typename Op::Params& param
     Op::finish(params, index, at, draws.kept(lanes), draws.scale, loaded);
 }
 
+/// A streaming kernel, an octet after the other: for tensors that are not aligned, where an octet alone
+/// is enough loads, and both at once are more registers than ptxas grants without a spill.
+template <typename Op>
+__device__ __forceinline__ void stream_any(const typename Op::Params& params) {
+    const unsigned start = blockIdx.x * OCTETS_A_BLOCK + threadIdx.x;
+    load_and_finish<Op>(params, {start, 0});
+    load_and_finish<Op>(params, {start, THREADS});
+}
+
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
 /// `Params` with members `mask` and `octets`, `Loaded`, `load(params, index)` and
 /// `finish(params, index, position, kept, scale, loaded)`.
@@ -58,14 +67,10 @@ __device__ __forceinline__ void load_and_finish(const typename Op::Params& param
 template <typename Op>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
+    // The last block, where it is not full: no collective there.
+    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_any<Op>(params);
     const Index first = {start + threadIdx.x, 0};
     const Index second = {start + threadIdx.x, THREADS};
-    if (start + OCTETS_A_BLOCK > params.octets.count) {
-        // The last block, where it is not full: no collective here.
-        load_and_finish<Op>(params, first);
-        load_and_finish<Op>(params, second);
-        return;
-    }
     const typename Op::Loaded a = Op::load(params, first);
     const typename Op::Loaded b = Op::load(params, second);
     // All threads of the block are here. ptxas would sink the second octet's loads behind the first

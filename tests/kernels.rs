@@ -170,12 +170,12 @@ fn check_add<T: Dtype>() {
         for with_bias in [false, true] {
             let mut expected = residual.to_vec();
             for r in 0..rows {
-                for c in 0..cols {
+                for (c, bias) in bias.iter().enumerate() {
                     let at = r * cols + c;
                     if keeps(&case.drop, r, c) {
                         let mut x = x[at].to_f32();
                         if with_bias {
-                            x += bias[c].to_f32();
+                            x += bias.to_f32();
                         }
                         let y = x.mul_add(case.drop.p.scale(), residual[at].to_f32());
                         expected[at] = T::from_f32(y);

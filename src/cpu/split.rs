@@ -1,7 +1,7 @@
 //! Work for threads, and stores that go past the caches.
 
 use super::octets;
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, DtypeId};
 use crate::ops::Shape;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -51,10 +51,15 @@ pub(super) fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
     if !streaming || cfg!(not(target_arch = "x86_64")) {
         return super::convert::store(from, to);
     }
-    let mut rounded = [T::from_f32(0.0); octets::ELEMENTS];
-    let rounded = &mut rounded[..from.len()];
-    super::convert::store(from, rounded);
-    copy_streaming(bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to));
+    if T::ID == DtypeId::F32 {
+        return copy_streaming(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+    }
+    let mut rounded = [T::from_f32(0.0); 64];
+    for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+        let rounded = &mut rounded[..from.len()];
+        super::convert::store(from, rounded);
+        copy_streaming(bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to));
+    }
 }
 
 /// Copies `from` to `to`, of the same length; 16-byte stores that leave no line in a cache.

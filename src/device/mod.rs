@@ -32,7 +32,7 @@ pub trait Device {
     type Hold<'a>;
 
     /// Submits `kernel` on `blocks` blocks of `threads` threads. Every kernel has one parameter, a
-    /// structure of [`abi`]; `params` points to it.
+    /// structure that the host fills in; `params` points to it.
     ///
     /// # Safety
     /// `params` points to the structure that the kernel declares, and every address in it is valid on
@@ -186,7 +186,7 @@ unsafe fn launch<D: Device, P>(
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
 /// choice between the aligned kernels and the `any` ones is made. An absent tensor (0) is aligned.
 fn aligned(cols: usize, addresses: &[u64]) -> bool {
-    cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address % 16 == 0)
+    cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
 /// The kernel `$name` for the storage type `$T`.

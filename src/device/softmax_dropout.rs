@@ -349,8 +349,8 @@ pub mod raw {
             return Ok(());
         }
         let (kernel, rows_a_block) = match shape.cols {
-            0..=WARP_COLS => (0, 8),
-            ..=BLOCK_COLS => (1, 1),
+            cols if cols <= WARP_COLS => (0, 8),
+            cols if cols <= BLOCK_COLS => (1, 1),
             _ => (2, 1),
         };
         let tensors = [params.x, params.dy, params.out, params.additive];
