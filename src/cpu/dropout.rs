@@ -76,7 +76,7 @@ pub(super) fn apply<T: Dtype>(
     x: Option<&[T]>,
     y: &mut [T],
 ) {
-    let streaming = x.is_some() && split::streams(y);
+    let streaming = x.and_then(|_| split::streaming(cpu, y));
     split::pieces(
         shape,
         y,
@@ -91,6 +91,8 @@ pub(super) fn apply<T: Dtype>(
                         draw,
                         shape,
                         range,
+                        #[inline(always)]
+                        |block| x.into_iter().for_each(|x| split::prefetch(x, block.clone())),
                         #[inline(always)]
                         |segment, lanes| {
                             let values = &mut values[..segment.elements.len()];

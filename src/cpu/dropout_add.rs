@@ -94,7 +94,7 @@ fn add<T: Dtype>(
     residual: Option<&[T]>,
     y: &mut [T],
 ) {
-    let streaming = residual.is_some() && split::streams(y);
+    let streaming = residual.and_then(|_| split::streaming(cpu, y));
     split::pieces(
         shape,
         y,
@@ -111,6 +111,11 @@ fn add<T: Dtype>(
                         draw,
                         shape,
                         range,
+                        #[inline(always)]
+                        |block| {
+                            split::prefetch(x, block.clone());
+                            residual.into_iter().for_each(|r| split::prefetch(r, block.clone()));
+                        },
                         #[inline(always)]
                         |segment, lanes| {
                             let len = segment.elements.len();
@@ -171,7 +176,7 @@ fn gradients<T: Dtype>(
     }
     let tiles = shape.rows.div_ceil(TILE_ROWS);
     let mut sums = vec![0.0f32; tiles * shape.cols];
-    let streaming = dy.is_some() && split::streams(dx);
+    let streaming = dy.and_then(|_| split::streaming(cpu, dx));
     let octets_a_tile = TILE_ROWS * shape.cols.div_ceil(OCTET);
     let parts = dx.par_chunks_mut(TILE_ROWS * shape.cols).zip(sums.par_chunks_mut(shape.cols));
     parts.enumerate().for_each(|(tile, (dx, sums))| {
@@ -187,6 +192,8 @@ fn gradients<T: Dtype>(
                     draw,
                     shape,
                     range,
+                    #[inline(always)]
+                    |block| dy.into_iter().for_each(|dy| split::prefetch(dy, block.clone())),
                     #[inline(always)]
                     |segment, lanes| {
                         let values = &mut values[..segment.elements.len()];

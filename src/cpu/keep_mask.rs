@@ -26,6 +26,7 @@ pub fn bits(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> R
                         &draw,
                         shape,
                         range,
+                        |_| {},
                         #[inline(always)]
                         |segment, lanes| {
                             let len = segment.elements.len();
@@ -63,6 +64,7 @@ pub fn bytes(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> 
                         &draw,
                         shape,
                         range,
+                        |_| {},
                         #[inline(always)]
                         |segment, lanes| {
                             let out = &mut out

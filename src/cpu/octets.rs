@@ -96,12 +96,13 @@ impl Lanes {
 }
 
 /// Walks octets `range` of a tensor, a block at a time, and gives `each` every row's piece of a block
-/// with its lanes. Where nothing random is asked for, the lanes are not drawn and mean nothing.
+/// with its lanes. `prefetch` is told the elements of a block before its lanes are drawn. Where nothing random is asked for, the lanes are not drawn and mean nothing.
 #[inline(always)]
 pub(super) fn walk(
     draw: &Draw<'_>,
     shape: Shape,
     range: Range<usize>,
+    prefetch: impl Fn(Range<usize>),
     mut each: impl FnMut(Segment, &[u16]),
 ) {
     let a_row = shape.cols.div_ceil(OCTET);
@@ -111,6 +112,9 @@ pub(super) fn walk(
     let (mut row, mut octet) = (start / a_row.max(1), start % a_row.max(1));
     while start < range.end {
         let count = BLOCK.min(range.end - start);
+        // The block's elements travel while its lanes are computed.
+        let first = row * shape.cols + octet * OCTET;
+        prefetch(first..(first + count * OCTET).min(shape.rows * shape.cols));
         if random && octet + count <= a_row {
             let (logical, first) = (draw.rows.logical(row), draw.first_octet + octet as u32);
             lanes.draw(

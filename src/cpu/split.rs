@@ -1,6 +1,6 @@
 //! Work for threads, and stores that go past the caches.
 
-use super::octets;
+use super::{Cpu, Level, octets};
 use crate::dtype::{Dtype, DtypeId};
 use crate::ops::Shape;
 use rayon::prelude::*;
@@ -40,52 +40,100 @@ pub(super) fn pieces<T: Send>(
     work.into_par_iter().for_each(|(range, part)| each(range, part));
 }
 
-/// Whether an output of `bytes` bytes is written past the caches.
-pub(super) fn streams<T>(out: &[T]) -> bool {
-    size_of_val(out) >= STREAMING_BYTES
+/// How an output is written: past the caches, with the stores of a level, or as usual.
+pub(super) type Streaming = Option<Level>;
+
+/// How `out` is written.
+pub(super) fn streaming<T>(cpu: Cpu, out: &[T]) -> Streaming {
+    (size_of_val(out) >= STREAMING_BYTES).then_some(cpu.level())
 }
 
-/// Rounds `from` into the storage type of `to`; `streaming` goes past the caches.
+/// Rounds `from` into the storage type of `to`.
 #[inline(always)]
-pub(super) fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
-    if !streaming || cfg!(not(target_arch = "x86_64")) {
+pub(super) fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: Streaming) {
+    let Some(level) = streaming else {
         return super::convert::store(from, to);
-    }
+    };
     if T::ID == DtypeId::F32 {
-        return copy_streaming(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        return copy_past_caches(level, bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
     }
-    let mut rounded = [T::from_f32(0.0); 64];
-    for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+    const CHUNK: usize = 256;
+    let mut rounded = [T::from_f32(0.0); CHUNK];
+    for (from, to) in from.chunks(CHUNK).zip(to.chunks_mut(CHUNK)) {
         let rounded = &mut rounded[..from.len()];
         super::convert::store(from, rounded);
-        copy_streaming(bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to));
+        copy_past_caches(level, bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to));
     }
 }
 
-/// Copies `from` to `to`, of the same length; 16-byte stores that leave no line in a cache.
-#[cfg(target_arch = "x86_64")]
+/// Copies `from` to `to`, of the same length, leaving no line in a cache. The wider the store, the
+/// fewer of them fill the processor's queue, so the more of a block drains while the next one is
+/// computed.
 #[inline(always)]
-fn copy_streaming(from: &[u8], to: &mut [u8]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    let head = to.as_ptr().align_offset(16).min(to.len());
-    let (first, from) = from.split_at(head);
-    to[..head].copy_from_slice(first);
-    let to = &mut to[head..];
-    let body = to.len() / 16 * 16;
-    for i in (0..body).step_by(16) {
-        // SAFETY: `i + 16 <= body <= from.len() == to.len()`; `align_offset` made `to` 16-byte
-        // aligned, for a body of at least 16 bytes; SSE2 belongs to x86-64.
-        unsafe {
-            let word = _mm_loadu_si128(from.as_ptr().add(i).cast::<__m128i>());
-            _mm_stream_si128(to.as_mut_ptr().add(i).cast::<__m128i>(), word);
+fn copy_past_caches(level: Level, from: &[u8], to: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a level other than the portable one comes from a `Cpu`, which found its features on this
+    // machine; SSE2 belongs to x86-64.
+    unsafe {
+        match level {
+            Level::Avx512 => x86::copy_512(from, to),
+            Level::Avx2 => x86::copy_256(from, to),
+            Level::Portable => x86::copy_128(from, to),
         }
     }
-    to[body..].copy_from_slice(&from[body..]);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = level;
+        to.copy_from_slice(from);
+    }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn copy_streaming(_: &[u8], _: &mut [u8]) {
-    unreachable!("only x86-64 streams")
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    /// Defines a copy with one width of store, aligned to it.
+    macro_rules! copy {
+        ($name:ident, $feature:literal, $vector:ty, $load:ident, $store:ident) => {
+            #[target_feature(enable = $feature)]
+            pub fn $name(from: &[u8], to: &mut [u8]) {
+                const WIDTH: usize = size_of::<$vector>();
+                let head = to.as_ptr().align_offset(WIDTH).min(to.len());
+                let (first, from) = from.split_at(head);
+                to[..head].copy_from_slice(first);
+                let to = &mut to[head..];
+                let body = to.len() / WIDTH * WIDTH;
+                for i in (0..body).step_by(WIDTH) {
+                    // SAFETY: `i + WIDTH <= body`, which is at most the length of both; `align_offset`
+                    // made `to` aligned where there is a body.
+                    unsafe {
+                        let vector = $load(from.as_ptr().add(i).cast());
+                        $store(to.as_mut_ptr().add(i).cast(), vector);
+                    }
+                }
+                to[body..].copy_from_slice(&from[body..]);
+            }
+        };
+    }
+
+    copy!(copy_512, "avx512f", __m512i, _mm512_loadu_si512, _mm512_stream_si512);
+    copy!(copy_256, "avx", __m256i, _mm256_loadu_si256, _mm256_stream_si256);
+    copy!(copy_128, "sse2", __m128i, _mm_loadu_si128, _mm_stream_si128);
+}
+
+/// Asks for a tensor's elements ahead of their use. Without it, dropout on 2^24 f32 takes 9.4 ms, the
+/// sum of the copy (5.7 ms) and of the random numbers (3.8 ms), on two cores of a Zen 4; with it the
+/// memory works while the numbers are computed.
+#[inline(always)]
+pub(super) fn prefetch<T>(tensor: &[T], elements: Range<usize>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in tensor[elements].chunks(64 / size_of::<T>()) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: the address lies within a slice; SSE belongs to x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (tensor, elements);
 }
 
 /// Orders streaming stores before whatever tells another thread that they are done.
