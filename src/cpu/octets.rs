@@ -8,7 +8,8 @@ use std::ops::Range;
 /// multiplications of one fill the latency of the other.
 const LANES: usize = 16;
 
-/// Octets of a block: what is drawn, and then used, while it lies in L1.
+/// Octets of a block: what is drawn, and then used, while it lies in L1. Dropout on 2^24 f32, two cores of a
+/// Zen 4: 6.5 ms with 2 or 4 steps, 6.1 to 6.8 with 8; 9.6 with 1.
 const BLOCK: usize = 4 * LANES;
 
 /// Elements of a block.

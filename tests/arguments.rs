@@ -1,0 +1,135 @@
+//! Bad arguments: a typed error that names the operator and the argument, no panic, untouched outputs.
+
+use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::{
+    AttentionMask, Dropout, Error, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
+};
+use proptest::prelude::*;
+
+/// The error names its operator, or the call was fine; refused calls left the output alone.
+fn judge(operator: &str, result: Result<(), Error>, out: &[f32]) -> Result<(), TestCaseError> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(Error::Argument { operator: named, argument, .. }) => {
+            prop_assert_eq!(named, operator);
+            prop_assert!(!argument.is_empty());
+            prop_assert!(out.iter().all(|&value| value == 7.0), "{} wrote", operator);
+            Ok(())
+        }
+        Err(error) => Err(TestCaseError::fail(error.to_string())),
+    }
+}
+
+fn sizes() -> impl Strategy<Value = usize> {
+    prop_oneof![0..20usize, Just(usize::MAX), Just(usize::MAX / 2), Just(1 << 40)]
+}
+
+fn numbers() -> impl Strategy<Value = u32> {
+    prop_oneof![0..10u32, Just(u32::MAX), any::<u32>()]
+}
+
+fn row_maps() -> impl Strategy<Value = RowMap<'static>> {
+    prop_oneof![
+        numbers().prop_map(|first| RowMap::Contiguous { first }),
+        (numbers(), numbers(), numbers()).prop_map(|(first, block, stride)| RowMap::Blocks {
+            first,
+            block,
+            stride
+        }),
+        (numbers(), numbers(), numbers(), numbers(), numbers()).prop_map(
+            |(first, heads, queries, head_stride, batch_stride)| RowMap::Attention {
+                first,
+                heads,
+                queries,
+                head_stride,
+                batch_stride
+            }
+        ),
+        (0..20usize).prop_map(|n| RowMap::Explicit(&[u32::MAX; 20][..n])),
+    ]
+}
+
+fn dropouts() -> impl Strategy<Value = Dropout<'static>> {
+    let columns =
+        prop_oneof![Just(0u64), 0..100u64, Just(1 << 35), Just(u64::MAX), Just(u64::MAX - 7)];
+    (any::<(u64, u64, bool, bool)>(), 0.0..=1.0f64, columns, row_maps()).prop_map(
+        |((seed, stream, inference, classic), p, first_col, rows)| {
+            Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
+                .mode(if inference { Mode::Inference } else { Mode::Training })
+                .scaling(if classic { Scaling::Classic } else { Scaling::Inverted })
+                .at(Place { first_col, rows })
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn dropout(d in dropouts(), rows in sizes(), cols in sizes(), x in 0..400usize, y in 0..400usize) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        // Lengths that fit, half of the time.
+        let fit = rows.checked_mul(cols).filter(|&n| n <= 400 && x % 2 == 0);
+        let (input, mut out) = (vec![1.0f32; fit.unwrap_or(x)], vec![7.0f32; fit.unwrap_or(y)]);
+        judge("dropout", cpu::dropout::forward(&cpu, &d, shape, &input, &mut out), &out)?;
+        out.fill(7.0);
+        judge("dropout", cpu::dropout::backward_in_place(&cpu, &d, shape, &mut out), &out)?;
+    }
+
+    #[test]
+    fn dropout_add(d in dropouts(), rows in sizes(), cols in sizes(), x in 0..400usize, bias in 0..20usize) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(x);
+        let (input, bias) = (vec![1.0f32; n], vec![1.0f32; bias]);
+        let mut out = vec![7.0f32; n];
+        let result = cpu::dropout_add::forward(&cpu, &d, shape, &input, Some(&bias), &input, &mut out);
+        judge("dropout_add", result, &out)?;
+        out.fill(7.0);
+        let mut dbias = vec![7.0f32; bias.len()];
+        let result = cpu::dropout_add::backward(&cpu, &d, shape, &input, &mut out, Some(&mut dbias));
+        let refused = result.is_err();
+        judge("dropout_add", result, &out)?;
+        prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
+    }
+
+    #[test]
+    fn softmax_dropout(
+        d in dropouts(),
+        (batch, heads, queries, keys) in (sizes(), sizes(), sizes(), sizes()),
+        scale in prop_oneof![Just(1.0f32), Just(f32::NAN), Just(f32::INFINITY)],
+        causal in proptest::option::of(any::<i64>()),
+        lengths in proptest::option::of(0..30usize),
+        x in 0..400usize,
+    ) {
+        let cpu = Cpu::new();
+        let scores = Scores { batch, heads, queries, keys, scale };
+        let product = |sizes: &[usize]| sizes.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
+        let n = product(&[batch, heads, queries, keys]).filter(|&n| n <= 400).unwrap_or(x);
+        let lengths = lengths.map(|n| vec![3u32; n]);
+        let mask = AttentionMask { causal, lengths: lengths.as_deref(), additive: None };
+        let (input, mut out) = (vec![1.0f32; n], vec![7.0f32; n]);
+        let result = cpu::softmax_dropout::forward(&cpu, &d, &scores, &mask, &input, &mut out, None);
+        judge("softmax_dropout", result, &out)?;
+    }
+
+    #[test]
+    fn probabilities(p in any::<f64>()) {
+        prop_assert_eq!(Probability::new(p).is_ok(), (0.0..=1.0).contains(&p));
+    }
+}
+
+#[test]
+fn errors_say_what_was_expected_and_what_was_given() {
+    let cpu = Cpu::new();
+    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
+    let place = Place { first_col: 4, ..Place::WHOLE };
+    let mut y = [7.0f32; 6];
+    let text = |result: Result<(), Error>| result.unwrap_err().to_string();
+    let error = cpu::dropout::forward(&cpu, &d, Shape::new(2, 3), &[1.0; 5], &mut y);
+    assert_eq!(text(error), "dropout: x: expected 6 elements, got 5");
+    let error = cpu::dropout::forward(&cpu, &d.at(place), Shape::new(2, 3), &[1.0; 6], &mut y);
+    assert_eq!(text(error), "dropout: first_col: expected a multiple of 8, got 4");
+    let error = Probability::new(f64::NAN).unwrap_err().to_string();
+    assert_eq!(error, "Probability::new: p: expected 0 <= p <= 1, got NaN");
+    assert_eq!(y, [7.0; 6]);
+}
