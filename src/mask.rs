@@ -172,7 +172,10 @@ impl RowMap<'_> {
     /// Row 0 first, as in a tensor that is not sharded.
     pub const WHOLE: RowMap<'static> = RowMap::Contiguous { first: 0 };
 
-    /// The logical row of `local`. Only meaningful for a map that [`check`](Self::check) accepted.
+    /// The logical row of `local`.
+    ///
+    /// # Panics
+    /// Where an explicit list is shorter, or a block of 0 rows makes no sense; operators refuse such maps.
     #[inline]
     pub fn logical(&self, local: usize) -> u32 {
         match *self {

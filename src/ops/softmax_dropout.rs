@@ -40,7 +40,7 @@ pub struct AttentionMask<L, A> {
     /// Causal: query q sees keys k <= q + offset. 0 for a square; `keys - queries` where the queries
     /// are the last ones (a cache of earlier keys); negative offsets blind the first queries.
     pub causal: Option<i64>,
-    /// Valid keys of each row, `[batch * heads * queries]`: row r sees keys k < lengths[r].
+    /// Valid keys of each row, `[batch * heads * queries]`: row r sees keys `k < lengths[r]`.
     pub lengths: Option<L>,
     /// Added to scale * x: `[batch, queries, keys]`, the same for all heads. -infinity masks.
     pub additive: Option<A>,
