@@ -374,7 +374,6 @@ mod cuda_lab {
             // SAFETY: any bytes are a T: it is plain data.
             let mut typed = unsafe { memory_view.transmute_mut::<T>(all.len()) }.unwrap();
             let result = work(&mut typed.slice_mut(first..first + host.len()));
-            drop(typed);
             let back: Vec<u8> = self.0.stream().clone_dtoh(&memory).unwrap();
             let size = size_of::<T>();
             let inside = first * size..(first + host.len()) * size;
