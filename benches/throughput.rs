@@ -177,7 +177,7 @@ fn summary() {
     let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".to_owned());
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join("criterion");
     let median = |group: &str, row: &str| -> Option<f64> {
-        let folder = root.join(group).join(row.replace(',', "_")).join("new/estimates.json");
+        let folder = root.join(group).join(row).join("new/estimates.json");
         let text = std::fs::read_to_string(folder).ok()?;
         let at = text.find("\"median\"")?;
         let value = text[at..].split("\"point_estimate\":").nth(1)?;

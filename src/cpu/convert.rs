@@ -2,16 +2,20 @@
 
 use crate::dtype::{Dtype, DtypeId};
 
+/// The exact value.
+#[inline(always)]
+pub(super) fn widen<T: Dtype>(value: T) -> f32 {
+    match T::ID {
+        DtypeId::F32 => bytemuck::cast(value),
+        DtypeId::F16 => f16_to_f32(bytemuck::cast(value)),
+        DtypeId::Bf16 => f32::from_bits(u32::from(bytemuck::cast::<T, u16>(value)) << 16),
+    }
+}
+
 /// The exact values of `from`.
 #[inline(always)]
 pub(super) fn load<T: Dtype>(from: &[T], to: &mut [f32]) {
-    match T::ID {
-        DtypeId::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
-        DtypeId::F16 => bits(from).iter().zip(to).for_each(|(&h, f)| *f = f16_to_f32(h)),
-        DtypeId::Bf16 => {
-            bits(from).iter().zip(to).for_each(|(&h, f)| *f = f32::from_bits(u32::from(h) << 16))
-        }
-    }
+    from.iter().zip(to).for_each(|(&from, to)| *to = widen(from));
 }
 
 /// The nearest values of the storage type, ties to even.
@@ -28,10 +32,6 @@ pub(super) fn store<T: Dtype>(from: &[f32], to: &mut [T]) {
             to.iter_mut().zip(from).for_each(|(h, &f)| *h = f32_to_bf16(f));
         }
     }
-}
-
-fn bits<T: Dtype>(from: &[T]) -> &[u16] {
-    bytemuck::cast_slice(from)
 }
 
 /// Exponent and mantissa moved into place and scaled by 2^112, which also normalises subnormals.

@@ -98,8 +98,8 @@ pub(super) fn apply<T: Dtype>(
                             let values = &mut values[..segment.elements.len()];
                             let y =
                                 &mut y[segment.elements.start - base..segment.elements.end - base];
-                            convert::load(x.map_or(&*y, |x| &x[segment.elements]), values);
-                            select(draw, lanes, values);
+                            let x = x.map_or(&*y, |x| &x[segment.elements]);
+                            select(draw, lanes, x, values);
                             split::emit(values, y, streaming);
                         },
                     );
@@ -110,18 +110,28 @@ pub(super) fn apply<T: Dtype>(
     );
 }
 
-/// Scales what is kept, and makes +0 of the rest.
+/// Scales what is kept of `x`, and makes +0 of the rest.
 #[inline(always)]
-pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
-    let scale = draw.scale;
-    match draw.threshold {
-        0 => values.iter_mut().for_each(|value| *value *= scale),
-        65536 => values.fill(0.0),
-        threshold => {
-            let threshold = threshold as u16;
-            for (value, &lane) in values.iter_mut().zip(lanes) {
-                *value = if lane >= threshold { *value * scale } else { 0.0 };
-            }
-        }
+fn select<T: Dtype>(draw: &Draw<'_>, lanes: &[u16], x: &[T], y: &mut [f32]) {
+    if draw.threshold == 65536 {
+        return y.fill(0.0);
+    }
+    // At threshold 0 the lanes mean nothing, and each of them is kept.
+    let (scale, threshold) = (draw.scale, draw.threshold as u16);
+    for ((y, &x), &lane) in y.iter_mut().zip(x).zip(lanes) {
+        let scaled = convert::widen(x) * scale;
+        *y = if lane >= threshold { scaled } else { 0.0 };
+    }
+}
+
+/// [`select`] with `values` as its own output.
+#[inline(always)]
+pub(super) fn select_in_place(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
+    if draw.threshold == 65536 {
+        return values.fill(0.0);
+    }
+    let (scale, threshold) = (draw.scale, draw.threshold as u16);
+    for (value, &lane) in values.iter_mut().zip(lanes) {
+        *value = if lane >= threshold { *value * scale } else { 0.0 };
     }
 }

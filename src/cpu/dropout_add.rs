@@ -104,8 +104,6 @@ fn add<T: Dtype>(
             cpu.run(
                 #[inline(always)]
                 || {
-                    let mut values = [0.0; octets::ELEMENTS];
-                    let mut biases = [0.0; octets::ELEMENTS];
                     let mut sums = [0.0; octets::ELEMENTS];
                     octets::walk(
                         draw,
@@ -118,19 +116,13 @@ fn add<T: Dtype>(
                         },
                         #[inline(always)]
                         |segment, lanes| {
-                            let len = segment.elements.len();
-                            let (values, sums) = (&mut values[..len], &mut sums[..len]);
+                            let sums = &mut sums[..segment.elements.len()];
                             let y =
                                 &mut y[segment.elements.start - base..segment.elements.end - base];
                             let residual = residual.map_or(&*y, |r| &r[segment.elements.clone()]);
-                            convert::load(&x[segment.elements], values);
-                            convert::load(residual, sums);
-                            if let Some(bias) = bias {
-                                let biases = &mut biases[..len];
-                                convert::load(&bias[segment.col..segment.col + len], biases);
-                                values.iter_mut().zip(&*biases).for_each(|(x, b)| *x += b);
-                            }
-                            select_add(draw, lanes, values, sums);
+                            let x = &x[segment.elements];
+                            let bias = bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
+                            select_add(draw, lanes, x, bias, residual, sums);
                             split::emit(sums, y, streaming);
                         },
                     );
@@ -141,21 +133,32 @@ fn add<T: Dtype>(
     );
 }
 
-/// Adds what is kept, scaled, to `sums`.
+/// `residual`, plus x + bias, scaled, where it is kept.
 #[inline(always)]
-fn select_add(draw: &Draw<'_>, lanes: &[u16], values: &[f32], sums: &mut [f32]) {
-    let scale = draw.scale;
-    let pairs = sums.iter_mut().zip(values);
-    match draw.threshold {
-        0 => pairs.for_each(|(sum, &value)| *sum = value.mul_add(scale, *sum)),
-        65536 => {}
-        threshold => {
-            let threshold = threshold as u16;
-            for ((sum, &value), &lane) in pairs.zip(lanes) {
-                let added = value.mul_add(scale, *sum);
-                *sum = if lane >= threshold { added } else { *sum };
-            }
-        }
+fn select_add<T: Dtype>(
+    draw: &Draw<'_>,
+    lanes: &[u16],
+    x: &[T],
+    bias: Option<&[T]>,
+    residual: &[T],
+    sums: &mut [f32],
+) {
+    if draw.threshold == 65536 {
+        return convert::load(residual, sums);
+    }
+    // At threshold 0 the lanes mean nothing, and each of them is kept.
+    let (scale, threshold) = (draw.scale, draw.threshold as u16);
+    let rows = sums.iter_mut().zip(x).zip(residual).zip(lanes);
+    let add = |(((sum, x), &residual), &lane): (((&mut f32, f32), &T), &u16)| {
+        let residual = convert::widen(residual);
+        let added = x.mul_add(scale, residual);
+        *sum = if lane >= threshold { added } else { residual };
+    };
+    match bias {
+        None => rows.for_each(|(((sum, &x), r), l)| add((((sum, convert::widen(x)), r), l))),
+        Some(bias) => rows.zip(bias).for_each(|((((sum, &x), r), l), &b)| {
+            add((((sum, convert::widen(x) + convert::widen(b)), r), l));
+        }),
     }
 }
 
@@ -200,7 +203,7 @@ fn gradients<T: Dtype>(
                         let dx =
                             &mut dx[segment.elements.start - base..segment.elements.end - base];
                         convert::load(dy.map_or(&*dx, |dy| &dy[segment.elements]), values);
-                        dropout::select(&unscaled, lanes, values);
+                        dropout::select_in_place(&unscaled, lanes, values);
                         let sums = &mut sums[segment.col..segment.col + values.len()];
                         // A dropped element adds +0, which changes no sum that started from +0.
                         sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);

@@ -81,8 +81,8 @@ pub fn bytes(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> 
     Ok(())
 }
 
-/// Whether a lane is kept; at threshold 0 and 65536, where nothing is drawn, whatever the lane.
+/// Whether a lane is kept. At threshold 0 the lanes mean nothing, and each of them is.
 #[inline(always)]
 fn keeps(draw: &Draw<'_>, lane: u16) -> bool {
-    draw.threshold == 0 || u32::from(lane) >= draw.threshold
+    u32::from(lane) >= draw.threshold
 }

@@ -246,7 +246,7 @@ impl<T: Dtype> Task<'_, T> {
             |segment, lanes| {
                 let end = values.len().min(segment.col + lanes.len());
                 let values = &mut values[segment.col..end];
-                dropout::select(&self.draw, &lanes[..values.len()], values);
+                dropout::select_in_place(&self.draw, &lanes[..values.len()], values);
             },
         );
     }
