@@ -1,52 +1,89 @@
-//! The one table of cases, and what a backend must offer to be run through it.
+//! The one table of cases, what a backend must offer to be run through it, and the checks of each row:
+//! an operator's calls and checks are the file that bears its name.
 #![allow(dead_code)] // every test file uses a part
 #![allow(clippy::type_complexity)] // closures over tensors that only live for a call
 
-use fused_dropout::{
-    Dropout, Dtype, Error, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
-};
+pub mod dropout;
+pub mod dropout_add;
+#[cfg(feature = "cuda")]
+pub mod gpu;
+pub mod keep_mask;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod lab;
+pub mod softmax_dropout;
 
-use crate::oracle::AttentionMask;
+use crate::oracle::Bounded;
+use fused_dropout::cpu::Cpu;
+use fused_dropout::{Dropout, Dtype, Error, Key, Mode, Place, Probability, RowMap, Scaling, Shape};
+use half::{bf16, f16};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use lab::{Kernels, Lab};
 
-/// A backend on host tensors. `x` and `dy` are `None` for a call in place, on what `y` or `dx` holds.
-pub trait Backend {
+/// A backend on host tensors: the calls of every operator.
+pub trait Backend:
+    dropout::DropoutCalls
+    + dropout_add::DropoutAddCalls
+    + keep_mask::KeepMaskCalls
+    + softmax_dropout::SoftmaxDropoutCalls
+{
     fn name(&self) -> String;
-    fn dropout<T: Dtype>(&self, call: &Call, x: Option<&[T]>, y: &mut [T]) -> Result<(), Error>;
-    fn dropout_add<T: Dtype>(
-        &self,
+}
+
+/// The CPU at one SIMD level.
+impl Backend for Cpu {
+    fn name(&self) -> String {
+        format!("cpu {:?}", self.level())
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+impl<L: Lab> Backend for Kernels<L> {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+}
+
+/// Runs every operator's checks of one row of the table.
+pub fn check<B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
+    typed::<f32, B>(backend, call, tally);
+    typed::<f16, B>(backend, call, tally);
+    typed::<bf16, B>(backend, call, tally);
+    keep_mask::check(backend, call, tally);
+}
+
+fn typed<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
+    dropout::check::<T, B>(backend, call, tally);
+    dropout_add::check::<T, B>(backend, call, tally);
+    softmax_dropout::check::<T, B>(backend, call, tally);
+}
+
+/// What came of the checks so far.
+#[derive(Default)]
+pub struct Tally {
+    pub passed: usize,
+    pub failed: usize,
+    pub skipped: usize,
+}
+
+impl Tally {
+    /// Counts one check of a row of the table on tensors of T.
+    pub fn count<T, B: Backend>(
+        &mut self,
+        backend: &B,
+        what: &str,
         call: &Call,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error>;
-    fn dropout_add_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-        dbias: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn keep_mask(&self, call: &Call, bits: bool, out: &mut [u8]) -> Result<(), Error>;
-    fn softmax_dropout<T: Dtype>(
-        &self,
-        call: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: Option<&[T]>,
-        y: &mut [T],
-        lse: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn softmax_dropout_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: &[T],
-        lse: Option<&[f32]>,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-    ) -> Result<(), Error>;
+        result: Result<(), String>,
+    ) {
+        let Err(why) = result else {
+            self.passed += 1;
+            return;
+        };
+        self.failed += 1;
+        if self.failed <= 20 {
+            let (name, dtype) = (backend.name(), std::any::type_name::<T>());
+            println!("FAILED {name} {what} {dtype}: {why}\n       {call:?}");
+        }
+    }
 }
 
 /// A row of the table: which mask, of which shape.
@@ -210,363 +247,35 @@ impl<T: Dtype> Guarded<T> {
     }
 }
 
-/// The CPU at one SIMD level.
-impl Backend for fused_dropout::cpu::Cpu {
-    fn name(&self) -> String {
-        format!("cpu {:?}", self.level())
-    }
-    fn dropout<T: Dtype>(&self, c: &Call, x: Option<&[T]>, y: &mut [T]) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout;
-        match x {
-            Some(x) if c.offset.is_multiple_of(2) => {
-                dropout::forward(self, &c.dropout, c.shape, x, y)
-            }
-            Some(x) => dropout::backward(self, &c.dropout, c.shape, x, y),
-            None if c.offset.is_multiple_of(2) => {
-                dropout::forward_in_place(self, &c.dropout, c.shape, y)
-            }
-            None => dropout::backward_in_place(self, &c.dropout, c.shape, y),
-        }
-    }
-    fn dropout_add<T: Dtype>(
-        &self,
-        c: &Call,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add;
-        match residual {
-            Some(r) => dropout_add::forward(self, &c.dropout, c.shape, x, bias, r, y),
-            None => dropout_add::forward_in_place(self, &c.dropout, c.shape, x, bias, y),
-        }
-    }
-    fn dropout_add_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-        dbias: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add;
-        match dy {
-            Some(dy) => dropout_add::backward(self, &c.dropout, c.shape, dy, dx, dbias),
-            None => dropout_add::backward_in_place(self, &c.dropout, c.shape, dx, dbias),
-        }
-    }
-    fn keep_mask(&self, c: &Call, bits: bool, out: &mut [u8]) -> Result<(), Error> {
-        use fused_dropout::cpu::keep_mask;
-        match bits {
-            true => keep_mask::bits(self, &c.dropout, c.shape, out),
-            false => keep_mask::bytes(self, &c.dropout, c.shape, out),
-        }
-    }
-    fn softmax_dropout<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: Option<&[T]>,
-        y: &mut [T],
-        lse: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::softmax_dropout as op;
-        match x {
-            Some(x) => op::forward(self, &c.dropout, scores, &slices(mask), x, y, lse),
-            None => op::forward_in_place(self, &c.dropout, scores, &slices(mask), y, lse),
-        }
-    }
-    fn softmax_dropout_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: &[T],
-        lse: Option<&[f32]>,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::softmax_dropout as op;
-        match dy {
-            Some(dy) => op::backward(self, &c.dropout, scores, &slices(mask), x, lse, dy, dx),
-            None => op::backward_in_place(self, &c.dropout, scores, &slices(mask), x, lse, dx),
-        }
+pub fn elements(call: &Call) -> usize {
+    call.shape.rows * call.shape.cols
+}
+
+/// Runs `operator` on an output within canaries that starts as `content`.
+pub fn output<T: Dtype>(
+    content: &[T],
+    call: &Call,
+    operator: impl FnOnce(&mut [T]) -> Result<(), Error>,
+) -> Result<Vec<T>, String> {
+    let mut out = Guarded::new(content, call.offset);
+    operator(out.tensor()).map_err(|error| error.to_string())?;
+    out.finish()
+}
+
+pub fn same<T: Dtype>(what: &str, given: &[T], expected: &[T]) -> Result<(), String> {
+    match (0..expected.len()).find(|&i| bits(given[i]) != bits(expected[i])) {
+        Some(i) => Err(format!("{what}[{i}] is {:?}, not {:?}", given[i], expected[i])),
+        None => Ok(()),
     }
 }
 
-fn slices<'a, T>(mask: &AttentionMask<'a, T>) -> fused_dropout::AttentionMask<&'a [u32], &'a [T]> {
-    let AttentionMask { causal, lengths, additive } = *mask;
-    fused_dropout::AttentionMask { causal, lengths, additive }
-}
-
-/// The kernels: how tensors get to a device and back; the calls are written once.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-pub mod kernels {
-    use super::*;
-    use fused_dropout::device::{self, Device, Readable, Writable};
-    use fused_dropout::ops::dropout_add::workspace_len;
-
-    /// A device to test, and the way of a host tensor to it. `Tensor` starts `offset` elements into
-    /// its allocation, whose other elements are canaries.
-    pub trait Lab: Sized {
-        type D: Device;
-        fn name(&self) -> String;
-        fn device(&self) -> &Self::D;
-        /// Runs `work` on `host` as a tensor of the device, and brings it back into `host`.
-        fn with<T: bytemuck::Pod>(
-            &self,
-            host: &mut [T],
-            offset: usize,
-            work: &mut dyn FnMut(&mut dyn Writable<T, Self::D>) -> Result<(), Error>,
-        ) -> Result<(), Error>;
-        /// Runs `work` on a copy of `host` that is only read.
-        fn reading<T: bytemuck::Pod>(
-            &self,
-            host: &[T],
-            offset: usize,
-            work: &mut dyn FnMut(&dyn Readable<T, Self::D>) -> Result<(), Error>,
-        ) -> Result<(), Error>;
-        /// The same with a tensor that need not be there.
-        fn optional<T: bytemuck::Pod>(
-            &self,
-            host: Option<&[T]>,
-            offset: usize,
-            work: &mut dyn FnMut(Option<&dyn Readable<T, Self::D>>) -> Result<(), Error>,
-        ) -> Result<(), Error> {
-            match host {
-                Some(host) => self.reading(host, offset, &mut |tensor| work(Some(tensor))),
-                None => work(None),
-            }
-        }
-        fn optional_out<T: bytemuck::Pod>(
-            &self,
-            host: Option<&mut [T]>,
-            work: &mut dyn FnMut(Option<&mut dyn Writable<T, Self::D>>) -> Result<(), Error>,
-        ) -> Result<(), Error> {
-            match host {
-                Some(host) => self.with(host, 0, &mut |tensor| work(Some(tensor))),
-                None => work(None),
-            }
+pub fn within<T: Dtype>(what: &str, given: &[T], expected: &[Bounded]) -> Result<(), String> {
+    for (i, (given, expected)) in given.iter().zip(expected).enumerate() {
+        let zero = expected.value == 0.0 && expected.error == 0.0;
+        let value = f64::from(given.to_f32());
+        if zero && given.to_f32().to_bits() != 0 || !expected.admits(value) {
+            return Err(format!("{what}[{i}] is {value:e}, not {expected:?}"));
         }
     }
-
-    /// A laboratory as a backend.
-    pub struct Kernels<L>(pub L);
-
-    impl<L: Lab> Kernels<L> {
-        /// Runs `work` with the call's key: an explicit row list and, for odd offsets, the stream
-        /// number in device memory.
-        fn call(
-            &self,
-            c: &Call,
-            work: &mut dyn FnMut(&device::Call<'_, L::D>, &Dropout<'_>) -> Result<(), Error>,
-        ) -> Result<(), Error> {
-            let list = match c.dropout.place.rows {
-                RowMap::Explicit(list) => Some(list),
-                _ => None,
-            };
-            let mut dropout = c.dropout;
-            if list.is_some() {
-                dropout.place.rows = RowMap::WHOLE;
-            }
-            let number = [dropout.key.stream];
-            let number = (c.offset % 2 == 1).then_some(&number[..]);
-            if number.is_some() {
-                dropout.key.stream = 999; // must not be looked at
-            }
-            self.0.optional(list, 0, &mut |list| {
-                self.0.optional(number, 0, &mut |number| {
-                    let mut call = device::Call::on(self.0.device());
-                    if let Some(list) = list {
-                        call = call.row_list(list);
-                    }
-                    if let Some(number) = number {
-                        call = call.stream_number(number);
-                    }
-                    work(&call, &dropout)
-                })
-            })
-        }
-    }
-
-    impl<L: Lab> Backend for Kernels<L> {
-        fn name(&self) -> String {
-            self.0.name()
-        }
-        fn dropout<T: Dtype>(&self, c: &Call, x: Option<&[T]>, y: &mut [T]) -> Result<(), Error> {
-            use device::dropout as op;
-            self.call(c, &mut |call, d| {
-                self.0.optional(x, c.offset, &mut |x| {
-                    self.0.with(y, c.offset, &mut |y| match x {
-                        Some(x) if c.offset.is_multiple_of(2) => {
-                            op::forward(call, d, c.shape, x, y)
-                        }
-                        Some(x) => op::backward(call, d, c.shape, x, y),
-                        None if c.offset.is_multiple_of(2) => {
-                            op::forward_in_place(call, d, c.shape, y)
-                        }
-                        None => op::backward_in_place(call, d, c.shape, y),
-                    })
-                })
-            })
-        }
-        fn dropout_add<T: Dtype>(
-            &self,
-            c: &Call,
-            x: &[T],
-            bias: Option<&[T]>,
-            residual: Option<&[T]>,
-            y: &mut [T],
-        ) -> Result<(), Error> {
-            use device::dropout_add as op;
-            self.call(c, &mut |call, d| {
-                self.0.reading(x, c.offset, &mut |x| {
-                    self.0.optional(bias, c.offset / 2, &mut |bias| {
-                        self.0.optional(residual, c.offset, &mut |residual| {
-                            self.0.with(y, c.offset, &mut |y| match residual {
-                                Some(r) => op::forward(call, d, c.shape, x, bias, r, y),
-                                None => op::forward_in_place(call, d, c.shape, x, bias, y),
-                            })
-                        })
-                    })
-                })
-            })
-        }
-        fn dropout_add_backward<T: Dtype>(
-            &self,
-            c: &Call,
-            dy: Option<&[T]>,
-            dx: &mut [T],
-            dbias: Option<&mut [f32]>,
-        ) -> Result<(), Error> {
-            use device::dropout_add as op;
-            let mut dbias = dbias;
-            // What lies in a workspace before a call must not matter.
-            let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
-            self.call(c, &mut |call, d| {
-                self.0.optional(dy, c.offset, &mut |dy| {
-                    self.0.with(dx, c.offset, &mut |dx| {
-                        self.0.optional_out(dbias.as_deref_mut(), &mut |dbias| {
-                            let mut run = |grad: Option<op::BiasGrad<'_, L::D>>| match dy {
-                                Some(dy) => op::backward(call, d, c.shape, dy, dx, grad),
-                                None => op::backward_in_place(call, d, c.shape, dx, grad),
-                            };
-                            let Some(dbias) = dbias else {
-                                return run(None);
-                            };
-                            self.0.with(&mut workspace, 0, &mut |workspace| {
-                                run(Some(op::BiasGrad { dbias: &mut *dbias, workspace }))
-                            })
-                        })
-                    })
-                })
-            })
-        }
-        fn keep_mask(&self, c: &Call, bits: bool, out: &mut [u8]) -> Result<(), Error> {
-            use device::keep_mask as op;
-            self.call(c, &mut |call, d| {
-                self.0.with(out, c.offset, &mut |out| match bits {
-                    true => op::bits(call, d, c.shape, out),
-                    false => op::bytes(call, d, c.shape, out),
-                })
-            })
-        }
-        fn softmax_dropout<T: Dtype>(
-            &self,
-            c: &Call,
-            scores: &Scores,
-            mask: &AttentionMask<'_, T>,
-            x: Option<&[T]>,
-            y: &mut [T],
-            lse: Option<&mut [f32]>,
-        ) -> Result<(), Error> {
-            use device::softmax_dropout as op;
-            let mut lse = lse;
-            self.call(c, &mut |call, d| {
-                self.0.optional(mask.lengths, 0, &mut |lengths| {
-                    self.0.optional(mask.additive, c.offset, &mut |additive| {
-                        let mask =
-                            fused_dropout::AttentionMask { causal: mask.causal, lengths, additive };
-                        self.0.optional(x, c.offset, &mut |x| {
-                            self.0.with(y, c.offset, &mut |y| {
-                                self.0.optional_out(lse.as_deref_mut(), &mut |lse| match x {
-                                    Some(x) => op::forward(call, d, scores, &mask, x, y, lse),
-                                    None => op::forward_in_place(call, d, scores, &mask, y, lse),
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        }
-        fn softmax_dropout_backward<T: Dtype>(
-            &self,
-            c: &Call,
-            scores: &Scores,
-            mask: &AttentionMask<'_, T>,
-            x: &[T],
-            lse: Option<&[f32]>,
-            dy: Option<&[T]>,
-            dx: &mut [T],
-        ) -> Result<(), Error> {
-            use device::softmax_dropout as op;
-            self.call(c, &mut |call, d| {
-                self.0.optional(mask.lengths, 0, &mut |lengths| {
-                    self.0.optional(mask.additive, c.offset, &mut |additive| {
-                        let mask =
-                            fused_dropout::AttentionMask { causal: mask.causal, lengths, additive };
-                        self.0.reading(x, c.offset, &mut |x| {
-                            self.0.optional(lse, 0, &mut |lse| {
-                                self.0.optional(dy, c.offset, &mut |dy| {
-                                    self.0.with(dx, c.offset, &mut |dx| match dy {
-                                        Some(dy) => {
-                                            op::backward(call, d, scores, &mask, x, lse, dy, dx)
-                                        }
-                                        None => op::backward_in_place(
-                                            call, d, scores, &mask, x, lse, dx,
-                                        ),
-                                    })
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        }
-    }
-
-    /// The emulator: host tensors as they are; it copies them between guard zones itself.
-    #[cfg(feature = "emulator")]
-    pub struct Emulated {
-        pub emulator: fused_dropout::emulator::Emulator,
-        pub name: String,
-    }
-
-    #[cfg(feature = "emulator")]
-    impl Lab for Emulated {
-        type D = fused_dropout::emulator::Emulator;
-        fn name(&self) -> String {
-            self.name.clone()
-        }
-        fn device(&self) -> &Self::D {
-            &self.emulator
-        }
-        fn with<T: bytemuck::Pod>(
-            &self,
-            mut host: &mut [T],
-            _: usize,
-            work: &mut dyn FnMut(&mut dyn Writable<T, Self::D>) -> Result<(), Error>,
-        ) -> Result<(), Error> {
-            work(&mut host)
-        }
-        fn reading<T: bytemuck::Pod>(
-            &self,
-            host: &[T],
-            _: usize,
-            work: &mut dyn FnMut(&dyn Readable<T, Self::D>) -> Result<(), Error>,
-        ) -> Result<(), Error> {
-            work(&host)
-        }
-    }
+    Ok(())
 }
