@@ -14,9 +14,9 @@
 // addresses. All four loads are issued before the first wait; no spills.
 //
 // Backward: dx = D(dy), which is the kernel of dropout.cu where there is no bias. With one, the kernel
-// here also sums kept dy over rows, by the tree that src/ops/dropout_add.rs defines: 64 rows in order
-// from +0, then 64 such sums in order, until one is left, times the scale. No atomics: the same bits
-// in every run. Bytes an element: one read, one written, and a 16th of an f32 for the sums.
+// here also sums kept dy over the 64 rows of a tile in order from +0: the first level of the tree that
+// src/ops/sum_rows.rs defines; sum_rows.cu adds up the others. Bytes an element: one read, one written,
+// and a 16th of an f32 for the sums.
 // In place: dx may be dy.
 
 #include "kernel.cuh"
@@ -228,30 +228,3 @@ FD_KERNEL(dropout_add_bias_grad_bf16, BiasGradParams<bf16>, THREADS, bias_grad<b
 FD_KERNEL(dropout_add_bias_grad_any_f32, BiasGradParams<float>, THREADS, bias_grad<float, false>)
 FD_KERNEL(dropout_add_bias_grad_any_f16, BiasGradParams<f16>, THREADS, bias_grad<f16, false>)
 FD_KERNEL(dropout_add_bias_grad_any_bf16, BiasGradParams<bf16>, THREADS, bias_grad<bf16, false>)
-
-/// One level of the tree above the tiles: sums[g, c] = sum of parts[64 g .. 64 g + 64, c] in order.
-struct SumParams {
-    In<float> parts;  // [count, cols]
-    Out<float> sums;  // [ceil(count / 64), cols], at least one row
-    unsigned long long count;
-    unsigned long long cols;
-    IndexDivisor blocks_a_row;  // ceil(cols / 256)
-    float factor;               // the scale on the last level, otherwise 1
-};
-static_assert(sizeof(SumParams) == 48, "dropout_add.rs: SumParams");
-
-__device__ __forceinline__ void sum(const SumParams& p) {
-    const unsigned group = p.blocks_a_row.quotient(blockIdx.x);
-    const unsigned block = blockIdx.x - group * p.blocks_a_row.divisor;
-    const unsigned long long column = 1ull * block * THREADS + threadIdx.x;
-    if (column >= p.cols) return;
-    const unsigned long long first = 1ull * group * TILE_ROWS;
-    const unsigned long long end = first + TILE_ROWS < p.count ? first + TILE_ROWS : p.count;
-    float total = 0.0f;
-    for (unsigned long long part = first; part < end; ++part) {
-        total = __fadd_rn(total, p.parts.cached(part * p.cols + column));
-    }
-    p.sums.cached(group * p.cols + column, __fmul_rn(total, p.factor));
-}
-
-FD_KERNEL(dropout_add_sum_f32, SumParams, THREADS, sum)

@@ -5,8 +5,8 @@ use fused_dropout::device::dropout_add::BiasGrad;
 use fused_dropout::device::softmax_dropout as softmax;
 use fused_dropout::device::{Call, Readable, Writable, dropout, dropout_add, keep_mask};
 use fused_dropout::emulator::Emulator;
-use fused_dropout::ops::dropout_add::workspace_len;
 use fused_dropout::ops::keep_mask::bits_len;
+use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
     AttentionMask, Dropout, Dtype, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
 };

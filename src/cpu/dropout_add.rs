@@ -1,10 +1,11 @@
 //! `dropout_add` on the CPU: y = residual + D(x + bias), and its gradients.
 
-use super::{Cpu, convert, dropout, octets, split};
+use super::{Cpu, convert, dropout, octets, split, sum_rows};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::dropout_add::{TILE_ROWS, check_backward, check_forward};
+use crate::ops::dropout_add::{check_backward, check_forward};
+use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{Draw, Dropout, Shape};
 use rayon::prelude::*;
 
@@ -49,7 +50,7 @@ pub fn forward_in_place<T: Dtype>(
 }
 
 /// dx = D(dy) and, where asked for, dbias: scale times the sum of kept dy over rows, in f32 and in the
-/// order of [`TILE_ROWS`]. `dy`, `dx`: `[rows, cols]`; `dbias`: `[cols]`. The residual's gradient is dy.
+/// order of [`sum_rows`](crate::ops::sum_rows). `dy`, `dx`: `[rows, cols]`; `dbias`: `[cols]`. The residual's gradient is dy.
 ///
 /// # Errors
 /// [`Error::Argument`] where a length or the place does not fit; the outputs are untouched then.
@@ -216,24 +217,6 @@ fn gradients<T: Dtype>(
             },
         )
     });
-    let total = reduce(sums, shape.cols);
+    let total = sum_rows::tree(sums, shape.cols);
     dbias.iter_mut().zip(&total).for_each(|(dbias, sum)| *dbias = sum * draw.scale);
-}
-
-/// The tree above the tiles: 64 sums in order, from +0, until one is left.
-fn reduce(mut sums: Vec<f32>, cols: usize) -> Vec<f32> {
-    if sums.is_empty() {
-        return vec![0.0; cols];
-    }
-    while sums.len() > cols {
-        let mut above = vec![0.0f32; sums.len().div_ceil(TILE_ROWS * cols) * cols];
-        let groups = sums.par_chunks(TILE_ROWS * cols).zip(above.par_chunks_mut(cols));
-        groups.for_each(|(group, above)| {
-            for row in group.chunks(cols) {
-                above.iter_mut().zip(row).for_each(|(sum, part)| *sum += part);
-            }
-        });
-        sums = above;
-    }
-    sums
 }

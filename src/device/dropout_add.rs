@@ -3,7 +3,8 @@
 use super::{Call, Device, Readable, Writable, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::dropout_add::{NAME, check_backward, check_forward, workspace_len};
+use crate::ops::dropout_add::{NAME, check_backward, check_forward};
+use crate::ops::sum_rows::workspace_len;
 use crate::ops::{Dropout, Shape, check_len};
 
 /// y = residual + D(x + bias). `bias` has `shape.cols` elements, every other tensor
@@ -73,7 +74,7 @@ pub struct BiasGrad<'a, D: Device> {
 }
 
 /// dx = D(dy), and the bias gradient, where it is asked for: kept dy summed over rows in the fixed
-/// order of [`crate::ops::dropout_add::TILE_ROWS`], times the scale. The residual's gradient is dy.
+/// order of [`sum_rows`](crate::ops::sum_rows), times the scale. The residual's gradient is dy.
 ///
 /// # Errors
 /// As [`forward`].
@@ -148,11 +149,11 @@ fn with_bias_grad<D: Device>(
 pub mod raw {
     use super::NAME;
     use crate::device::abi::{IndexDivisor, Mask, Octets, parts};
-    use crate::device::{self, Device, Kernel, KeyAddresses};
-    use crate::device::{OCTETS_A_BLOCK, THREADS, aligned, kernel, launch};
+    use crate::device::sum_rows::Tree;
+    use crate::device::{self, Device, KeyAddresses, OCTETS_A_BLOCK, aligned, kernel, launch};
     use crate::dtype::Dtype;
     use crate::error::Error;
-    use crate::ops::dropout_add::TILE_ROWS;
+    use crate::ops::sum_rows::TILE_ROWS;
     use crate::ops::{Dropout, Shape};
 
     /// Addresses of a forward call.
@@ -229,7 +230,7 @@ pub mod raw {
     pub struct BiasGrad {
         /// `shape.cols` f32, written.
         pub dbias: u64,
-        /// [`workspace_len`](crate::ops::dropout_add::workspace_len) f32, written and read.
+        /// [`workspace_len`](crate::ops::sum_rows::workspace_len) f32, written and read.
         pub workspace: u64,
     }
 
@@ -260,25 +261,12 @@ pub mod raw {
         shape.elements(NAME)?;
         let draw = dropout.draw(NAME, shape)?;
         let mask = Mask::new(NAME, &draw, key.stream_number, key.row_list)?;
-        let tiles = shape.rows.div_ceil(TILE_ROWS);
-        let factor = |parts: usize| if parts <= 1 { draw.scale } else { 1.0 };
-        // SAFETY: the caller's promise. A level's sums lie in the workspace, the odd levels' from
-        // its start and the even ones' behind the first level's, which is the largest.
+        let tree = Tree::new(shape, grad.dbias, grad.workspace, draw.scale);
+        // SAFETY: the caller's promise; the tree's addresses are those of `grad`.
         unsafe {
-            let (mut sums, mut above) =
-                (grad.workspace, grad.workspace + (tiles * shape.cols * 4) as u64);
-            let first = if tiles == 1 { grad.dbias } else { sums };
-            sum_tiles::<T, D>(device, &mask, shape, dy, dx, first, factor(tiles))?;
-            // One row of tiles has written dbias; none has not.
-            let mut parts = tiles;
-            while parts != 1 {
-                let groups = parts.div_ceil(TILE_ROWS).max(1);
-                let target = if groups == 1 { grad.dbias } else { above };
-                sum(device, shape.cols, sums, parts, target, factor(groups))?;
-                (sums, above, parts) = (above, sums, groups);
-            }
+            sum_tiles::<T, D>(device, &mask, shape, dy, dx, &tree)?;
+            tree.finish(device)
         }
-        Ok(())
     }
 
     /// Columns of a tile: `TILE_COLS` in `kernels/dropout_add.cu`.
@@ -298,15 +286,14 @@ pub mod raw {
     }
     const _: () = assert!(size_of::<BiasGradParams>() == 224);
 
-    /// dx, and the sums of each 64 rows of kept dy, times `factor`.
+    /// dx, and the first level of the sums of kept dy.
     unsafe fn sum_tiles<T: Dtype, D: Device>(
         device: &D,
         mask: &Mask,
         shape: Shape,
         dy: u64,
         dx: u64,
-        sums: u64,
-        factor: f32,
+        tree: &Tree,
     ) -> Result<(), Error> {
         let tiles_a_row = shape.cols.div_ceil(TILE_COLS);
         let blocks = shape.rows.div_ceil(TILE_ROWS).saturating_mul(tiles_a_row);
@@ -322,51 +309,12 @@ pub mod raw {
             mask: *mask,
             dy,
             dx,
-            sums,
+            sums: tree.first,
             rows: shape.rows as u64,
             cols: shape.cols as u64,
             tiles_a_row: IndexDivisor::new(tiles_a_row as u32),
-            factor,
+            factor: tree.factor,
         };
-        // SAFETY: the caller's promise.
-        unsafe { launch(device, kernel, blocks, &params) }
-    }
-
-    /// `SumParams` in `kernels/dropout_add.cu`.
-    #[repr(C)]
-    struct SumParams {
-        parts: u64,
-        sums: u64,
-        count: u64,
-        cols: u64,
-        blocks_a_row: IndexDivisor,
-        factor: f32,
-    }
-    const _: () = assert!(size_of::<SumParams>() == 48);
-
-    /// The sums of each 64 rows of `parts`, times `factor`; a row of zeros where there are no parts.
-    unsafe fn sum<D: Device>(
-        device: &D,
-        cols: usize,
-        parts: u64,
-        count: usize,
-        sums: u64,
-        factor: f32,
-    ) -> Result<(), Error> {
-        let blocks_a_row = cols.div_ceil(THREADS as usize);
-        let blocks = count.div_ceil(TILE_ROWS).max(1) * blocks_a_row;
-        if blocks == 0 {
-            return Ok(());
-        }
-        let params = SumParams {
-            parts,
-            sums,
-            count: count as u64,
-            cols: cols as u64,
-            blocks_a_row: IndexDivisor::new(blocks_a_row as u32),
-            factor,
-        };
-        let kernel = Kernel { operator: NAME, name: "dropout_add_sum_f32" };
         // SAFETY: the caller's promise.
         unsafe { launch(device, kernel, blocks, &params) }
     }

@@ -16,6 +16,7 @@ pub mod dropout;
 pub mod dropout_add;
 pub mod keep_mask;
 pub mod softmax_dropout;
+mod sum_rows;
 
 /// A kernel: its name, and the operator whose file (`kernels/<operator>.cu`) it stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

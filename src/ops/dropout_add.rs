@@ -1,29 +1,13 @@
 //! `dropout_add`: y = residual + D(x + bias), the end of every residual branch.
 //!
-//! The gradient of the residual is `dy` itself. The bias gradient is a sum over rows in a fixed
-//! order: see [`TILE_ROWS`].
+//! The gradient of the residual is `dy` itself. The bias gradient is a sum over rows in the fixed
+//! order of [`sum_rows`](super::sum_rows).
 
 use super::{Draw, Dropout, Shape, check_len};
 use crate::error::Error;
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "dropout_add";
-
-/// Rows that one partial sum of the bias gradient covers.
-///
-/// `dbias[c] = scale * sum over r of (kept ? dy[r, c] : 0)`, in f32. The sum is a tree of this radix:
-/// every 64 consecutive rows are added in order, starting from +0, then every 64 consecutive such
-/// sums, until one is left. The order depends on the number of rows alone, so the result is the same
-/// bits for every backend, number of threads and launch shape.
-pub const TILE_ROWS: usize = 64;
-
-/// f32 elements of scratch memory that the bias gradient of a `shape` needs on a device: the partial
-/// sums of the tree's first level, and of its second behind them.
-pub fn workspace_len(shape: Shape) -> usize {
-    let tiles = shape.rows.div_ceil(TILE_ROWS);
-    let above = tiles.div_ceil(TILE_ROWS);
-    tiles.saturating_add(above).saturating_mul(shape.cols)
-}
 
 /// Checks a forward call; lengths in elements.
 pub(crate) fn check_forward<'a>(

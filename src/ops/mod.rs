@@ -7,6 +7,7 @@ pub mod dropout;
 pub mod dropout_add;
 pub mod keep_mask;
 pub mod softmax_dropout;
+pub mod sum_rows;
 
 /// The shape of a row-major tensor without gaps, all leading dimensions counted into `rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

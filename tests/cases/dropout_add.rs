@@ -88,7 +88,7 @@ impl<L: Lab> DropoutAddCalls for Kernels<L> {
         use device::dropout_add as op;
         let mut dbias = dbias;
         // What lies in a workspace before a call must not matter.
-        let mut workspace = vec![f32::NAN; fused_dropout::ops::dropout_add::workspace_len(c.shape)];
+        let mut workspace = vec![f32::NAN; fused_dropout::ops::sum_rows::workspace_len(c.shape)];
         self.call(c, &mut |call, d| {
             self.0.optional(dy, c.offset, &mut |dy| {
                 self.0.with(dx, c.offset, &mut |dx| {
