@@ -2,7 +2,8 @@
 
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::{
-    AttentionMask, Dropout, Error, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
+    Activation, AttentionMask, Dropout, Error, Key, Mode, Place, Probability, RowMap, Scaling,
+    Scores, Shape,
 };
 use proptest::prelude::*;
 
@@ -89,6 +90,31 @@ proptest! {
         let result = cpu::dropout_add::backward(&cpu, &d, shape, &input, &mut out, Some(&mut dbias));
         let refused = result.is_err();
         judge("dropout_add", result, &out)?;
+        prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
+    }
+
+    #[test]
+    fn bias_act_dropout(
+        d in dropouts(),
+        (rows, cols) in (sizes(), sizes()),
+        activation in proptest::sample::select(&Activation::ALL),
+        (x, bias) in (0..400usize, 0..20usize),
+    ) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(x);
+        let (input, bias) = (vec![1.0f32; n], vec![1.0f32; bias]);
+        let mut out = vec![7.0f32; n];
+        let result = cpu::bias_act_dropout::forward(
+            &cpu, &d, shape, activation, &input, Some(&bias), &mut out,
+        );
+        judge("bias_act_dropout", result, &out)?;
+        out.fill(7.0);
+        let mut dbias = vec![7.0f32; bias.len()];
+        let result = cpu::bias_act_dropout::backward(
+            &cpu, &d, shape, activation, &input, None, &input, &mut out, Some(&mut dbias),
+        );
+        let refused = result.is_err();
+        judge("bias_act_dropout", result, &out)?;
         prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
     }
 

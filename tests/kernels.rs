@@ -1,7 +1,7 @@
 //! Every kernel, run by the emulator, against naive loops written from the contract.
 #![cfg(feature = "emulator")]
 
-use fused_dropout::device::dropout_add::BiasGrad;
+use fused_dropout::device::BiasGrad;
 use fused_dropout::device::softmax_dropout as softmax;
 use fused_dropout::device::{Call, Readable, Writable, dropout, dropout_add, keep_mask};
 use fused_dropout::emulator::Emulator;

@@ -7,11 +7,13 @@
 
 mod convert;
 mod level;
+mod math;
 mod octets;
 mod split;
 mod stream;
 mod sum_rows;
 
+pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod keep_mask;

@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::mask::{Key, OCTET, Place, Probability, RowMap};
 
+pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod keep_mask;

@@ -3,10 +3,12 @@
 //! it is not.
 #![allow(dead_code)] // every test file uses a part
 
+mod bias_act_dropout;
 mod dropout;
 mod dropout_add;
 mod softmax_dropout;
 
+pub use bias_act_dropout::{bias_act_dropout, bias_act_dropout_backward};
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
@@ -102,4 +104,25 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
     }
+}
+
+/// A value that was computed within `error`, as it is stored.
+fn stored<T: Dtype>(value: f64, error: f64) -> Bounded {
+    let (relative, absolute) = rounding::<T>();
+    let error = error * 1.01;
+    Bounded { value, error: error + (value.abs() + error) * relative + absolute }
+}
+
+/// The sum of one column's terms in the order of `ops::sum_rows`: an addition a term and level, each a
+/// rounding of what is below the sum of the absolute values.
+fn sum_rows(terms: impl Iterator<Item = Bounded>) -> Bounded {
+    let (mut value, mut error, mut size, mut count) = (0.0, 0.0, 0.0, 0u32);
+    for term in terms {
+        value += term.value;
+        error += term.error;
+        size += term.value.abs();
+        count += 1;
+    }
+    let levels = f64::from(count.max(2).ilog(64) + 1);
+    Bounded { value, error: 1.01 * error + 64.0 * levels * U * size }
 }
