@@ -45,7 +45,7 @@ struct SoftmaxParams {
     Divisor queries;
     Divisor heads;
 };
-static_assert(sizeof(SoftmaxParams<float>) == 272, "softmax_dropout.rs: Params");
+static_assert(sizeof(SoftmaxParams<float>) == 288, "softmax_dropout.rs: Params");
 
 /// Octets that a thread of the kernels `warp` and `block` holds.
 constexpr unsigned OCTETS_HELD = 4;

@@ -63,7 +63,7 @@ pub mod ops;
 
 pub use dtype::{Dtype, DtypeId};
 pub use error::Error;
-pub use mask::{CONTRACT_VERSION, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
+pub use mask::{CONTRACT_VERSION, Groups, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
 pub use ops::bias_act_dropout::Activation;
 pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{Dropout, Mode, Scaling, Shape};

@@ -2,8 +2,8 @@
 
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::{
-    Activation, AttentionMask, Dropout, Error, Key, Mode, Place, Probability, RowMap, Scaling,
-    Scores, Shape,
+    Activation, AttentionMask, Dropout, Error, Groups, Key, Mode, Place, Probability, RowMap,
+    Scaling, Scores, Shape,
 };
 use proptest::prelude::*;
 
@@ -53,12 +53,15 @@ fn row_maps() -> impl Strategy<Value = RowMap<'static>> {
 fn dropouts() -> impl Strategy<Value = Dropout<'static>> {
     let columns =
         prop_oneof![Just(0u64), 0..100u64, Just(1 << 35), Just(u64::MAX), Just(u64::MAX - 7)];
-    (any::<(u64, u64, bool, bool)>(), 0.0..=1.0f64, columns, row_maps()).prop_map(
-        |((seed, stream, inference, classic), p, first_col, rows)| {
+    let groups = (numbers(), any::<bool>())
+        .prop_map(|(rows, columns_together)| Groups { rows, columns_together });
+    (any::<(u64, u64, bool, bool)>(), 0.0..=1.0f64, columns, row_maps(), groups).prop_map(
+        |((seed, stream, inference, classic), p, first_col, rows, groups)| {
             Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
                 .mode(if inference { Mode::Inference } else { Mode::Training })
                 .scaling(if classic { Scaling::Classic } else { Scaling::Inverted })
                 .at(Place { first_col, rows })
+                .groups(groups)
         },
     )
 }

@@ -175,7 +175,7 @@ pub mod raw {
         activation: u32,
         padding: u32,
     }
-    const _: () = assert!(size_of::<ForwardParams>() == 224);
+    const _: () = assert!(size_of::<ForwardParams>() == 240);
 
     /// y = D(act(x + bias)).
     ///
@@ -251,7 +251,7 @@ pub mod raw {
         octets: Octets,
         grad: Grad,
     }
-    const _: () = assert!(size_of::<GradParams>() == 232);
+    const _: () = assert!(size_of::<GradParams>() == 248);
 
     /// `BiasActBiasGradParams` in `kernels/bias_act_dropout.cu`.
     #[repr(C)]
@@ -260,7 +260,7 @@ pub mod raw {
         tiles: Tiles,
         grad: Grad,
     }
-    const _: () = assert!(size_of::<BiasGradParams>() == 248);
+    const _: () = assert!(size_of::<BiasGradParams>() == 264);
 
     /// dx = D(dy) * act'(x + bias), and the bias gradient.
     ///

@@ -158,7 +158,7 @@ pub mod raw {
         residual: u64,
         y: u64,
     }
-    const _: () = assert!(size_of::<ForwardParams>() == 224);
+    const _: () = assert!(size_of::<ForwardParams>() == 240);
 
     /// y = residual + D(x + bias).
     ///
@@ -255,5 +255,5 @@ pub mod raw {
         dy: u64,
         dx: u64,
     }
-    const _: () = assert!(size_of::<BiasGradParams>() == 224);
+    const _: () = assert!(size_of::<BiasGradParams>() == 240);
 }

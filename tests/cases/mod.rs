@@ -15,7 +15,9 @@ pub mod softmax_dropout;
 
 use crate::oracle::Bounded;
 use fused_dropout::cpu::Cpu;
-use fused_dropout::{Dropout, Dtype, Error, Key, Mode, Place, Probability, RowMap, Scaling, Shape};
+use fused_dropout::{
+    Dropout, Dtype, Error, Groups, Key, Mode, Place, Probability, RowMap, Scaling, Shape,
+};
 use half::{bf16, f16};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use lab::{Kernels, Lab};
@@ -176,7 +178,13 @@ pub fn table() -> Vec<Call> {
             let mode = if n % 11 == 3 { Mode::Inference } else { Mode::Training };
             let scaling = if n % 4 == 1 { Scaling::Classic } else { Scaling::Inverted };
             let p = Probability::new(p).unwrap();
-            let dropout = Dropout::new(Key::new(seed, stream), p).at(place);
+            let groups = match n % 9 {
+                2 => Groups::features(3),
+                5 => Groups::samples(2),
+                8 => Groups { rows: u32::MAX, columns_together: n % 2 == 0 },
+                _ => Groups::EACH,
+            };
+            let dropout = Dropout::new(Key::new(seed, stream), p).at(place).groups(groups);
             let offset = [0, 0, 1, 3, 0, 8, 5][n % 7];
             table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset });
         }
