@@ -13,6 +13,7 @@ mod sum_rows;
 
 pub mod dropout;
 pub mod dropout_add;
+pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod softmax_dropout;
 

@@ -1,0 +1,174 @@
+//! `embedding_dropout`: its calls on each backend, and its checks.
+
+use super::*;
+use crate::oracle;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use fused_dropout::device;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+
+/// y = D(token + position + segment).
+pub trait EmbeddingDropoutCalls {
+    fn embedding_dropout<T: Dtype>(
+        &self,
+        call: &Call,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        y: &mut [T],
+    ) -> Result<(), Error>;
+    fn embedding_dropout_backward<T: Dtype>(
+        &self,
+        call: &Call,
+        lookups: &Lookups<&[u32]>,
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+    ) -> Result<(), Error>;
+}
+
+impl EmbeddingDropoutCalls for Cpu {
+    fn embedding_dropout<T: Dtype>(
+        &self,
+        c: &Call,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        y: &mut [T],
+    ) -> Result<(), Error> {
+        use fused_dropout::cpu::embedding_dropout::forward;
+        forward(self, &c.dropout, c.shape, lookups, tables, y)
+    }
+    fn embedding_dropout_backward<T: Dtype>(
+        &self,
+        c: &Call,
+        lookups: &Lookups<&[u32]>,
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+    ) -> Result<(), Error> {
+        use fused_dropout::cpu::embedding_dropout::backward;
+        backward(self, &c.dropout, c.shape, lookups, dy, gradients)
+    }
+}
+
+/// Runs the checks of one row of the table.
+pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "embedding_dropout", call, forward::<T, B>(backend, call));
+    let gradients = gradients::<T, B>(backend, call);
+    tally.count::<T, B>(backend, "embedding_dropout gradients", call, gradients);
+}
+
+/// The case's rows as tokens: which tables there are, of how many entries, and what each row takes.
+struct Rows {
+    tokens: (usize, Vec<u32>),
+    positions: Option<(usize, Option<Vec<u32>>)>,
+    segments: Option<(usize, Vec<u32>)>,
+}
+
+/// Rows of a sequence, where positions follow from it.
+const SEQUENCE: usize = 7;
+
+impl Rows {
+    /// From one token to many more than there are rows; ids that repeat, near each other and far apart.
+    fn new(call: &Call) -> Self {
+        let Shape { rows, cols } = call.shape;
+        let kind = rows + cols + call.dropout.p.threshold() as usize % 7;
+        let ids = |entries: usize, salt: u64| {
+            let id = |i: usize| {
+                let mixed = rand_philox::splitmix64(i as u64 * 977 + salt);
+                // Half of the ids are among the first three.
+                let among = if mixed & 1 == 0 { entries.min(3) } else { entries };
+                ((mixed >> 20) % among as u64) as u32
+            };
+            (entries, (0..rows).map(id).collect::<Vec<_>>())
+        };
+        let positions = || {
+            let (entries, ids) = ids(11, 2);
+            (entries, (kind % 2 == 0).then_some(ids))
+        };
+        Self {
+            tokens: ids([1, 37, 2, 300][kind % 4], 1),
+            positions: (kind % 3 != 0).then(positions),
+            segments: (kind % 5 != 0).then(|| ids(2, 3)),
+        }
+    }
+
+    fn lookups(&self) -> Lookups<&[u32]> {
+        let mut lookups = Lookups::tokens(self.tokens.0, &self.tokens.1[..]);
+        if let Some((entries, ids)) = &self.positions {
+            let ids = ids.as_deref().map_or(Ids::Sequence(SEQUENCE), Ids::Given);
+            lookups = lookups.positions(*entries, ids);
+        }
+        if let Some((entries, ids)) = &self.segments {
+            lookups = lookups.segments(*entries, ids);
+        }
+        lookups
+    }
+
+    /// Elements of each table.
+    fn elements(&self, cols: usize) -> Tables<usize> {
+        Tables {
+            token: self.tokens.0 * cols,
+            position: self.positions.as_ref().map(|(entries, _)| entries * cols),
+            segment: self.segments.as_ref().map(|(entries, _)| entries * cols),
+        }
+    }
+}
+
+fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+    let rows = Rows::new(call);
+    let elements = rows.elements(call.shape.cols);
+    let shifted = |len, salt| Guarded::new(&values::<T>(len, salt, true), call.offset);
+    let mut token = shifted(elements.token, 11);
+    let mut position = elements.position.map(|len| shifted(len, 12));
+    let mut segment = elements.segment.map(|len| shifted(len, 13));
+    let tables = Tables {
+        token: &*token.tensor(),
+        position: position.as_mut().map(|table| &*table.tensor()),
+        segment: segment.as_mut().map(|table| &*table.tensor()),
+    };
+    let lookups = rows.lookups();
+    let expected = oracle::embedding_dropout(&call.dropout, call.shape, &lookups, &tables);
+    let y = output(&vec![T::from_f32(5.0); expected.len()], call, |y| {
+        backend.embedding_dropout(call, &lookups, &tables, y)
+    })?;
+    same("y", &y, &expected)
+}
+
+fn gradients<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+    let rows = Rows::new(call);
+    let lookups = rows.lookups();
+    let dy = values::<T>(elements(call), 14, true);
+    let mut shifted_dy = Guarded::new(&dy, call.offset);
+    // What is there before is added to.
+    let parts = [
+        ("token gradient", Some(lookups.token)),
+        ("position gradient", lookups.position),
+        ("segment gradient", lookups.segment),
+    ];
+    let parts = parts.map(|(what, lookup)| {
+        lookup.map(|lookup| {
+            let before = values::<f32>(lookup.entries * call.shape.cols, 15, true);
+            let (d, shape) = (&call.dropout, call.shape);
+            let after = oracle::embedding_gradient(d, shape, &lookup, &dy, &before);
+            (what, before, after)
+        })
+    });
+    // All three, and each one alone.
+    for only in [None, Some(0), Some(1), Some(2)] {
+        let mut i = 0;
+        let mut held = parts.each_ref().map(|part| {
+            let wanted = only.is_none_or(|only| only == i);
+            i += 1;
+            part.as_ref()
+                .filter(|_| wanted)
+                .map(|(.., before, _)| Guarded::new(before, call.offset))
+        });
+        let [token, position, segment] = held.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
+        let gradients = Gradients { token, position, segment };
+        backend
+            .embedding_dropout_backward(call, &lookups, shifted_dy.tensor(), gradients)
+            .map_err(|error| error.to_string())?;
+        for (part, gradient) in parts.iter().zip(held) {
+            let (Some((what, _, after)), Some(gradient)) = (part, gradient) else { continue };
+            same(what, &gradient.finish()?, after)?;
+        }
+    }
+    Ok(())
+}
