@@ -1,6 +1,7 @@
 //! `dropout` on the CPU: y = D(x), and dx = D(dy) with the same mask.
 
-use super::{Cpu, convert, octets, split};
+use super::stream::Stream;
+use super::{Cpu, convert};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout::check;
@@ -76,60 +77,24 @@ pub(super) fn apply<T: Dtype>(
     x: Option<&[T]>,
     y: &mut [T],
 ) {
-    let streaming = x.and_then(|_| split::streaming(cpu, y));
-    split::pieces(
-        shape,
+    let stream = Stream { cpu, draw, shape, inputs: [x, None], in_place: x.is_none() };
+    stream.run(
         y,
-        |octet| octets::first_element(shape, octet),
-        |range, y| {
-            let base = octets::first_element(shape, range.start);
-            cpu.run(
-                #[inline(always)]
-                || {
-                    let mut values = [0.0; octets::ELEMENTS];
-                    octets::walk(
-                        draw,
-                        shape,
-                        range,
-                        #[inline(always)]
-                        |block| x.into_iter().for_each(|x| split::prefetch(x, block.clone())),
-                        #[inline(always)]
-                        |segment, lanes| {
-                            let values = &mut values[..segment.elements.len()];
-                            let y =
-                                &mut y[segment.elements.start - base..segment.elements.end - base];
-                            let x = x.map_or(&*y, |x| &x[segment.elements]);
-                            select(draw, lanes, x, values);
-                            split::emit(values, y, streaming);
-                        },
-                    );
-                    split::fence();
-                },
-            )
+        #[inline(always)]
+        |segment, lanes, y, values| {
+            convert::load(x.map_or(y, |x| &x[segment.elements.clone()]), values);
+            select(draw, lanes, values);
         },
     );
 }
 
-/// Scales what is kept of `x`, and makes +0 of the rest.
+/// Scales what is kept, and makes +0 of the rest.
 #[inline(always)]
-fn select<T: Dtype>(draw: &Draw<'_>, lanes: &[u16], x: &[T], y: &mut [f32]) {
-    if draw.threshold == 65536 {
-        return y.fill(0.0);
-    }
-    // At threshold 0 the lanes mean nothing, and each of them is kept.
-    let (scale, threshold) = (draw.scale, draw.threshold as u16);
-    for ((y, &x), &lane) in y.iter_mut().zip(x).zip(lanes) {
-        let scaled = convert::widen(x) * scale;
-        *y = if lane >= threshold { scaled } else { 0.0 };
-    }
-}
-
-/// [`select`] with `values` as its own output.
-#[inline(always)]
-pub(super) fn select_in_place(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
+pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
     if draw.threshold == 65536 {
         return values.fill(0.0);
     }
+    // At threshold 0 the lanes mean nothing, and each of them is kept.
     let (scale, threshold) = (draw.scale, draw.threshold as u16);
     for (value, &lane) in values.iter_mut().zip(lanes) {
         *value = if lane >= threshold { *value * scale } else { 0.0 };

@@ -1,13 +1,11 @@
 //! `dropout_add` on the CPU: y = residual + D(x + bias), and its gradients.
 
-use super::{Cpu, convert, dropout, octets, split, sum_rows};
+use super::stream::Stream;
+use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::mask::OCTET;
 use crate::ops::dropout_add::{check_backward, check_forward};
-use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{Draw, Dropout, Shape};
-use rayon::prelude::*;
 
 /// y = residual + D(x + bias). `x`, `residual`, `y`: `[rows, cols]`; `bias`: `[cols]`.
 ///
@@ -95,41 +93,16 @@ fn add<T: Dtype>(
     residual: Option<&[T]>,
     y: &mut [T],
 ) {
-    let streaming = residual.and_then(|_| split::streaming(cpu, y));
-    split::pieces(
-        shape,
+    let stream =
+        Stream { cpu, draw, shape, inputs: [Some(x), residual], in_place: residual.is_none() };
+    stream.run(
         y,
-        |octet| octets::first_element(shape, octet),
-        |range, y| {
-            let base = octets::first_element(shape, range.start);
-            cpu.run(
-                #[inline(always)]
-                || {
-                    let mut sums = [0.0; octets::ELEMENTS];
-                    octets::walk(
-                        draw,
-                        shape,
-                        range,
-                        #[inline(always)]
-                        |block| {
-                            split::prefetch(x, block.clone());
-                            residual.into_iter().for_each(|r| split::prefetch(r, block.clone()));
-                        },
-                        #[inline(always)]
-                        |segment, lanes| {
-                            let sums = &mut sums[..segment.elements.len()];
-                            let y =
-                                &mut y[segment.elements.start - base..segment.elements.end - base];
-                            let residual = residual.map_or(&*y, |r| &r[segment.elements.clone()]);
-                            let x = &x[segment.elements];
-                            let bias = bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
-                            select_add(draw, lanes, x, bias, residual, sums);
-                            split::emit(sums, y, streaming);
-                        },
-                    );
-                    split::fence();
-                },
-            )
+        #[inline(always)]
+        |segment, lanes, y, sums| {
+            let x = &x[segment.elements.clone()];
+            let bias = bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
+            let residual = residual.map_or(y, |r| &r[segment.elements.clone()]);
+            select_add(draw, lanes, x, bias, residual, sums);
         },
     );
 }
@@ -175,48 +148,20 @@ fn gradients<T: Dtype>(
     let Some(dbias) = dbias else {
         return dropout::apply(cpu, draw, shape, dy, dx);
     };
-    if shape.cols == 0 {
-        return;
-    }
-    let tiles = shape.rows.div_ceil(TILE_ROWS);
-    let mut sums = vec![0.0f32; tiles * shape.cols];
-    let streaming = dy.and_then(|_| split::streaming(cpu, dx));
-    let octets_a_tile = TILE_ROWS * shape.cols.div_ceil(OCTET);
-    let parts = dx.par_chunks_mut(TILE_ROWS * shape.cols).zip(sums.par_chunks_mut(shape.cols));
-    parts.enumerate().for_each(|(tile, (dx, sums))| {
-        let first = tile * octets_a_tile;
-        let range = first..(first + octets_a_tile).min(octets::count(shape));
-        let base = tile * TILE_ROWS * shape.cols;
-        cpu.run(
-            #[inline(always)]
-            || {
-                let unscaled = Draw { scale: 1.0, ..*draw };
-                let mut values = [0.0; octets::ELEMENTS];
-                octets::walk(
-                    draw,
-                    shape,
-                    range,
-                    #[inline(always)]
-                    |block| dy.into_iter().for_each(|dy| split::prefetch(dy, block.clone())),
-                    #[inline(always)]
-                    |segment, lanes| {
-                        let values = &mut values[..segment.elements.len()];
-                        let dx =
-                            &mut dx[segment.elements.start - base..segment.elements.end - base];
-                        convert::load(dy.map_or(&*dx, |dy| &dy[segment.elements]), values);
-                        dropout::select_in_place(&unscaled, lanes, values);
-                        let sums = &mut sums[segment.col..segment.col + values.len()];
-                        // A dropped element adds +0, which changes no sum that started from +0.
-                        sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
-                        // +0 stays +0: the scale is finite and not negative.
-                        values.iter_mut().for_each(|value| *value *= draw.scale);
-                        split::emit(values, dx, streaming);
-                    },
-                );
-                split::fence();
-            },
-        )
-    });
-    let total = sum_rows::tree(sums, shape.cols);
-    dbias.iter_mut().zip(&total).for_each(|(dbias, sum)| *dbias = sum * draw.scale);
+    let unscaled = Draw { scale: 1.0, ..*draw };
+    let stream = Stream { cpu, draw, shape, inputs: [dy, None], in_place: dy.is_none() };
+    stream.run_and_sum(
+        dx,
+        dbias,
+        draw.scale,
+        #[inline(always)]
+        |segment, lanes, dx, values, sums| {
+            convert::load(dy.map_or(dx, |dy| &dy[segment.elements.clone()]), values);
+            dropout::select(&unscaled, lanes, values);
+            // A dropped element adds +0, which changes no sum that started from +0.
+            sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
+            // +0 stays +0: the scale is finite and not negative.
+            values.iter_mut().for_each(|value| *value *= draw.scale);
+        },
+    );
 }

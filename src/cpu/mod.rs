@@ -9,6 +9,7 @@ mod convert;
 mod level;
 mod octets;
 mod split;
+mod stream;
 mod sum_rows;
 
 pub mod dropout;

@@ -15,22 +15,28 @@ const BLOCK: usize = 4 * LANES;
 /// Elements of a block.
 pub(super) const ELEMENTS: usize = BLOCK * OCTET;
 
+/// A counter word of each block. A vector that crosses a cache line costs two accesses, and is not
+/// forwarded from a store to the next load.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Words([u64; LANES]);
+
 /// Ten rounds of Philox4x32 (Salmon et al., SC'11) on `LANES` counters at once.
 ///
 /// A word lies in the low half of a 64-bit lane, where the widening multiplication wants it; what is in
 /// the high half is left there and means nothing, which saves every instruction that would clear it.
 #[inline(always)]
-fn philox(mut c: [[u64; LANES]; 4], mut key: [u32; 2]) -> [[u64; LANES]; 4] {
+fn philox(mut c: [Words; 4], mut key: [u32; 2]) -> [Words; 4] {
     const LOW: u64 = 0xffff_ffff;
     for _ in 0..10 {
-        let mut next = [[0u64; LANES]; 4];
+        let mut next = [Words([0; LANES]); 4];
         for l in 0..LANES {
-            let a = (c[0][l] & LOW) * 0xD251_1F53;
-            let b = (c[2][l] & LOW) * 0xCD9E_8D57;
-            next[0][l] = (b >> 32) ^ c[1][l] ^ u64::from(key[0]);
-            next[1][l] = b;
-            next[2][l] = (a >> 32) ^ c[3][l] ^ u64::from(key[1]);
-            next[3][l] = a;
+            let a = (c[0].0[l] & LOW) * 0xD251_1F53;
+            let b = (c[2].0[l] & LOW) * 0xCD9E_8D57;
+            next[0].0[l] = (b >> 32) ^ c[1].0[l] ^ u64::from(key[0]);
+            next[1].0[l] = b;
+            next[2].0[l] = (a >> 32) ^ c[3].0[l] ^ u64::from(key[1]);
+            next[3].0[l] = a;
         }
         c = next;
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
@@ -39,6 +45,7 @@ fn philox(mut c: [[u64; LANES]; 4], mut key: [u32; 2]) -> [[u64; LANES]; 4] {
 }
 
 /// The lanes of one block of octets, eight an octet, in order of the columns.
+#[repr(align(64))]
 pub(super) struct Lanes {
     words: [u64; BLOCK * 2],
 }
@@ -80,17 +87,17 @@ impl Lanes {
         let key = draw.key.philox_key();
         let stream = draw.key.stream;
         for start in (0..count).step_by(LANES) {
-            let mut c = [[0; LANES], [0; LANES], [stream; LANES], [stream >> 32; LANES]];
+            let mut c = [[0; LANES], [0; LANES], [stream; LANES], [stream >> 32; LANES]].map(Words);
             let [octets, rows, ..] = &mut c;
-            for (i, (octet, row)) in (start..count).zip(octets.iter_mut().zip(rows)) {
+            for (i, (octet, row)) in (start..count).zip(octets.0.iter_mut().zip(&mut rows.0)) {
                 let (r, o) = at(i);
                 (*row, *octet) = (u64::from(r), u64::from(o));
             }
             let c = philox(c, key);
             let words = &mut self.words[2 * start..2 * (start + LANES)];
             for l in 0..LANES {
-                words[2 * l] = (c[0][l] & 0xffff_ffff) | (c[1][l] << 32);
-                words[2 * l + 1] = (c[2][l] & 0xffff_ffff) | (c[3][l] << 32);
+                words[2 * l] = (c[0].0[l] & 0xffff_ffff) | (c[1].0[l] << 32);
+                words[2 * l + 1] = (c[2].0[l] & 0xffff_ffff) | (c[3].0[l] << 32);
             }
         }
     }

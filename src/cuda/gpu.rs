@@ -119,7 +119,9 @@ impl Device for Gpu {
     }
 }
 
-impl<T, S: DevicePtr<T>> Readable<T, Gpu> for S {
+// SAFETY: cudarc's tensors give their own length and the address of that many elements, and order uses on
+// several streams; `address` refuses those of another context.
+unsafe impl<T, S: DevicePtr<T>> Readable<T, Gpu> for S {
     fn elements(&self) -> usize {
         self.len()
     }
@@ -129,7 +131,8 @@ impl<T, S: DevicePtr<T>> Readable<T, Gpu> for S {
     }
 }
 
-impl<T, S: DevicePtr<T> + DevicePtrMut<T>> Writable<T, Gpu> for S {
+// SAFETY: as above; the borrow is exclusive. The crate only writes the numbers that its operators name.
+unsafe impl<T, S: DevicePtr<T> + DevicePtrMut<T>> Writable<T, Gpu> for S {
     fn write<'a>(&'a mut self, device: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
         let context = self.stream().context().clone();
         device.address(&context, |stream| self.device_ptr_mut(stream))

@@ -56,7 +56,12 @@ pub struct Address<'a, D: Device> {
 }
 
 /// A tensor of `T` that kernels on `D` can read.
-pub trait Readable<T, D: Device> {
+///
+/// # Safety
+/// While what [`read`](Self::read) gives is held, its address is valid on the device for reads of
+/// [`elements`](Self::elements) values of `T`, and aligned to `T`. Both answers stay the same through a
+/// call. The safe operators launch kernels on this word alone.
+pub unsafe trait Readable<T, D: Device> {
     /// Length in elements.
     fn elements(&self) -> usize;
     /// The address, for a kernel that reads it.
@@ -67,7 +72,11 @@ pub trait Readable<T, D: Device> {
 }
 
 /// A tensor of `T` that kernels on `D` can read and write.
-pub trait Writable<T, D: Device>: Readable<T, D> {
+///
+/// # Safety
+/// As [`Readable`], for writes too: what [`write`](Self::write) gives is this tensor's alone while it is held,
+/// and any bits that a kernel leaves there are a `T`.
+pub unsafe trait Writable<T, D: Device>: Readable<T, D> {
     /// The address, for a kernel that writes it.
     ///
     /// # Errors

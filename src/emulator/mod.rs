@@ -225,7 +225,8 @@ impl Device for Emulator {
 /// Implements [`Readable`], and after `mut` [`Writable`], for a type that dereferences to `[T]`.
 macro_rules! host_tensor {
     ([$($generics:tt)*] $tensor:ty) => {
-        impl<T: bytemuck::Pod, $($generics)*> Readable<T, Emulator> for $tensor {
+        // SAFETY: a slice's length and elements, copied to where the kernels see them.
+        unsafe impl<T: bytemuck::Pod, $($generics)*> Readable<T, Emulator> for $tensor {
             fn elements(&self) -> usize {
                 self.len()
             }
@@ -236,7 +237,8 @@ macro_rules! host_tensor {
     };
     (mut [$($generics:tt)*] $tensor:ty) => {
         host_tensor!([$($generics)*] $tensor);
-        impl<T: bytemuck::Pod, $($generics)*> Writable<T, Emulator> for $tensor {
+        // SAFETY: as above; the borrow is exclusive, and any bits are a `Pod`.
+        unsafe impl<T: bytemuck::Pod, $($generics)*> Writable<T, Emulator> for $tensor {
             fn write<'a>(&'a mut self, device: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
                 let elements = &mut self[..];
                 let target = elements.as_mut_ptr();

@@ -1,0 +1,120 @@
+//! The frame of the operators that take a tensor element by element: pieces for the threads, blocks of
+//! random lanes, and one way out.
+
+use super::octets::{self, Segment};
+use super::{Cpu, split, sum_rows};
+use crate::dtype::Dtype;
+use crate::ops::sum_rows::TILE_ROWS;
+use crate::ops::{Draw, Shape};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// One pass over tensors of a shape.
+pub(super) struct Stream<'a, T> {
+    pub cpu: Cpu,
+    pub draw: &'a Draw<'a>,
+    pub shape: Shape,
+    /// What is read beside the output: asked for ahead of its use.
+    pub inputs: [Option<&'a [T]>; 2],
+    /// Whether the output is read too.
+    pub in_place: bool,
+}
+
+/// f32 values of a block, aligned to a cache line.
+#[repr(align(64))]
+struct Block([f32; octets::ELEMENTS]);
+
+impl<T: Dtype> Stream<'_, T> {
+    /// Gives every piece of a row, with its lanes and what `out` holds there, to `each`, and rounds the
+    /// values that it computes into `out`. `each` must be `#[inline(always)]`, and so compiled for the
+    /// level.
+    pub fn run(&self, out: &mut [T], each: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync) {
+        let before = |octet| octets::first_element(self.shape, octet);
+        let streaming = self.streaming(out);
+        split::pieces(self.shape, out, before, |range, out| {
+            self.piece(
+                range,
+                out,
+                streaming,
+                #[inline(always)]
+                |segment, lanes, out, values| each(segment, lanes, out, values),
+            );
+        });
+    }
+
+    /// [`run`](Self::run), and the sum over the rows of what `each` adds to the columns of its segment
+    /// (its last argument), times `factor`, in the order of [`crate::ops::sum_rows`].
+    pub fn run_and_sum(
+        &self,
+        out: &mut [T],
+        sum: &mut [f32],
+        factor: f32,
+        each: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let cols = self.shape.cols;
+        if cols == 0 {
+            return;
+        }
+        let octets_a_tile = TILE_ROWS * octets::count(Shape { rows: 1, cols });
+        let end = octets::count(self.shape);
+        let streaming = self.streaming(out);
+        let mut sums = vec![0.0f32; self.shape.rows.div_ceil(TILE_ROWS) * cols];
+        let tiles = out.par_chunks_mut(TILE_ROWS * cols).zip(sums.par_chunks_mut(cols));
+        tiles.enumerate().for_each(|(tile, (out, sums))| {
+            let range = tile * octets_a_tile..((tile + 1) * octets_a_tile).min(end);
+            self.piece(
+                range,
+                out,
+                streaming,
+                #[inline(always)]
+                |segment, lanes, out, values| {
+                    let sums = &mut sums[segment.col..segment.col + values.len()];
+                    each(segment, lanes, out, values, sums);
+                },
+            );
+        });
+        let total = sum_rows::tree(sums, cols);
+        sum.iter_mut().zip(&total).for_each(|(sum, total)| *sum = total * factor);
+    }
+
+    /// Octets `range`, whose elements `out` holds.
+    #[inline]
+    fn piece(
+        &self,
+        range: Range<usize>,
+        out: &mut [T],
+        streaming: bool,
+        mut each: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
+    ) {
+        let base = octets::first_element(self.shape, range.start);
+        self.cpu.run(
+            #[inline(always)]
+            || {
+                let mut block = Block([0.0; octets::ELEMENTS]);
+                octets::walk(
+                    self.draw,
+                    self.shape,
+                    range,
+                    #[inline(always)]
+                    |elements| {
+                        let inputs = self.inputs.into_iter().flatten();
+                        inputs.for_each(|input| split::prefetch(input, elements.clone()));
+                    },
+                    #[inline(always)]
+                    |segment, lanes| {
+                        let values = &mut block.0[..lanes.len()];
+                        let elements = &segment.elements;
+                        let out = &mut out[elements.start - base..elements.end - base];
+                        each(&segment, lanes, out, values);
+                        split::emit(values, out, streaming);
+                    },
+                );
+                split::fence();
+            },
+        );
+    }
+
+    fn streaming(&self, out: &[T]) -> bool {
+        !self.in_place && split::streaming(self.cpu, out)
+    }
+}
