@@ -1,7 +1,8 @@
 //! `embedding_dropout` on the CPU: y = D(token + position + segment), and the tables' gradients.
 
+use super::stream::Stream;
 use super::sum_rows::SparseTree;
-use super::{Cpu, convert, dropout, octets, split};
+use super::{Cpu, convert, dropout, octets};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
@@ -109,35 +110,13 @@ impl<'a, T: Dtype> Sum<'a, T> {
 
 /// y = D(sum).
 fn embed<T: Dtype>(cpu: Cpu, draw: &Draw<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
-    let streaming = split::streaming(cpu, y);
-    split::pieces(
-        shape,
+    let stream = Stream { cpu, draw, shape, inputs: [None; 2], in_place: false };
+    stream.run(
         y,
-        |octet| octets::first_element(shape, octet),
-        |range, y| {
-            let base = octets::first_element(shape, range.start);
-            cpu.run(
-                #[inline(always)]
-                || {
-                    let mut sums = [0.0; octets::ELEMENTS];
-                    octets::walk(
-                        draw,
-                        shape,
-                        range,
-                        #[inline(always)]
-                        |_| {},
-                        #[inline(always)]
-                        |segment, lanes| {
-                            let sums = &mut sums[..segment.elements.len()];
-                            sum.load(segment.elements.start / shape.cols, segment.col, sums);
-                            dropout::select_in_place(draw, lanes, sums);
-                            let y = &mut y[segment.elements.start - base..][..sums.len()];
-                            split::emit(sums, y, streaming);
-                        },
-                    );
-                    split::fence();
-                },
-            )
+        #[inline(always)]
+        |segment, lanes, _, sums| {
+            sum.load(segment.elements.start / shape.cols, segment.col, sums);
+            dropout::select(draw, lanes, sums);
         },
     );
 }
@@ -232,7 +211,7 @@ fn load_dropped<T: Dtype>(
         #[inline(always)]
         |segment, lanes| {
             convert::load(&dy[segment.elements], values);
-            dropout::select_in_place(draw, lanes, values);
+            dropout::select(draw, lanes, values);
         },
     );
 }
