@@ -6,6 +6,7 @@ use crate::mask::{Key, OCTET, Place, Probability, RowMap};
 pub mod dropout;
 pub mod dropout_add;
 pub mod keep_mask;
+pub mod norm;
 pub mod softmax_dropout;
 pub mod sum_rows;
 
