@@ -65,5 +65,6 @@ pub mod ops;
 pub use dtype::{Dtype, DtypeId};
 pub use error::Error;
 pub use mask::{CONTRACT_VERSION, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
+pub use ops::norm::{Affine, Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{Dropout, Mode, Scaling, Shape};

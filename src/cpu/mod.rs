@@ -7,7 +7,9 @@
 
 mod convert;
 mod level;
+mod norm;
 mod octets;
+mod reduce;
 mod split;
 mod stream;
 mod sum_rows;

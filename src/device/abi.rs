@@ -3,6 +3,7 @@
 
 use crate::error::Error;
 use crate::mask::{OCTET, RowMap};
+use crate::ops::norm::{Norm, NormKind};
 use crate::ops::{Draw, Shape};
 use bytemuck::{Pod, Zeroable};
 
@@ -218,7 +219,27 @@ impl Mask {
     }
 }
 
+/// A normalisation of rows: the twin of the one in `kernels/norm.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct RowNorm {
+    /// Columns of a row, at least 1: what a mean divides by.
+    pub columns: f32,
+    pub epsilon: f32,
+    /// 1: LayerNorm; 0: RMSNorm.
+    pub layer: u32,
+}
+
+#[allow(dead_code)] // the operators that normalise follow
+impl RowNorm {
+    pub fn new(norm: &Norm, cols: usize) -> Self {
+        let layer = u32::from(norm.kind == NormKind::Layer);
+        Self { columns: cols.max(1) as f32, epsilon: norm.epsilon, layer }
+    }
+}
+
 // The kernels assert the same sizes.
+const _: () = assert!(size_of::<RowNorm>() == 12);
 const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
 const _: () = assert!(size_of::<Octets>() == 24);
 const _: () = assert!(size_of::<Rows>() == 48);

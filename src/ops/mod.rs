@@ -7,6 +7,7 @@ pub mod dropout;
 pub mod dropout_add;
 pub mod embedding_dropout;
 pub mod keep_mask;
+pub mod norm;
 pub mod softmax_dropout;
 pub mod sum_rows;
 
