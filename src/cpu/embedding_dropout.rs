@@ -27,15 +27,14 @@ pub fn forward<T: Dtype>(
     tables: &Tables<&[T]>,
     y: &mut [T],
 ) -> Result<(), Error> {
-    let (lookups, tables) = (lookups.all(), tables.all());
     let lens = Lens {
-        lookups: lengths(&lookups),
-        tables: Some(tables.map(|table| table.map(<[T]>::len))),
+        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
+        tables: Some(tables.try_map(|table| Ok(table.len()))?),
         gradients: [None; TABLES],
         values: ("y", y.len()),
     };
     let draw = check(dropout, shape, &lens)?;
-    check_ids(&lookups)?;
+    check_ids(lookups)?;
     embed(*cpu, &draw, shape, &Sum::new(shape, lookups, tables), y);
     Ok(())
 }
@@ -54,35 +53,29 @@ pub fn backward<T: Dtype>(
     dy: &[T],
     gradients: Gradients<&mut [f32]>,
 ) -> Result<(), Error> {
-    let (lookups, gradients) = (lookups.all(), gradients.all());
     let lens = Lens {
-        lookups: lengths(&lookups),
+        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
         tables: None,
-        gradients: gradients.each_ref().map(|g| g.as_ref().map(|g| g.len())),
+        gradients: gradients.lens(|gradient| gradient.len()),
         values: ("dy", dy.len()),
     };
     let draw = check(dropout, shape, &lens)?;
-    check_ids(&lookups)?;
-    add_gradients(*cpu, &draw, shape, &lookups, dy, gradients);
+    check_ids(lookups)?;
+    add_gradients(*cpu, &draw, shape, lookups, dy, gradients);
     Ok(())
-}
-
-fn lengths(lookups: &[Option<Lookup<&[u32]>>; TABLES]) -> [Option<Lookup<usize>>; TABLES] {
-    lookups.map(|lookup| lookup.map(|lookup| lookup.map(<[u32]>::len)))
 }
 
 /// The tables and what each row takes from them.
 struct Sum<'a, T> {
-    parts: [Option<(Lookup<&'a [u32]>, &'a [T])>; TABLES],
+    parts: [Option<Part<'a, T>>; TABLES],
     cols: usize,
 }
 
+type Part<'a, T> = (Lookup<&'a [u32]>, &'a [T]);
+
 impl<'a, T: Dtype> Sum<'a, T> {
-    fn new(
-        shape: Shape,
-        lookups: [Option<Lookup<&'a [u32]>>; TABLES],
-        tables: [Option<&'a [T]>; TABLES],
-    ) -> Self {
+    fn new(shape: Shape, lookups: &Lookups<&'a [u32]>, tables: &Tables<&'a [T]>) -> Self {
+        let (lookups, tables) = (lookups.all(), tables.all());
         let part = |i: usize| lookups[i].zip(tables[i]);
         Self { parts: std::array::from_fn(part), cols: shape.cols }
     }
@@ -126,16 +119,16 @@ fn add_gradients<T: Dtype>(
     cpu: Cpu,
     draw: &Draw<'_>,
     shape: Shape,
-    lookups: &[Option<Lookup<&[u32]>>; TABLES],
+    lookups: &Lookups<&[u32]>,
     dy: &[T],
-    gradients: [Option<&mut [f32]>; TABLES],
+    gradients: Gradients<&mut [f32]>,
 ) {
     if shape.cols == 0 {
         return;
     }
-    for (lookup, gradient) in lookups.iter().zip(gradients) {
+    for (lookup, gradient) in lookups.all().into_iter().zip(gradients.all()) {
         if let (Some(lookup), Some(gradient)) = (lookup, gradient) {
-            add_gradient(cpu, draw, shape, lookup, dy, gradient);
+            add_gradient(cpu, draw, shape, &lookup, dy, gradient);
         }
     }
 }

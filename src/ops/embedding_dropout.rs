@@ -37,13 +37,12 @@ pub struct Lookup<I> {
 }
 
 impl<I> Lookup<I> {
-    /// The same lookup with its ids taken in another way.
-    pub(crate) fn map<J>(self, f: impl FnOnce(I) -> J) -> Lookup<J> {
+    fn try_map<J>(self, f: impl FnOnce(I) -> Result<J, Error>) -> Result<Lookup<J>, Error> {
         let ids = match self.ids {
-            Ids::Given(ids) => Ids::Given(f(ids)),
+            Ids::Given(ids) => Ids::Given(f(ids)?),
             Ids::Sequence(length) => Ids::Sequence(length),
         };
-        Lookup { entries: self.entries, ids }
+        Ok(Lookup { entries: self.entries, ids })
     }
 }
 
@@ -96,6 +95,18 @@ impl<I> Lookups<I> {
         Self { segment: Some(Lookup { entries, ids: Ids::Given(ids) }), ..self }
     }
 
+    /// The same lookups with their ids taken in another way.
+    pub(crate) fn try_map<J>(
+        self,
+        mut f: impl FnMut(I) -> Result<J, Error>,
+    ) -> Result<Lookups<J>, Error> {
+        Ok(Lookups {
+            token: self.token.try_map(&mut f)?,
+            position: self.position.map(|lookup| lookup.try_map(&mut f)).transpose()?,
+            segment: self.segment.map(|lookup| lookup.try_map(&mut f)).transpose()?,
+        })
+    }
+
     /// In the order in which the entries are added.
     pub(crate) fn all(self) -> [Option<Lookup<I>>; TABLES] {
         [Some(self.token), self.position, self.segment]
@@ -116,6 +127,18 @@ pub struct Tables<W> {
 }
 
 impl<W> Tables<W> {
+    /// The same tables taken in another way.
+    pub(crate) fn try_map<V>(
+        self,
+        mut f: impl FnMut(W) -> Result<V, Error>,
+    ) -> Result<Tables<V>, Error> {
+        Ok(Tables {
+            token: f(self.token)?,
+            position: self.position.map(&mut f).transpose()?,
+            segment: self.segment.map(&mut f).transpose()?,
+        })
+    }
+
     /// In the order in which the entries are added.
     pub(crate) fn all(self) -> [Option<W>; TABLES] {
         [Some(self.token), self.position, self.segment]
@@ -136,6 +159,23 @@ pub struct Gradients<G> {
 impl<G> Gradients<G> {
     /// No gradient at all.
     pub const NONE: Self = Self { token: None, position: None, segment: None };
+
+    /// The same gradients taken in another way.
+    pub(crate) fn try_map<H>(
+        self,
+        mut f: impl FnMut(G) -> Result<H, Error>,
+    ) -> Result<Gradients<H>, Error> {
+        Ok(Gradients {
+            token: self.token.map(&mut f).transpose()?,
+            position: self.position.map(&mut f).transpose()?,
+            segment: self.segment.map(&mut f).transpose()?,
+        })
+    }
+
+    /// The lengths that `len` gives, in the order of the tables.
+    pub(crate) fn lens(&self, len: impl Fn(&G) -> usize) -> [Option<usize>; TABLES] {
+        [&self.token, &self.position, &self.segment].map(|gradient| gradient.as_ref().map(&len))
+    }
 
     /// In the order of the tables.
     pub(crate) fn all(self) -> [Option<G>; TABLES] {
@@ -181,9 +221,9 @@ const NAMES: [Names; TABLES] = [
 
 /// Lengths of the tensors of a call, in elements.
 pub(crate) struct Lens {
-    pub lookups: [Option<Lookup<usize>>; TABLES],
+    pub lookups: Lookups<usize>,
     /// The tables, where the call reads them.
-    pub tables: Option<[Option<usize>; TABLES]>,
+    pub tables: Option<Tables<usize>>,
     pub gradients: [Option<usize>; TABLES],
     /// The name of y or dy, and its elements.
     pub values: (&'static str, usize),
@@ -196,9 +236,10 @@ pub(crate) fn check<'a>(
     lens: &Lens,
 ) -> Result<Draw<'a>, Error> {
     let elements = shape.elements(NAME)?;
+    let (lookups, tables) = (lens.lookups.all(), lens.tables.map(Tables::all));
     for (i, names) in NAMES.iter().enumerate() {
-        let table = lens.tables.map(|tables| tables[i]);
-        check_table(shape, names, lens.lookups[i], table, lens.gradients[i])?;
+        let table = tables.map(|tables| tables[i]);
+        check_table(shape, names, lookups[i], table, lens.gradients[i])?;
     }
     check_len(NAME, lens.values.0, elements, lens.values.1)?;
     dropout.draw(NAME, shape)
@@ -241,9 +282,9 @@ fn check_table(
 }
 
 /// Refuses ids that are in no table.
-pub(crate) fn check_ids(lookups: &[Option<Lookup<&[u32]>>; TABLES]) -> Result<(), Error> {
-    for (lookup, names) in lookups.iter().zip(&NAMES) {
-        let Some(Lookup { entries, ids: Ids::Given(ids) }) = *lookup else { continue };
+pub(crate) fn check_ids(lookups: &Lookups<&[u32]>) -> Result<(), Error> {
+    for (lookup, names) in lookups.all().into_iter().zip(&NAMES) {
+        let Some(Lookup { entries, ids: Ids::Given(ids) }) = lookup else { continue };
         if let Some(row) = ids.iter().position(|&id| id as usize >= entries) {
             let given = format!("{} in row {row}", ids[row]);
             return Err(Error::argument(NAME, names.ids, format!("ids below {entries}"), given));

@@ -2,9 +2,12 @@
 
 use super::*;
 use crate::oracle;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use fused_dropout::device;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use fused_dropout::{
+    device::{self, Readable, Writable, embedding_dropout as op},
+    ops::embedding_dropout::{Lookup, check_report},
+};
 
 /// y = D(token + position + segment).
 pub trait EmbeddingDropoutCalls {
@@ -45,6 +48,133 @@ impl EmbeddingDropoutCalls for Cpu {
         use fused_dropout::cpu::embedding_dropout::backward;
         backward(self, &c.dropout, c.shape, lookups, dy, gradients)
     }
+}
+
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+impl<L: Lab> EmbeddingDropoutCalls for Kernels<L> {
+    fn embedding_dropout<T: Dtype>(
+        &self,
+        c: &Call,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        y: &mut [T],
+    ) -> Result<(), Error> {
+        let mut report = [u32::MAX];
+        self.call(c, &mut |call, d| {
+            with_lookups(&self.0, lookups, &mut |lookups| {
+                with_tables(&self.0, tables, c.offset, &mut |tables| {
+                    self.0.with(y, c.offset, &mut |y| {
+                        self.0.with(&mut report, 0, &mut |report| {
+                            op::forward(call, d, c.shape, lookups, tables, y, report)
+                        })
+                    })
+                })
+            })
+        })?;
+        check_report(report[0])
+    }
+    fn embedding_dropout_backward<T: Dtype>(
+        &self,
+        c: &Call,
+        lookups: &Lookups<&[u32]>,
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+    ) -> Result<(), Error> {
+        let mut gradients = gradients;
+        self.call(c, &mut |call, d| {
+            with_lookups(&self.0, lookups, &mut |lookups| {
+                self.0.reading(dy, c.offset, &mut |dy| {
+                    with_gradients(&self.0, &mut gradients, c.offset, &mut |gradients| {
+                        op::backward(call, d, c.shape, lookups, dy, gradients)
+                    })
+                })
+            })
+        })
+    }
+}
+
+/// Runs `work` on lookups whose ids are in the memory of the laboratory's device.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn with_lookups<L: Lab>(
+    lab: &L,
+    lookups: &Lookups<&[u32]>,
+    work: &mut dyn FnMut(&op::DeviceLookups<'_, L::D>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let given = |lookup: Option<Lookup<&'_ [u32]>>| match lookup.map(|lookup| lookup.ids) {
+        Some(Ids::Given(ids)) => ids.to_vec(),
+        _ => Vec::new(),
+    };
+    let Lookups { token, position, segment } = *lookups;
+    lab.reading(&given(Some(token)), 1, &mut |tokens| {
+        lab.reading(&given(position), 0, &mut |positions| {
+            lab.reading(&given(segment), 3, &mut |segments| {
+                let mut lookups = Lookups::tokens(token.entries, tokens);
+                if let Some(Lookup { entries, ids }) = position {
+                    lookups = lookups.positions(
+                        entries,
+                        match ids {
+                            Ids::Given(_) => Ids::Given(positions),
+                            Ids::Sequence(length) => Ids::Sequence(length),
+                        },
+                    );
+                }
+                if let Some(segment) = segment {
+                    lookups = lookups.segments(segment.entries, segments);
+                }
+                work(&lookups)
+            })
+        })
+    })
+}
+
+/// Runs `work` on tables in the memory of the laboratory's device.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn with_tables<T: Dtype, L: Lab>(
+    lab: &L,
+    tables: &Tables<&[T]>,
+    offset: usize,
+    work: &mut dyn FnMut(&op::DeviceTables<'_, T, L::D>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    lab.reading(tables.token, offset, &mut |token| {
+        lab.optional(tables.position, offset, &mut |position| {
+            lab.optional(tables.segment, offset, &mut |segment| {
+                work(&Tables { token, position, segment })
+            })
+        })
+    })
+}
+
+/// An optional tensor for one more call.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn again<'a, D: device::Device>(
+    tensor: &'a mut Option<&mut dyn Writable<f32, D>>,
+) -> Option<&'a mut dyn Writable<f32, D>> {
+    match tensor {
+        Some(tensor) => Some(&mut **tensor),
+        None => None,
+    }
+}
+
+/// Runs `work` on gradients in the memory of the laboratory's device, and brings them back.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn with_gradients<L: Lab>(
+    lab: &L,
+    gradients: &mut Gradients<&mut [f32]>,
+    offset: usize,
+    work: &mut dyn FnMut(op::DeviceGradients<'_, L::D>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let Gradients { token, position, segment } = gradients;
+    lab.optional_out_at(token.as_deref_mut(), offset, &mut |mut token| {
+        lab.optional_out_at(position.as_deref_mut(), offset, &mut |mut position| {
+            lab.optional_out_at(segment.as_deref_mut(), offset, &mut |mut segment| {
+                work(Gradients {
+                    token: again(&mut token),
+                    position: again(&mut position),
+                    segment: again(&mut segment),
+                })
+            })
+        })
+    })
 }
 
 /// Runs the checks of one row of the table.

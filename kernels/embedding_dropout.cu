@@ -1,0 +1,391 @@
+// embedding_dropout: y = D(token[id] + position[pos] + segment[seg]), and the gradients of the tables.
+//
+// Forward, a row r (a token) at a time; the sum is rounded to f32 after each addition:
+//
+//     y[r, c] = kept(r, c) ? round((token[id[r], c] + position[pos[r], c] + segment[seg[r], c]) * scale) : +0
+//
+// A row with an id that is in no table has y = +0, and the smallest such row is left in `report`.
+//
+// Bytes an element: one written, and one read for each table (4 to 8 in 16-bit storage); what repeats, as
+// positions and segments do, is read from L2. The ids of a row, 4 bytes each, are read by all of its
+// octets, from L1; the loads of an octet's entries wait for them. All 16-byte loads of a thread are issued
+// before the first of them is waited for (sm_90, CUDA 13.0; compiled, not timed).
+//
+// Backward, for a table, with g = kept ? dy * scale : +0 in f32:
+//
+//     gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)
+//
+// in the order of the tree that src/ops/sum_rows.rs defines, without sorting, workspace or atomics: a
+// block owns an entry and some columns. It looks at all ids, 4096 at a time, and adds up the rows that
+// match. Rows that do not match are +0 and are left out, which changes no sum that started from +0. Each
+// 64 rows (a tile) are added in order by one thread an octet; tiles at the same time by the other threads
+// of the block, and then in order. Where a table has more entries than there are rows, there is a block
+// for each row in place of each entry; only that of an entry's first row goes on.
+//
+// Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written
+// once; and ids: 4 * rows * min(rows, entries) for each 2048 columns at most, from L2 (half of that, on
+// average, for a row's block that finds an earlier one). For 8192 rows of tokens that are 0.27 GB, more
+// than the 0.02 GB of dy at 768 columns in bf16; from some 10^5 rows on a sort would be better.
+
+#include "kernel.cuh"
+
+/// Tables that a row can look up: token, position, segment.
+constexpr unsigned TABLES = 3;
+
+/// Which entry of a table each row takes.
+struct Lookup {
+    In<unsigned> ids;  // absent: row r takes entry r % sequence.divisor
+    unsigned entries;
+    Divisor sequence;
+
+    /// The entry of a local row, which may be in no table.
+    __device__ __forceinline__ unsigned entry(unsigned row) const {
+        if (ids.present()) return ids.cached(row);
+        return row - sequence.quotient(row) * sequence.divisor;
+    }
+
+    /// Which of rows `first`, `first + 32`, .. take an entry, a bit each; none from row `rows` on.
+    template <unsigned COUNT>
+    __device__ __forceinline__ unsigned matches(unsigned wanted, unsigned first,
+                                                unsigned rows) const {
+        unsigned matches = 0;
+        if (!ids.present()) {
+#pragma unroll 1
+            for (unsigned i = 0; i < COUNT && first + 32 * i < rows; ++i) {
+                matches |= unsigned(entry(first + 32 * i) == wanted) << i;
+            }
+            return matches;
+        }
+        unsigned taken[COUNT];  // all on their way at once
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) {
+            taken[i] = first + 32 * i < rows ? ids.cached(1ull * first + 32 * i) : ~wanted;
+        }
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) matches |= unsigned(taken[i] == wanted) << i;
+        return matches;
+    }
+};
+static_assert(sizeof(Lookup) == 24, "embedding_dropout.rs: LookupParams");
+
+/// What a row takes from each table.
+struct Entries {
+    unsigned at[TABLES];
+    bool exist;  // all of them
+
+    __device__ __forceinline__ Entries(const Lookup (&lookups)[TABLES], unsigned row) {
+        exist = true;
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) at[i] = lookups[i].entry(row);
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) exist &= at[i] < lookups[i].entries;
+    }
+};
+
+/// The tables, and what each row takes from them.
+template <typename T>
+struct Embeddings {
+    Lookup lookups[TABLES];  // of a table that is absent: entry 0 of one
+    In<T> tables[TABLES];
+    unsigned long long cols;
+
+    /// An octet of the entries that a row takes.
+    struct Loaded {
+        Octet<T> parts[TABLES];
+    };
+
+    template <bool aligned>
+    __device__ __forceinline__ Loaded load(const Entries& entries, unsigned octet,
+                                           unsigned count) const {
+        Loaded loaded;
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) {
+            if (!tables[i].present()) continue;
+            const unsigned long long element = entries.at[i] * cols + 8ull * octet;
+            loaded.parts[i] = tables[i].template cached<aligned>(element, count);
+        }
+        return loaded;
+    }
+
+    /// Their sum.
+    __device__ __forceinline__ Values sum(const Loaded& loaded) const {
+        Values sum = unpack(loaded.parts[0]);
+#pragma unroll
+        for (unsigned i = 1; i < TABLES; ++i) {
+            if (!tables[i].present()) continue;
+            const Values part = unpack(loaded.parts[i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum.at[j] = __fadd_rn(sum.at[j], part.at[j]);
+        }
+        return sum;
+    }
+};
+
+template <typename T>
+struct EmbeddingParams {
+    Mask mask;
+    Octets octets;
+    Embeddings<T> embeddings;
+    Out<T> y;
+    Out<unsigned> report;
+};
+static_assert(sizeof(EmbeddingParams<float>) == 312, "embedding_dropout.rs: ForwardParams");
+
+template <typename T, bool aligned>
+struct EmbeddingDropout {
+    using Params = EmbeddingParams<T>;
+    struct Loaded {
+        typename Embeddings<T>::Loaded entries;
+        bool exist;
+    };
+
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
+        const Position at(p.octets, index);
+        const Entries entries(p.embeddings.lookups, p.mask.rows.offset + at.row);
+        Loaded loaded = {};
+        loaded.exist = entries.exist;
+        if (entries.exist) {
+            const unsigned count = at.count(p.octets);
+            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, count);
+        }
+        return loaded;
+    }
+
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position at,
+                                                  const Kept& keep, float scale,
+                                                  const Loaded& loaded) {
+        if (!loaded.exist && at.octet == 0) p.report.lower(0, p.mask.rows.offset + at.row);
+        const Values sum = p.embeddings.sum(loaded.entries);
+        Values y = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j] && loaded.exist) y.at[j] = __fmul_rn(sum.at[j], scale);
+        }
+        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, at), at.count(p.octets),
+                                     pack<T>(y));
+    }
+};
+
+FD_KERNEL(embedding_dropout_f32, EmbeddingParams<float>, THREADS,
+          stream<EmbeddingDropout<float, true>>)
+FD_KERNEL(embedding_dropout_f16, EmbeddingParams<f16>, THREADS, stream<EmbeddingDropout<f16, true>>)
+FD_KERNEL(embedding_dropout_bf16, EmbeddingParams<bf16>, THREADS,
+          stream<EmbeddingDropout<bf16, true>>)
+FD_KERNEL(embedding_dropout_any_f32, EmbeddingParams<float>, THREADS,
+          stream_any<EmbeddingDropout<float, false>>)
+FD_KERNEL(embedding_dropout_any_f16, EmbeddingParams<f16>, THREADS,
+          stream_any<EmbeddingDropout<f16, false>>)
+FD_KERNEL(embedding_dropout_any_bf16, EmbeddingParams<bf16>, THREADS,
+          stream_any<EmbeddingDropout<bf16, false>>)
+
+/// Rows of a tile, and tiles of a span: the radix of the tree. A span's rows are looked at together.
+constexpr unsigned RADIX = 64;
+constexpr unsigned SPAN = RADIX * RADIX;
+
+template <typename T>
+struct TableGradParams {
+    Mask mask;
+    In<T> dy;  // [rows, cols]
+    In<float> before;  // [entries, cols]
+    Out<float> after;  // the same memory
+    Lookup lookups[TABLES];
+    unsigned long long cols;
+    unsigned rows;   // at most 2^24: a tree of four levels
+    unsigned table;  // whose gradient it is
+    unsigned by_row;      // 1: blocks for each row; 0: for each entry
+    unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
+    IndexDivisor blocks;  // of an entry: ceil(octets / width)
+    unsigned unused;
+};
+static_assert(sizeof(TableGradParams<float>) == 304, "embedding_dropout.rs: TableGradParams");
+
+/// The rows of a span that take an entry, a bit each.
+struct Matches {
+    unsigned words[SPAN / 32];
+
+    /// All threads of the block must be here; what they find is there after the block's next barrier.
+    template <typename T>
+    __device__ __forceinline__ void find(const TableGradParams<T>& p, unsigned entry,
+                                         unsigned first_row) {
+        constexpr unsigned WORDS = SPAN / THREADS;  // of a warp; each lane has a bit of them
+        const unsigned first_word = threadIdx.x / 32 * WORDS;
+        const unsigned first = first_row + 32 * first_word + threadIdx.x % 32;
+        unsigned mine = p.lookups[p.table].template matches<WORDS>(entry, first, p.rows);
+        for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
+            // A row with an id that is in no table takes nothing.
+            const unsigned i = __ffs(rest) - 1;
+            if (!Entries(p.lookups, first + 32 * i).exist) mine &= ~(1u << i);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < WORDS; ++i) {
+            const unsigned word = __ballot_sync(0xffffffffu, mine >> i & 1);
+            if (threadIdx.x % 32 == 0) words[first_word + i] = word;
+        }
+    }
+
+    /// The rows of a tile.
+    __device__ __forceinline__ unsigned long long tile(unsigned tile) const {
+        return words[2 * tile] | 1ull * words[2 * tile + 1] << 32;
+    }
+
+    /// The tiles that have a row. All 32 lanes must be here, and get the same.
+    __device__ __forceinline__ unsigned long long tiles() const {
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned low = __ballot_sync(0xffffffffu, tile(lane) != 0);
+        return low | 1ull * __ballot_sync(0xffffffffu, tile(lane + 32) != 0) << 32;
+    }
+};
+
+/// The bits below bit `n`, which is at most 64.
+__device__ __forceinline__ unsigned long long bits_below(unsigned n) {
+    return n < 64 ? (1ull << n) - 1 : ~0ull;
+}
+
+__device__ __forceinline__ void add(Values& sums, const Values& values) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], values.at[j]);
+}
+
+/// An octet of values a thread, in shared memory: a thread's own ones need no barrier.
+struct Shelf {
+    float at[8][THREADS];
+
+    __device__ __forceinline__ void put(const Values& values) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) at[j][threadIdx.x] = values.at[j];
+    }
+    __device__ __forceinline__ Values get(unsigned thread) const {
+        Values values;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values.at[j] = at[j][thread];
+        return values;
+    }
+    /// Adds this thread's values to those of `above`, and makes zeros of them.
+    __device__ __forceinline__ void close(Shelf& above) {
+        Values sums = above.get(threadIdx.x);
+        add(sums, get(threadIdx.x));
+        above.put(sums);
+        put({});
+    }
+};
+
+/// An octet of columns of dy, as the thread that adds up its tiles sees it.
+template <typename T, bool aligned>
+struct Column {
+    /// Rows whose dy is loaded at once.
+    static constexpr unsigned ROWS = 4;
+
+    const TableGradParams<T>& p;
+    unsigned octet;
+    unsigned count;  // elements of it
+
+    /// The sum of g over the rows `rows` of the 64 from `first_row` on, in order.
+    __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
+        const Draws<false> draws(p.mask);
+        Values sum = {};
+        while (rows != 0) {
+            Octet<T> dy[ROWS];
+            unsigned long long rest = rows;
+#pragma unroll
+            for (unsigned i = 0; i < ROWS; ++i) {
+                if (rest == 0) break;
+                const unsigned row = first_row + __ffsll(rest) - 1;
+                rest &= rest - 1;
+                dy[i] = p.dy.template streaming<aligned>(row * p.cols + 8ull * octet, count);
+            }
+#pragma unroll
+            for (unsigned i = 0; i < ROWS; ++i) {
+                if (rows == 0) break;
+                const unsigned row = first_row + __ffsll(rows) - 1;
+                rows &= rows - 1;
+                const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
+                const Values values = unpack(dy[i]);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float g = __fmul_rn(values.at[j], draws.scale);
+                    if (keep.at[j]) sum.at[j] = __fadd_rn(sum.at[j], g);
+                }
+            }
+        }
+        return sum;
+    }
+};
+
+/// An entry's gradient in 2^log_width octets of columns, a block. The threads are as many rows of as many
+/// octets: each row adds up tiles of its own, and the first one adds up the tiles.
+template <typename T, bool aligned>
+__device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
+    __shared__ Matches matches;
+    __shared__ Shelf tile_sums;
+    __shared__ Shelf second;  // sums over the tiles of a span
+    __shared__ Shelf third;   // over the spans of 64 spans
+    __shared__ Shelf fourth;  // and over those
+    __shared__ unsigned taken;  // whether a row took the entry: written before a tile's barriers
+
+    const unsigned candidate = p.blocks.quotient(blockIdx.x);
+    if (p.by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
+    const unsigned entry = p.by_row ? p.lookups[p.table].entry(candidate) : candidate;
+
+    const unsigned width = 1u << p.log_width;
+    const unsigned at_once = THREADS >> p.log_width;
+    const unsigned rank = threadIdx.x >> p.log_width;
+    const unsigned block = blockIdx.x - candidate * p.blocks.divisor;
+    const unsigned octet = (block << p.log_width) + threadIdx.x % width;
+    const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
+    const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
+
+    second.put({});
+    third.put({});
+    fourth.put({});
+    if (threadIdx.x == 0) taken = 0;
+    for (unsigned span = 0; span * SPAN < p.rows; ++span) {
+        __syncthreads();  // nobody reads the last span's matches any more
+        matches.find(p, entry, span * SPAN);
+        __syncthreads();
+        const unsigned long long tiles = matches.tiles();
+        if (tiles != 0 && p.by_row && span <= candidate / SPAN) {
+            const unsigned tile = __ffsll(tiles) - 1;
+            const unsigned row = __ffsll(matches.tile(tile)) - 1;
+            // The whole block, but the one of the entry's first row.
+            if (span * SPAN + tile * RADIX + row != candidate) return;
+        }
+        if (tiles != 0 && threadIdx.x == 0) taken = 1;
+        for (unsigned first = 0; first < RADIX; first += at_once) {
+            const unsigned long long now = tiles >> first & bits_below(at_once);
+            if (now == 0) continue;  // the whole block
+            Values sum = {};
+            if (column.count > 0) {
+                const unsigned tile = first + rank;
+                sum = column.sum(span * SPAN + tile * RADIX, matches.tile(tile));
+            }
+            tile_sums.put(sum);
+            __syncthreads();
+            if (rank == 0) {
+                sum = second.get(threadIdx.x);
+                for (unsigned i = 0; i < at_once; ++i) {
+                    if (now >> i & 1) add(sum, tile_sums.get(i * width + threadIdx.x));
+                }
+                second.put(sum);
+            }
+            __syncthreads();
+        }
+        if (tiles != 0) second.close(third);
+        if (span % RADIX == RADIX - 1) third.close(fourth);
+    }
+    third.close(fourth);
+    if (taken == 0 || rank != 0 || column.count == 0) return;
+    const unsigned long long element = entry * p.cols + 8ull * octet;
+    Values after = unpack(p.before.template cached<aligned>(element, column.count));
+    add(after, fourth.get(threadIdx.x));
+    p.after.template cached<aligned>(element, column.count, pack<float>(after));
+}
+
+FD_KERNEL(embedding_dropout_table_grad_f32, TableGradParams<float>, THREADS, table_grad<float, true>)
+FD_KERNEL(embedding_dropout_table_grad_f16, TableGradParams<f16>, THREADS, table_grad<f16, true>)
+FD_KERNEL(embedding_dropout_table_grad_bf16, TableGradParams<bf16>, THREADS, table_grad<bf16, true>)
+FD_KERNEL(embedding_dropout_table_grad_any_f32, TableGradParams<float>, THREADS,
+          table_grad<float, false>)
+FD_KERNEL(embedding_dropout_table_grad_any_f16, TableGradParams<f16>, THREADS,
+          table_grad<f16, false>)
+FD_KERNEL(embedding_dropout_table_grad_any_bf16, TableGradParams<bf16>, THREADS,
+          table_grad<bf16, false>)
