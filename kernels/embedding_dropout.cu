@@ -208,18 +208,23 @@ struct Matches {
     __device__ __forceinline__ void find(const TableGradParams<T>& p, unsigned entry,
                                          unsigned first_row) {
         constexpr unsigned WORDS = SPAN / THREADS;  // of a warp; each lane has a bit of them
+        const unsigned lane = threadIdx.x % 32;
         const unsigned first_word = threadIdx.x / 32 * WORDS;
-        const unsigned first = first_row + 32 * first_word + threadIdx.x % 32;
+        const unsigned first = first_row + 32 * first_word + lane;
         unsigned mine = p.lookups[p.table].template matches<WORDS>(entry, first, p.rows);
         for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
             // A row with an id that is in no table takes nothing.
             const unsigned i = __ffs(rest) - 1;
             if (!Entries(p.lookups, first + 32 * i).exist) mine &= ~(1u << i);
         }
+        if (!__any_sync(0xffffffffu, mine)) {  // the usual case
+            if (lane < WORDS) words[first_word + lane] = 0;
+            return;
+        }
 #pragma unroll
         for (unsigned i = 0; i < WORDS; ++i) {
             const unsigned word = __ballot_sync(0xffffffffu, mine >> i & 1);
-            if (threadIdx.x % 32 == 0) words[first_word + i] = word;
+            if (lane == i) words[first_word + i] = word;
         }
     }
 
@@ -334,9 +339,12 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
     const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
 
-    second.put({});
-    third.put({});
-    fourth.put({});
+    const bool adds_tiles = rank == 0 && column.count > 0;
+    if (adds_tiles) {
+        second.put({});
+        third.put({});
+        fourth.put({});
+    }
     if (threadIdx.x == 0) taken = 0;
     for (unsigned span = 0; span * SPAN < p.rows; ++span) {
         __syncthreads();  // nobody reads the last span's matches any more
@@ -353,15 +361,13 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
         for (unsigned first = 0; first < RADIX; first += at_once) {
             const unsigned long long now = tiles >> first & bits_below(at_once);
             if (now == 0) continue;  // the whole block
-            Values sum = {};
-            if (column.count > 0) {
-                const unsigned tile = first + rank;
-                sum = column.sum(span * SPAN + tile * RADIX, matches.tile(tile));
+            const unsigned tile = first + rank;
+            if (column.count > 0 && now >> rank & 1) {
+                tile_sums.put(column.sum(span * SPAN + tile * RADIX, matches.tile(tile)));
             }
-            tile_sums.put(sum);
             __syncthreads();
-            if (rank == 0) {
-                sum = second.get(threadIdx.x);
+            if (adds_tiles) {
+                Values sum = second.get(threadIdx.x);
                 for (unsigned i = 0; i < at_once; ++i) {
                     if (now >> i & 1) add(sum, tile_sums.get(i * width + threadIdx.x));
                 }
@@ -369,11 +375,11 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
             }
             __syncthreads();
         }
-        if (tiles != 0) second.close(third);
-        if (span % RADIX == RADIX - 1) third.close(fourth);
+        if (adds_tiles && tiles != 0) second.close(third);
+        if (adds_tiles && span % RADIX == RADIX - 1) third.close(fourth);
     }
+    if (taken == 0 || !adds_tiles) return;
     third.close(fourth);
-    if (taken == 0 || rank != 0 || column.count == 0) return;
     const unsigned long long element = entry * p.cols + 8ull * octet;
     Values after = unpack(p.before.template cached<aligned>(element, column.count));
     add(after, fourth.get(threadIdx.x));
