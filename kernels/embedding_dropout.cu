@@ -27,7 +27,7 @@
 // average, for a row's block that finds an earlier one). For 8192 rows of tokens that are 0.27 GB, more
 // than the 0.02 GB of dy at 768 columns in bf16; from some 10^5 rows on a sort would be better.
 
-#include "kernel.cuh"
+#include "norm.cuh"
 
 /// Tables that a row can look up: token, position, segment.
 constexpr unsigned TABLES = 3;
@@ -188,16 +188,15 @@ struct TableGradParams {
     In<T> dy;  // [rows, cols]
     In<float> before;  // [entries, cols]
     Out<float> after;  // the same memory
+    Lookup taken;      // of the table whose gradient it is
     Lookup lookups[TABLES];
     unsigned long long cols;
-    unsigned rows;   // at most 2^24: a tree of four levels
-    unsigned table;  // whose gradient it is
+    unsigned rows;        // at most 2^24: a tree of four levels
     unsigned by_row;      // 1: blocks for each row; 0: for each entry
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)
-    unsigned unused;
 };
-static_assert(sizeof(TableGradParams<float>) == 304, "embedding_dropout.rs: TableGradParams");
+static_assert(sizeof(TableGradParams<float>) == 320, "embedding_dropout.rs: TableGradParams");
 
 /// The rows of a span that take an entry, a bit each.
 struct Matches {
@@ -211,7 +210,7 @@ struct Matches {
         const unsigned lane = threadIdx.x % 32;
         const unsigned first_word = threadIdx.x / 32 * WORDS;
         const unsigned first = first_row + 32 * first_word + lane;
-        unsigned mine = p.lookups[p.table].template matches<WORDS>(entry, first, p.rows);
+        unsigned mine = p.taken.template matches<WORDS>(entry, first, p.rows);
         for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
             // A row with an id that is in no table takes nothing.
             const unsigned i = __ffs(rest) - 1;
@@ -329,7 +328,7 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
 
     const unsigned candidate = p.blocks.quotient(blockIdx.x);
     if (p.by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
-    const unsigned entry = p.by_row ? p.lookups[p.table].entry(candidate) : candidate;
+    const unsigned entry = p.by_row ? p.taken.entry(candidate) : candidate;
 
     const unsigned width = 1u << p.log_width;
     const unsigned at_once = THREADS >> p.log_width;
@@ -395,3 +394,232 @@ FD_KERNEL(embedding_dropout_table_grad_any_f16, TableGradParams<f16>, THREADS,
           table_grad<f16, false>)
 FD_KERNEL(embedding_dropout_table_grad_any_bf16, TableGradParams<bf16>, THREADS,
           table_grad<bf16, false>)
+
+// The normalised form (BERT), the sum in f32; norm.cuh has the norm's mathematics. With h = kept ? dy * scale : +0:
+//
+//     forward:  y = kept ? norm(sum) * scale : +0, and the row's mean and rstd
+//     backward: ds = the norm's gradient of g = h * weight, with the sum computed again from the tables
+//
+// ds and h * xhat go to a workspace in f32, from which the kernels above add up the gradients of the tables
+// and of the norm's weight, the latter as a table with one entry that every row takes; that of the norm's
+// bias is added up from dy in the same way. Bytes an element in 16-bit storage, beside the tables: forward
+// 2; backward 2 read and 8 written, then 4 read for each table and for the weight, 2 for the bias.
+//
+// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to 8192),
+// wide (each pass reads the row again).
+
+template <typename T>
+struct EmbeddingNormParams {
+    Mask mask;
+    Embeddings<T> embeddings;
+    In<T> weight;
+    In<T> norm_bias;       // forward; may be absent
+    Out<T> y;              // forward
+    Out<float> stats_out;  // forward: [rows, 2], mean and rstd; may be absent
+    Out<unsigned> report;  // forward
+    In<float> stats;       // backward
+    In<T> dy;              // backward
+    Out<float> ds;         // backward
+    Out<float> slopes;     // backward: h * xhat; may be absent
+    RowNorm norm;
+    unsigned rows;  // of this launch, from local row mask.rows.offset on
+};
+static_assert(sizeof(EmbeddingNormParams<float>) == 360, "embedding_dropout.rs: NormParams");
+
+/// One row, as the team that shares it sees it.
+template <typename T, bool aligned>
+struct EmbeddingRow {
+    const EmbeddingNormParams<T>& p;
+    const Draws<false> draws;
+    unsigned logical;
+    unsigned local;
+    Entries entries;
+    unsigned long long first;  // index of the row's first element
+
+    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
+        : p(p),
+          draws(p.mask),
+          logical(draws.logical(row)),
+          local(p.mask.rows.offset + row),
+          entries(p.embeddings.lookups, local),
+          first(local * p.embeddings.cols) {}
+
+    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
+        return first + 8ull * octet;
+    }
+
+    __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
+                                                                   unsigned count) const {
+        return p.embeddings.template load<aligned>(entries, octet, count);
+    }
+
+    /// An octet of columns of a parameter of the norm.
+    __device__ __forceinline__ Values parameter(const In<T>& values, unsigned octet,
+                                                unsigned count) const {
+        return unpack(values.template cached<aligned>(8ull * octet, count));
+    }
+
+    /// D of an octet.
+    __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
+        const Kept keep = draws.kept(draws.lanes(logical, octet));
+        Values dropped = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.scale);
+        }
+        return dropped;
+    }
+};
+
+/// What the threads of a team hold of their row's sums, where they hold it.
+template <typename T, typename Walk>
+struct HeldSums {
+    Values sums[Walk::SLOTS];
+
+    /// `beside(slot, octet, count)` loads what else is held.
+    template <typename Beside>
+    __device__ __forceinline__ void load(const Walk& walk, const EmbeddingRow<T, Walk::aligned>& row,
+                                         Beside beside) {
+        if (!Walk::held) return;
+        const Embeddings<T>& embeddings = row.p.embeddings;
+        if (!Walk::aligned) {  // an octet alone is enough loads
+            walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+                beside(slot, octet, count);
+                sums[slot] = embeddings.sum(row.load(octet, count));
+            });
+            return;
+        }
+        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
+        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+            loaded[slot] = row.load(octet, count);
+            beside(slot, octet, count);
+        });
+        __syncwarp();  // keeps the loads first; all lanes are here
+        walk.each([&](unsigned slot, unsigned, unsigned) {
+            sums[slot] = embeddings.sum(loaded[slot]);
+        });
+    }
+};
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    const bool writes_stats = walk.team.rank == 0 && p.stats_out.present();
+    if (!row.entries.exist) {  // the whole team
+        if (walk.team.rank == 0) p.report.lower(0, row.local);
+        if (writes_stats) {
+            p.stats_out.cached(2ull * row.local, 0.0f);
+            p.stats_out.cached(2ull * row.local + 1, 0.0f);
+        }
+        walk.each([&](unsigned, unsigned octet, unsigned count) {
+            p.y.template cached<aligned>(row.at(octet), count, {});
+        });
+        return;
+    }
+    HeldSums<T, Walk> held;
+    held.load(walk, row, [](unsigned, unsigned, unsigned) {});
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const Standard standard = standard_of(p.norm, walk, scratch, sum_of);
+    if (writes_stats) {
+        p.stats_out.cached(2ull * row.local, standard.mean());
+        p.stats_out.cached(2ull * row.local + 1, standard.rstd);
+    }
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const Values weight = row.parameter(p.weight, octet, count);
+        Values bias = {};
+        if (p.norm_bias.present()) bias = row.parameter(p.norm_bias, octet, count);
+        const Values y = normalised(standard, sum_of(slot, octet, count), weight, bias);
+        p.y.template cached<aligned>(row.at(octet), count, pack<T>(row.drop(y, octet)));
+    });
+}
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    // The whole team. Nobody reads what is not written here: the row takes nothing.
+    if (!row.entries.exist) return;
+    HeldSums<T, Walk> held;
+    const auto load_dy = [&](unsigned octet, unsigned count) -> Octet<T> {
+        return p.dy.template cached<aligned>(row.at(octet), count);
+    };
+    Octet<T> dy[Walk::SLOTS];
+    held.load(walk, row, [&](unsigned slot, unsigned octet, unsigned count) {
+        dy[slot] = load_dy(octet, count);
+    });
+    Values held_h[Walk::SLOTS];
+    if (Walk::held) {
+        walk.each([&](unsigned slot, unsigned octet, unsigned) {
+            held_h[slot] = row.drop(unpack(dy[slot]), octet);
+        });
+    }
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
+    };
+    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
+        NormPair pair = {sum_of(slot, octet, count), h_of(slot, octet, count)};
+        const Values weight = row.parameter(p.weight, octet, count);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(pair.g.at[j], weight.at[j]);
+        return pair;
+    };
+    const Standard standard =
+        standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
+                       p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
+    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const NormPair pair = pair_of(slot, octet, count);
+        const Values h = h_of(slot, octet, count);
+        Values ds;
+        Values slopes;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float xhat = standard.apply(pair.s.at[j]);
+            ds.at[j] = gradient.apply(standard, xhat, pair.g.at[j]);
+            slopes.at[j] = __fmul_rn(h.at[j], xhat);
+        }
+        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(ds));
+        if (!p.slopes.present()) return;
+        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(slopes));
+    });
+}
+
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, true, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, true, aligned>;
+template <bool aligned>
+using WideWalk = Walk<BlockTeam, false, aligned>;
+
+/// The kernels of one form and storage type.
+#define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
+              embedding_norm_forward<T, walk<true>>)                                               \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_any_##type, EmbeddingNormParams<T>, THREADS, \
+              embedding_norm_forward<T, walk<false>>)                                              \
+    FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
+              embedding_norm_backward<T, walk<true>>)                                              \
+    FD_KERNEL(embedding_dropout_norm_backward_##form##_any_##type, EmbeddingNormParams<T>,         \
+              THREADS, embedding_norm_backward<T, walk<false>>)
+
+FD_EMBEDDING_NORM(warp, WarpWalk, float, f32)
+FD_EMBEDDING_NORM(warp, WarpWalk, f16, f16)
+FD_EMBEDDING_NORM(warp, WarpWalk, bf16, bf16)
+FD_EMBEDDING_NORM(block, BlockWalk, float, f32)
+FD_EMBEDDING_NORM(block, BlockWalk, f16, f16)
+FD_EMBEDDING_NORM(block, BlockWalk, bf16, bf16)
+FD_EMBEDDING_NORM(wide, WideWalk, float, f32)
+FD_EMBEDDING_NORM(wide, WideWalk, f16, f16)
+FD_EMBEDDING_NORM(wide, WideWalk, bf16, bf16)

@@ -1,14 +1,17 @@
 //! `embedding_dropout` on the CPU: y = D(token + position + segment), and the tables' gradients.
 
+use super::norm::Standard;
 use super::stream::Stream;
 use super::sum_rows::SparseTree;
-use super::{Cpu, convert, dropout, octets};
+use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::embedding_dropout::{
-    Gradients, Lens, Lookup, Lookups, TABLES, Tables, check, check_ids,
+    Gradients, Ids, Lens, Lookup, Lookups, NormGradients, TABLES, Tables, check, check_ids,
+    check_norm,
 };
+use crate::ops::norm::{Affine, Norm, stats_len};
 use crate::ops::{Draw, Dropout, Shape};
 use rayon::prelude::*;
 
@@ -65,6 +68,89 @@ pub fn backward<T: Dtype>(
     Ok(())
 }
 
+/// y = D(norm(token + position + segment)), the sum in f32, as BERT has it. Beside what [`forward`] takes, the
+/// parts of `affine`: `[cols]`; `stats`, for [`backward_norm`]: `[rows, 2]`, the mean (0 for RMS) and the
+/// reciprocal deviation of each row.
+///
+/// y is within the bound stated in the crate's tests of the exact one. A row whose deviation and epsilon
+/// are 0 gives D(bias).
+///
+/// # Errors
+/// As [`forward`], and where epsilon is negative or not finite; the outputs are untouched then.
+pub fn forward_norm<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    norm: &Norm,
+    shape: Shape,
+    lookups: &Lookups<&[u32]>,
+    tables: &Tables<&[T]>,
+    affine: &Affine<&[T]>,
+    y: &mut [T],
+    stats: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let lens = Lens {
+        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
+        tables: Some(tables.try_map(|table| Ok(table.len()))?),
+        gradients: [None; TABLES],
+        values: ("y", y.len()),
+    };
+    let draw = check(dropout, shape, &lens)?;
+    let stats_len = stats.as_deref().map(<[f32]>::len);
+    check_norm(norm, shape, &affine.map(<[T]>::len), stats_len, &NormGradients::NONE)?;
+    check_ids(lookups)?;
+    let rows = NormRows { cpu: *cpu, draw, norm, shape, sum: Sum::new(shape, lookups, tables) };
+    rows.forward(affine, y, stats);
+    Ok(())
+}
+
+/// Adds the gradients of the tables and of the norm's parameters, in f32, each in the order of
+/// [`sum_rows`](crate::ops::sum_rows), then one addition. `lookups`, `tables` and `weight` are those of
+/// [`forward_norm`], which gave `stats`. `dy`: `[rows, cols]`. Takes up to 8 bytes of memory an element of dy.
+///
+/// # Errors
+/// As [`forward_norm`]; the gradients are untouched then.
+pub fn backward_norm<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    norm: &Norm,
+    shape: Shape,
+    lookups: &Lookups<&[u32]>,
+    tables: &Tables<&[T]>,
+    weight: &[T],
+    stats: &[f32],
+    dy: &[T],
+    gradients: Gradients<&mut [f32]>,
+    norm_gradients: NormGradients<&mut [f32]>,
+) -> Result<(), Error> {
+    let lens = Lens {
+        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
+        tables: Some(tables.try_map(|table| Ok(table.len()))?),
+        gradients: gradients.lens(|gradient| gradient.len()),
+        values: ("dy", dy.len()),
+    };
+    let draw = check(dropout, shape, &lens)?;
+    let affine = Affine { weight: weight.len(), bias: None };
+    check_norm(norm, shape, &affine, Some(stats.len()), &norm_gradients.lens(|g| g.len()))?;
+    check_ids(lookups)?;
+    if shape.cols == 0 {
+        return Ok(());
+    }
+    let rows = NormRows { cpu: *cpu, draw, norm, shape, sum: Sum::new(shape, lookups, tables) };
+    let (ds, slopes) = rows.backward(weight, stats, dy, norm_gradients.weight.is_some());
+    // Everything is kept of what is a gradient already.
+    let kept = Draw { threshold: 0, scale: 1.0, ..draw };
+    add_gradients(*cpu, &kept, shape, lookups, &ds, gradients);
+    // A parameter is an entry that every row takes.
+    let all = Lookup { entries: 1, ids: Ids::Sequence(1) };
+    if let Some(gradient) = norm_gradients.weight {
+        add_gradient(*cpu, &kept, shape, &all, &slopes, gradient);
+    }
+    if let Some(gradient) = norm_gradients.bias {
+        add_gradient(*cpu, &draw, shape, &all, dy, gradient);
+    }
+    Ok(())
+}
+
 /// The tables and what each row takes from them.
 struct Sum<'a, T> {
     parts: [Option<Part<'a, T>>; TABLES],
@@ -112,6 +198,111 @@ fn embed<T: Dtype>(cpu: Cpu, draw: &Draw<'_>, shape: Shape, sum: &Sum<'_, T>, y:
             dropout::select(draw, lanes, sums);
         },
     );
+}
+
+/// A checked call of the normalised form. A thread takes a row at a time, which stays in its caches in f32.
+struct NormRows<'a, T> {
+    cpu: Cpu,
+    draw: Draw<'a>,
+    norm: &'a Norm,
+    shape: Shape,
+    sum: Sum<'a, T>,
+}
+
+impl<T: Dtype> NormRows<'_, T> {
+    fn forward(&self, affine: &Affine<&[T]>, y: &mut [T], stats: Option<&mut [f32]>) {
+        let cols = self.shape.cols;
+        let mut unasked = Vec::new();
+        let stats = stats.unwrap_or_else(|| {
+            unasked.resize(stats_len(self.shape.rows), 0.0);
+            &mut unasked
+        });
+        let (stats, _) = stats.as_chunks_mut::<2>();
+        if cols == 0 {
+            return stats.fill(Standard::of(self.norm, &[]).stats());
+        }
+        let affine = affine.map(widened);
+        let streaming = split::streaming(self.cpu, y);
+        y.par_chunks_mut(cols).zip(stats).enumerate().for_each_init(
+            || vec![0.0; cols],
+            |values, (row, (y, stats))| {
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        self.sum.load(row, 0, values);
+                        let standard = Standard::of(self.norm, values);
+                        *stats = standard.stats();
+                        standard.normalise(values, &affine.weight, affine.bias.as_deref());
+                        self.drop(row, values);
+                        split::emit(values, y, streaming);
+                        split::fence();
+                    },
+                )
+            },
+        );
+    }
+
+    /// The gradients of the sums and, where they are asked for, h * xhat.
+    fn backward(
+        &self,
+        weight: &[T],
+        stats: &[f32],
+        dy: &[T],
+        with_slopes: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (cols, kind) = (self.shape.cols, self.norm.kind);
+        let weight = widened(weight);
+        let (stats, _) = stats.as_chunks::<2>();
+        let mut ds = vec![0.0f32; dy.len()];
+        let mut slopes = vec![0.0f32; if with_slopes { dy.len() } else { 0 }];
+        let slope_rows =
+            split::optional_chunks(with_slopes.then_some(&mut slopes[..]), cols, self.shape.rows);
+        let rows = ds.par_chunks_mut(cols).zip(slope_rows.into_par_iter()).zip(stats).enumerate();
+        rows.for_each_init(
+            || vec![0.0; cols],
+            |values, (row, ((g, slopes), &stats))| {
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        self.sum.load(row, 0, values);
+                        let standard = Standard::saved(kind, values, stats);
+                        convert::load(&dy[row * cols..(row + 1) * cols], g);
+                        self.drop(row, g);
+                        for (slope, (&h, &s)) in
+                            slopes.into_iter().flatten().zip(g.iter().zip(&*values))
+                        {
+                            *slope = h * standard.apply(s);
+                        }
+                        g.iter_mut().zip(&weight).for_each(|(g, weight)| *g *= weight);
+                        standard.gradient(kind, values, g);
+                    },
+                )
+            },
+        );
+        (ds, slopes)
+    }
+
+    /// D of a row.
+    #[inline(always)]
+    fn drop(&self, row: usize, values: &mut [f32]) {
+        let a_row = octets::count(Shape { rows: 1, ..self.shape });
+        octets::walk(
+            &self.draw,
+            self.shape,
+            row * a_row..(row + 1) * a_row,
+            #[inline(always)]
+            |_| {},
+            #[inline(always)]
+            |segment, lanes| {
+                let values = &mut values[segment.col..segment.col + lanes.len()];
+                dropout::select(&self.draw, lanes, values);
+            },
+        );
+    }
+}
+
+fn widened<T: Dtype>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|&value| convert::widen(value)).collect()
 }
 
 /// Adds D(dy) to the gradients of the tables.

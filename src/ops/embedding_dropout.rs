@@ -8,7 +8,14 @@
 //!
 //! The sum is that of [`sum_rows`](super::sum_rows) over all rows, so it is the same bits on every
 //! backend, also where ids repeat. An entry that no row took is left as it is.
+//!
+//! BERT normalises the sum before it drops ([`norm`](super::norm)): y = D(norm(sum)), with the sum kept in
+//! f32. With h = D(dy) and g = h · weight the gradient of the sum is that of the norm,
+//! rstd · (g - E\[g\] - xhat · E\[g · xhat\]) (RMS: without E\[g\]), and takes the place of D(dy) above; those of
+//! the norm's weight and bias are Σ h · xhat and Σ h over all rows, in the same order, and are added to what
+//! is there too. The sum is computed again from the tables.
 
+use super::norm::{Affine, Norm, check_affine, check_stats};
 use super::{Draw, Dropout, Shape, check_len};
 use crate::error::Error;
 
@@ -161,6 +168,7 @@ impl<G> Gradients<G> {
     pub const NONE: Self = Self { token: None, position: None, segment: None };
 
     /// The same gradients taken in another way.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn try_map<H>(
         self,
         mut f: impl FnMut(G) -> Result<H, Error>,
@@ -187,6 +195,47 @@ impl<G> Default for Gradients<G> {
     fn default() -> Self {
         Self::NONE
     }
+}
+
+/// Where the gradients of a norm's parameters are added up, each `[cols]` in f32; any may be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NormGradients<G> {
+    /// Gradient of the weight.
+    pub weight: Option<G>,
+    /// Gradient of the bias.
+    pub bias: Option<G>,
+}
+
+impl<G> NormGradients<G> {
+    /// No gradient at all.
+    pub const NONE: Self = Self { weight: None, bias: None };
+
+    /// The same gradients taken in another way.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub(crate) fn try_map<H>(
+        self,
+        mut f: impl FnMut(G) -> Result<H, Error>,
+    ) -> Result<NormGradients<H>, Error> {
+        let weight = self.weight.map(&mut f).transpose()?;
+        Ok(NormGradients { weight, bias: self.bias.map(f).transpose()? })
+    }
+
+    /// The lengths that `len` gives.
+    pub(crate) fn lens(&self, len: impl Fn(&G) -> usize) -> NormGradients<usize> {
+        NormGradients { weight: self.weight.as_ref().map(&len), bias: self.bias.as_ref().map(len) }
+    }
+}
+
+impl<G> Default for NormGradients<G> {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+/// f32 elements of scratch memory that the backward pass of the normalised form needs on a device: the
+/// gradient of the sum, and h · xhat.
+pub fn workspace_len(shape: Shape) -> usize {
+    shape.rows.saturating_mul(shape.cols).saturating_mul(2)
 }
 
 /// What a device reported about the ids of a call: `report`, read back after the kernels have run.
@@ -243,6 +292,25 @@ pub(crate) fn check<'a>(
     }
     check_len(NAME, lens.values.0, elements, lens.values.1)?;
     dropout.draw(NAME, shape)
+}
+
+/// Checks what the normalised form has more.
+pub(crate) fn check_norm(
+    norm: &Norm,
+    shape: Shape,
+    affine: &Affine<usize>,
+    stats: Option<usize>,
+    gradients: &NormGradients<usize>,
+) -> Result<(), Error> {
+    norm.check(NAME)?;
+    check_affine(NAME, shape.cols, affine)?;
+    if let Some(stats) = stats {
+        check_stats(NAME, shape.rows, stats)?;
+    }
+    if let Some(weight) = gradients.weight {
+        check_len(NAME, "weight_gradient", shape.cols, weight)?;
+    }
+    gradients.bias.map_or(Ok(()), |bias| check_len(NAME, "bias_gradient", shape.cols, bias))
 }
 
 /// Checks what belongs to one table; `table` is `None` where the call reads no tables.

@@ -2,11 +2,12 @@
 
 use super::*;
 use crate::oracle;
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::{Affine, Norm};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 use fused_dropout::{
     device::{self, Writable, embedding_dropout as op},
-    ops::embedding_dropout::{Lookup, check_report},
+    ops::embedding_dropout::{Lookup, check_report, workspace_len},
 };
 
 /// y = D(token + position + segment).
@@ -24,6 +25,28 @@ pub trait EmbeddingDropoutCalls {
         lookups: &Lookups<&[u32]>,
         dy: &[T],
         gradients: Gradients<&mut [f32]>,
+    ) -> Result<(), Error>;
+    fn embedding_norm<T: Dtype>(
+        &self,
+        call: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        affine: &Affine<&[T]>,
+        y: &mut [T],
+        stats: Option<&mut [f32]>,
+    ) -> Result<(), Error>;
+    fn embedding_norm_backward<T: Dtype>(
+        &self,
+        call: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        weight: &[T],
+        stats: &[f32],
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+        norm_gradients: NormGradients<&mut [f32]>,
     ) -> Result<(), Error>;
 }
 
@@ -47,6 +70,47 @@ impl EmbeddingDropoutCalls for Cpu {
     ) -> Result<(), Error> {
         use fused_dropout::cpu::embedding_dropout::backward;
         backward(self, &c.dropout, c.shape, lookups, dy, gradients)
+    }
+    fn embedding_norm<T: Dtype>(
+        &self,
+        c: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        affine: &Affine<&[T]>,
+        y: &mut [T],
+        stats: Option<&mut [f32]>,
+    ) -> Result<(), Error> {
+        use fused_dropout::cpu::embedding_dropout::forward_norm;
+        forward_norm(self, &c.dropout, norm, c.shape, lookups, tables, affine, y, stats)
+    }
+    fn embedding_norm_backward<T: Dtype>(
+        &self,
+        c: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        weight: &[T],
+        stats: &[f32],
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+        norm_gradients: NormGradients<&mut [f32]>,
+    ) -> Result<(), Error> {
+        use fused_dropout::cpu::embedding_dropout::backward_norm;
+        let (d, shape) = (&c.dropout, c.shape);
+        backward_norm(
+            self,
+            d,
+            norm,
+            shape,
+            lookups,
+            tables,
+            weight,
+            stats,
+            dy,
+            gradients,
+            norm_gradients,
+        )
     }
 }
 
@@ -91,6 +155,101 @@ impl<L: Lab> EmbeddingDropoutCalls for Kernels<L> {
             })
         })
     }
+    fn embedding_norm<T: Dtype>(
+        &self,
+        c: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        affine: &Affine<&[T]>,
+        y: &mut [T],
+        stats: Option<&mut [f32]>,
+    ) -> Result<(), Error> {
+        let (mut report, mut stats) = ([u32::MAX], stats);
+        let forward = &mut |call: &device::Call<'_, L::D>, d: &Dropout| {
+            with_lookups(&self.0, lookups, &mut |lookups| {
+                with_tables(&self.0, tables, c.offset, &mut |tables| {
+                    self.0.reading(affine.weight, c.offset, &mut |weight| {
+                        self.0.optional(affine.bias, c.offset, &mut |bias| {
+                            self.0.with(y, c.offset, &mut |y| {
+                                self.0.optional_out(stats.as_deref_mut(), &mut |mut stats| {
+                                    self.0.with(&mut report, 0, &mut |report| {
+                                        let (affine, stats) =
+                                            (Affine { weight, bias }, again(&mut stats));
+                                        op::forward_norm(
+                                            call, d, norm, c.shape, lookups, tables, &affine, y,
+                                            stats, report,
+                                        )
+                                    })
+                                })
+                            })
+                        })
+                    })
+                })
+            })
+        };
+        self.call(c, forward)?;
+        check_report(report[0])
+    }
+    fn embedding_norm_backward<T: Dtype>(
+        &self,
+        c: &Call,
+        norm: &Norm,
+        lookups: &Lookups<&[u32]>,
+        tables: &Tables<&[T]>,
+        weight: &[T],
+        stats: &[f32],
+        dy: &[T],
+        gradients: Gradients<&mut [f32]>,
+        norm_gradients: NormGradients<&mut [f32]>,
+    ) -> Result<(), Error> {
+        let (mut gradients, mut norm_gradients) = (gradients, norm_gradients);
+        // What lies in a workspace before a call must not matter.
+        let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
+        let backward = &mut |call: &device::Call<'_, L::D>, d: &Dropout| {
+            with_lookups(&self.0, lookups, &mut |lookups| {
+                with_tables(&self.0, tables, c.offset, &mut |tables| {
+                    self.0.reading(weight, c.offset, &mut |weight| {
+                        self.0.reading(stats, 0, &mut |stats| {
+                            self.0.reading(dy, c.offset, &mut |dy| {
+                                self.0.with(&mut workspace, 0, &mut |workspace| {
+                                    let all = (&mut gradients, &mut norm_gradients);
+                                    with_all_gradients(&self.0, all, c.offset, &mut |g, n| {
+                                        op::backward_norm(
+                                            call, d, norm, c.shape, lookups, tables, weight, stats,
+                                            dy, g, n, workspace,
+                                        )
+                                    })
+                                })
+                            })
+                        })
+                    })
+                })
+            })
+        };
+        self.call(c, backward)
+    }
+}
+
+/// [`with_gradients`], and those of the norm.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn with_all_gradients<L: Lab>(
+    lab: &L,
+    (tables, norm): (&mut Gradients<&mut [f32]>, &mut NormGradients<&mut [f32]>),
+    offset: usize,
+    work: &mut dyn FnMut(
+        op::DeviceGradients<'_, L::D>,
+        NormGradients<&mut dyn Writable<f32, L::D>>,
+    ) -> Result<(), Error>,
+) -> Result<(), Error> {
+    lab.optional_out_at(norm.weight.as_deref_mut(), offset, &mut |mut weight| {
+        lab.optional_out_at(norm.bias.as_deref_mut(), offset, &mut |mut bias| {
+            with_gradients(lab, tables, offset, &mut |tables| {
+                let (weight, bias) = (again(&mut weight), again(&mut bias));
+                work(tables, NormGradients { weight, bias })
+            })
+        })
+    })
 }
 
 /// Runs `work` on lookups whose ids are in the memory of the laboratory's device.
@@ -182,6 +341,10 @@ pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) 
     tally.count::<T, B>(backend, "embedding_dropout", call, forward::<T, B>(backend, call));
     let gradients = gradients::<T, B>(backend, call);
     tally.count::<T, B>(backend, "embedding_dropout gradients", call, gradients);
+    let norm = norm::<T, B>(backend, call);
+    tally.count::<T, B>(backend, "embedding_dropout with norm", call, norm);
+    let norm_gradients = norm_gradients::<T, B>(backend, call);
+    tally.count::<T, B>(backend, "embedding_dropout with norm, gradients", call, norm_gradients);
 }
 
 /// The case's rows as tokens: which tables there are, of how many entries, and what each row takes.
@@ -241,24 +404,120 @@ impl Rows {
     }
 }
 
+/// The tables of a case, unaligned with its offset.
+struct Shifted<T>([Option<Guarded<T>>; 3]);
+
+impl<T: Dtype> Shifted<T> {
+    fn new(rows: &Rows, call: &Call, specials: bool) -> Self {
+        let Tables { token, position, segment } = rows.elements(call.shape.cols);
+        let mut salt = 10;
+        Self([Some(token), position, segment].map(|len| {
+            salt += 1;
+            len.map(|len| Guarded::new(&values::<T>(len, salt, specials), call.offset))
+        }))
+    }
+
+    fn tables(&mut self) -> Tables<&[T]> {
+        let [token, position, segment] =
+            self.0.each_mut().map(|table| table.as_mut().map(|table| &*table.tensor()));
+        Tables { token: token.expect("there are always tokens"), position, segment }
+    }
+}
+
 fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
     let rows = Rows::new(call);
-    let elements = rows.elements(call.shape.cols);
-    let shifted = |len, salt| Guarded::new(&values::<T>(len, salt, true), call.offset);
-    let mut token = shifted(elements.token, 11);
-    let mut position = elements.position.map(|len| shifted(len, 12));
-    let mut segment = elements.segment.map(|len| shifted(len, 13));
-    let tables = Tables {
-        token: &*token.tensor(),
-        position: position.as_mut().map(|table| &*table.tensor()),
-        segment: segment.as_mut().map(|table| &*table.tensor()),
-    };
-    let lookups = rows.lookups();
+    let mut shifted = Shifted::<T>::new(&rows, call, true);
+    let (lookups, tables) = (rows.lookups(), shifted.tables());
     let expected = oracle::embedding_dropout(&call.dropout, call.shape, &lookups, &tables);
     let y = output(&vec![T::from_f32(5.0); expected.len()], call, |y| {
         backend.embedding_dropout(call, &lookups, &tables, y)
     })?;
     same("y", &y, &expected)
+}
+
+/// The case's norm; its weight and, for some, its bias.
+struct Normed<T> {
+    norm: Norm,
+    weight: Guarded<T>,
+    bias: Option<Vec<T>>,
+}
+
+impl<T: Dtype> Normed<T> {
+    fn new(call: &Call) -> Self {
+        let Shape { rows, cols } = call.shape;
+        let norm = if (rows + cols) % 3 == 0 { Norm::rms(1e-5) } else { Norm::layer(1e-12) };
+        let bias = (rows % 2 == 0).then(|| values::<T>(cols, 17, false));
+        Self { norm, weight: Guarded::new(&values::<T>(cols, 16, false), call.offset), bias }
+    }
+}
+
+fn norm<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+    let rows = Rows::new(call);
+    let mut shifted = Shifted::<T>::new(&rows, call, false);
+    let (lookups, tables) = (rows.lookups(), shifted.tables());
+    let Normed { norm, mut weight, bias } = Normed::new(call);
+    let affine = Affine { weight: &*weight.tensor(), bias: bias.as_deref() };
+    let (expected, expected_stats) =
+        oracle::embedding_norm(&call.dropout, &norm, call.shape, &lookups, &tables, &affine);
+    let mut stats = Guarded::new(&vec![9.0f32; 2 * call.shape.rows], 0);
+    let before = vec![T::from_f32(5.0); expected.len()];
+    let y = output(&before, call, |y| {
+        let stats = Some(stats.tensor());
+        backend.embedding_norm(call, &norm, &lookups, &tables, &affine, y, stats)
+    })?;
+    within("y", &y, &expected)?;
+    within("stats", &stats.finish()?, &expected_stats)?;
+    let again = output(&before, call, |y| {
+        backend.embedding_norm(call, &norm, &lookups, &tables, &affine, y, None)
+    })?;
+    same("y without stats, against y", &again, &y)
+}
+
+fn norm_gradients<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+    let rows = Rows::new(call);
+    let mut shifted = Shifted::<T>::new(&rows, call, false);
+    let (lookups, tables) = (rows.lookups(), shifted.tables());
+    let Normed { norm, mut weight, .. } = Normed::new(call);
+    let weight = &*weight.tensor();
+    let dy = values::<T>(elements(call), 14, false);
+    let affine = Affine { weight, bias: None };
+    let (d, shape) = (&call.dropout, call.shape);
+    let (_, stats) = oracle::embedding_norm(d, &norm, shape, &lookups, &tables, &affine);
+    let stats: Vec<f32> = stats.iter().map(|stats| stats.value as f32).collect();
+    let before = |len| values::<f32>(len, 15, false);
+    let expected = oracle::embedding_norm_backward(
+        d, &norm, shape, &lookups, &tables, weight, &stats, &dy, before,
+    );
+    let held = |len| Guarded::new(&before(len), call.offset);
+    let mut gradients =
+        expected.tables.each_ref().map(|table| table.as_ref().map(|table| held(table.len())));
+    let with_norm = shape.rows % 4 != 3;
+    let mut of_norm = [with_norm.then(|| held(shape.cols)), with_norm.then(|| held(shape.cols))];
+    let [token, position, segment] = gradients.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
+    let [weight_gradient, bias] = of_norm.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
+    backend
+        .embedding_norm_backward(
+            call,
+            &norm,
+            &lookups,
+            &tables,
+            weight,
+            &stats,
+            &dy,
+            Gradients { token, position, segment },
+            NormGradients { weight: weight_gradient, bias },
+        )
+        .map_err(|error| error.to_string())?;
+    for (gradient, expected) in gradients.into_iter().zip(&expected.tables) {
+        let (Some(gradient), Some(expected)) = (gradient, expected) else { continue };
+        within("a table's gradient", &gradient.finish()?, expected)?;
+    }
+    let [weight, bias] = of_norm;
+    if let (Some(weight), Some(bias)) = (weight, bias) {
+        within("the weight's gradient", &weight.finish()?, &expected.weight)?;
+        same("the bias's gradient", &bias.finish()?, &expected.bias)?;
+    }
+    Ok(())
 }
 
 fn gradients<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {

@@ -6,11 +6,14 @@
 mod dropout;
 mod dropout_add;
 mod embedding_dropout;
+mod norm;
 mod softmax_dropout;
 
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
-pub use embedding_dropout::{embedding_dropout, embedding_gradient};
+pub use embedding_dropout::{
+    embedding_dropout, embedding_gradient, embedding_norm, embedding_norm_backward,
+};
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
 
 use fused_dropout::{Dropout, Dtype, DtypeId, Mode, RowMap, Scaling, Shape};
