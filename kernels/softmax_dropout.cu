@@ -25,8 +25,7 @@
 // depth at most; 1 / S and each product one rounding.
 // In place: y may be x; dx may be dy. Each element is read and written by one thread.
 
-#include "kernel.cuh"
-#include "reduce.cuh"
+#include "team.cuh"
 
 template <typename T>
 struct SoftmaxParams {
@@ -46,9 +45,6 @@ struct SoftmaxParams {
     Divisor heads;
 };
 static_assert(sizeof(SoftmaxParams<float>) == 288, "softmax_dropout.rs: Params");
-
-/// Octets that a thread of the kernels `warp` and `block` holds.
-constexpr unsigned OCTETS_HELD = 4;
 
 /// One row, as the threads that share it see it.
 struct Row {
@@ -70,13 +66,6 @@ struct Row {
         visible = limit <= 0 ? 0 : static_cast<unsigned long long>(limit);
         if (p.lengths.present()) visible = min(visible, 1ull * p.lengths.cached(local));
         visible = min(visible, p.cols);
-    }
-
-    /// Elements of octet `octet` that lie below column `end`.
-    static __device__ __forceinline__ unsigned below(unsigned long long end,
-                                                     unsigned long long octet) {
-        if (8 * octet >= end) return 0;
-        return static_cast<unsigned>(min(end - 8 * octet, 8ull));
     }
 };
 
@@ -202,35 +191,11 @@ __device__ __forceinline__ Octet<T> score_gradient(const Values& probabilities, 
     return pack<T>(dx);
 }
 
-/// The threads that share a row of the kernels `warp`: all 32 lanes stay together.
-struct WarpTeam {
-    static constexpr unsigned SIZE = 32;
-    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32;
-    unsigned rank = threadIdx.x % 32;
-
-    __device__ __forceinline__ float max(float value, float (&)[WARPS]) { return warp_max(value); }
-    __device__ __forceinline__ float sum(float value, float (&)[WARPS]) { return warp_sum(value); }
-};
-
-/// The threads that share a row of the kernels `block` and `wide`: the whole block.
-struct BlockTeam {
-    static constexpr unsigned SIZE = THREADS;
-    unsigned row = blockIdx.x;
-    unsigned rank = threadIdx.x;
-
-    __device__ __forceinline__ float max(float value, float (&scratch)[WARPS]) {
-        return block_max(value, scratch);
-    }
-    __device__ __forceinline__ float sum(float value, float (&scratch)[WARPS]) {
-        return block_sum(value, scratch);
-    }
-};
-
 /// Forward, the row in registers.
 template <typename T, typename Team, bool aligned>
 __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
-    __shared__ float max_scratch[WARPS];
-    __shared__ float sum_scratch[WARPS];
+    __shared__ Scratch max_scratch;
+    __shared__ Scratch sum_scratch;
     Team team;
     if (team.row >= p.rows) return;  // the whole team
     const Row row(p, team.row);
@@ -240,8 +205,8 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         const unsigned octet = team.rank + i * Team::SIZE;
         scores[i] = {};
-        if (Row::below(row.visible, octet) > 0) {
-            scores[i] = load_scores<T, aligned>(p, row, octet, Row::below(p.cols, octet));
+        if (below(row.visible, octet) > 0) {
+            scores[i] = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
         }
     }
     __syncwarp();  // keeps the loads first; all lanes are here
@@ -250,7 +215,7 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     float maximum = masked();
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        e[i] = scaled(p, scores[i], Row::below(row.visible, team.rank + i * Team::SIZE));
+        e[i] = scaled(p, scores[i], below(row.visible, team.rank + i * Team::SIZE));
         maximum = largest(e[i], maximum);
     }
     maximum = team.max(maximum, max_scratch);
@@ -270,9 +235,9 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned exist = Row::below(p.cols, octet);
+        const unsigned exist = below(p.cols, octet);
         if (exist == 0) continue;
-        const unsigned visible = Row::below(row.visible, octet);
+        const unsigned visible = below(row.visible, octet);
         Octet<T> y = {};
         if (visible > 0) {
             const Kept keep = draws.kept(draws.lanes(row.logical, octet));
@@ -285,21 +250,21 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
 /// Forward, the row read again in each pass.
 template <typename T, bool aligned>
 __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
-    __shared__ float max_scratch[WARPS];
-    __shared__ float sum_scratch[WARPS];
+    __shared__ Scratch max_scratch;
+    __shared__ Scratch sum_scratch;
     BlockTeam team;
     const Row row(p, team.row);
 
     float maximum = masked();
     for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-        const auto scores = load_scores<T, aligned>(p, row, octet, Row::below(p.cols, octet));
-        maximum = largest(scaled(p, scores, Row::below(row.visible, octet)), maximum);
+        const auto scores = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
+        maximum = largest(scaled(p, scores, below(row.visible, octet)), maximum);
     }
     maximum = team.max(maximum, max_scratch);
     float sum = 0.0f;
     for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-        const auto scores = load_scores<T, aligned>(p, row, octet, Row::below(p.cols, octet));
-        Values e = scaled(p, scores, Row::below(row.visible, octet));
+        const auto scores = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
+        Values e = scaled(p, scores, below(row.visible, octet));
         exponentiate(e, shift_of(maximum));
         sum = total(e, sum);
     }
@@ -311,8 +276,8 @@ __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
     const float factor = __fmul_rn(reciprocal(sum), p.mask.scale);
     const Draws<false> draws(p.mask);
     for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
-        const unsigned exist = Row::below(p.cols, octet);
-        const unsigned visible = Row::below(row.visible, octet);
+        const unsigned exist = below(p.cols, octet);
+        const unsigned visible = below(row.visible, octet);
         Octet<T> y = {};
         if (visible > 0) {
             Values e = scaled(p, load_scores<T, aligned>(p, row, octet, exist), visible);
@@ -345,9 +310,9 @@ __device__ __forceinline__ void probabilities(Values& z, Statistics statistics) 
 /// Backward, the row in registers.
 template <typename T, typename Team, bool aligned>
 __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
-    __shared__ float max_scratch[WARPS];
-    __shared__ float sum_scratch[WARPS];
-    __shared__ float product_scratch[WARPS];
+    __shared__ Scratch max_scratch;
+    __shared__ Scratch sum_scratch;
+    __shared__ Scratch product_scratch;
     Team team;
     if (team.row >= p.rows) return;  // the whole team
     const Row row(p, team.row);
@@ -359,8 +324,8 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         const unsigned octet = team.rank + i * Team::SIZE;
         scores[i] = {};
         dy[i] = {};
-        if (Row::below(row.visible, octet) > 0) {
-            const unsigned exist = Row::below(p.cols, octet);
+        if (below(row.visible, octet) > 0) {
+            const unsigned exist = below(p.cols, octet);
             scores[i] = load_scores<T, aligned>(p, row, octet, exist);
             dy[i] = p.dy.template streaming<aligned>(row.first + 8ull * octet, exist);
         }
@@ -370,7 +335,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     Values z[OCTETS_HELD];
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        z[i] = scaled(p, scores[i], Row::below(row.visible, team.rank + i * Team::SIZE));
+        z[i] = scaled(p, scores[i], below(row.visible, team.rank + i * Team::SIZE));
     }
     if (p.lse.present()) {
         const Statistics statistics = saved(p.lse.cached(row.local));
@@ -401,7 +366,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned visible = Row::below(row.visible, octet);
+        const unsigned visible = below(row.visible, octet);
         g[i] = {};
         if (visible == 0) continue;
         const Kept keep = draws.kept(draws.lanes(row.logical, octet));
@@ -412,9 +377,9 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned exist = Row::below(p.cols, octet);
+        const unsigned exist = below(p.cols, octet);
         if (exist == 0) continue;
-        const unsigned visible = Row::below(row.visible, octet);
+        const unsigned visible = below(row.visible, octet);
         p.out.template cached<aligned>(row.first + 8ull * octet, exist,
                                        score_gradient<T>(z[i], g[i], p.scale, product, visible));
     }
@@ -428,23 +393,23 @@ struct BackwardWide {
     Draws<false> draws;
 
     __device__ __forceinline__ Values scores(unsigned long long octet) const {
-        const auto loaded = load_scores<T, aligned>(p, row, octet, Row::below(p.cols, octet));
-        return scaled(p, loaded, Row::below(row.visible, octet));
+        const auto loaded = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
+        return scaled(p, loaded, below(row.visible, octet));
     }
 
     __device__ __forceinline__ Values gradients(unsigned long long octet) const {
         const Octet<T> dy =
-            p.dy.template streaming<aligned>(row.first + 8 * octet, Row::below(p.cols, octet));
+            p.dy.template streaming<aligned>(row.first + 8 * octet, below(p.cols, octet));
         const Kept keep = draws.kept(draws.lanes(row.logical, static_cast<unsigned>(octet)));
-        return gradient(p, dy, keep, Row::below(row.visible, octet));
+        return gradient(p, dy, keep, below(row.visible, octet));
     }
 };
 
 template <typename T, bool aligned>
 __device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
-    __shared__ float max_scratch[WARPS];
-    __shared__ float sum_scratch[WARPS];
-    __shared__ float product_scratch[WARPS];
+    __shared__ Scratch max_scratch;
+    __shared__ Scratch sum_scratch;
+    __shared__ Scratch product_scratch;
     BlockTeam team;
     const Row row(p, team.row);
     const BackwardWide<T, aligned> at = {p, row, Draws<false>(p.mask)};
@@ -474,14 +439,14 @@ __device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
     }
     product = team.sum(product, product_scratch);
     for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
-        const unsigned visible = Row::below(row.visible, octet);
+        const unsigned visible = below(row.visible, octet);
         Octet<T> dx = {};
         if (visible > 0) {
             Values z = at.scores(octet);
             probabilities(z, statistics);
             dx = score_gradient<T>(z, at.gradients(octet), p.scale, product, visible);
         }
-        p.out.template cached<aligned>(row.first + 8 * octet, Row::below(p.cols, octet), dx);
+        p.out.template cached<aligned>(row.first + 8 * octet, below(p.cols, octet), dx);
     }
 }
 

@@ -222,4 +222,11 @@ public:
     __device__ __forceinline__ void cached(unsigned long long element, T value) const {
         store(pointer + element, value);
     }
+
+    /// Lowers one element to `value` where it is larger; the order of the threads does not matter.
+    __device__ __forceinline__ void lower(unsigned long long element, T value) const {
+        FD_TOUCH(pointer + element, sizeof(T), false);
+        FD_TOUCH(pointer + element, sizeof(T), true);
+        atomicMin(pointer + element, value);
+    }
 };

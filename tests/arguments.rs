@@ -1,6 +1,7 @@
 //! Bad arguments: a typed error that names the operator and the argument, no panic, untouched outputs.
 
 use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Error, Groups, Key, Mode, Place, Probability, RowMap,
     Scaling, Scores, Shape,
@@ -142,6 +143,38 @@ proptest! {
     }
 
     #[test]
+    fn embedding_dropout(
+        d in dropouts(),
+        (rows, cols, entries) in (sizes(), sizes(), sizes()),
+        ids in proptest::collection::vec(0..25u32, 20),
+        lens in proptest::option::of((0..20usize, 0..400usize, 0..400usize)),
+        sequence in sizes(),
+        tables in any::<(bool, bool)>(),
+    ) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        // Lengths that fit, where there are none.
+        let fit = |n: Option<usize>| n.filter(|&n| n <= 400).unwrap_or(7);
+        let lens = lens.unwrap_or((rows, fit(entries.checked_mul(cols)), fit(rows.checked_mul(cols))));
+        let (ids, table, n) = (&ids[..lens.0.min(20)], vec![1.0f32; lens.1], lens.2);
+        let mut lookups = Lookups::tokens(entries, ids);
+        if tables.0 {
+            lookups = lookups.positions(entries, Ids::Sequence(sequence));
+        }
+        let given = Tables { token: &table[..], position: tables.1.then_some(&table[..]), segment: None };
+        let mut y = vec![7.0f32; n];
+        let result = cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &given, &mut y);
+        judge("embedding_dropout", result, &y)?;
+        let (dy, mut token, mut position) = (vec![1.0f32; n], vec![7.0f32; lens.1], vec![7.0f32; lens.1]);
+        let gradients = Gradients {
+            token: Some(&mut token[..]),
+            position: tables.1.then_some(&mut position[..]),
+            segment: None,
+        };
+        let result = cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &dy, gradients);
+        judge("embedding_dropout", result, &[token, position].concat())?;
+    }
+
+    #[test]
     fn probabilities(p in any::<f64>()) {
         prop_assert_eq!(Probability::new(p).is_ok(), (0.0..=1.0).contains(&p));
     }
@@ -161,4 +194,60 @@ fn errors_say_what_was_expected_and_what_was_given() {
     let error = Probability::new(f64::NAN).unwrap_err().to_string();
     assert_eq!(error, "Probability::new: p: expected 0 <= p <= 1, got NaN");
     assert_eq!(y, [7.0; 6]);
+}
+
+#[test]
+fn ids_outside_of_their_table_are_named() {
+    let (cpu, shape) = (Cpu::new(), Shape::new(3, 2));
+    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
+    let (good, bad, table, dy) = ([0u32, 3, 1], [1u32, 4, 9], [1.0f32; 8], [1.0f32; 6]);
+    let tokens = Lookups::tokens(4, &good[..]);
+    let cases = [
+        (Lookups::tokens(4, &bad[..]), "token_ids: expected ids below 4, got 4 in row 1"),
+        (
+            tokens.positions(4, Ids::Given(&bad[..])),
+            "position_ids: expected ids below 4, got 4 in row 1",
+        ),
+        (tokens.segments(2, &good[..]), "segment_ids: expected ids below 2, got 3 in row 1"),
+        (
+            tokens.positions(4, Ids::Sequence(5)),
+            "position_ids: expected sequences of 1 to 4 rows, got 5",
+        ),
+    ];
+    for (lookups, text) in cases {
+        let optional = |is: bool, len: usize| is.then_some(&table[..len]);
+        let tables = Tables {
+            token: &table[..],
+            position: optional(lookups.position.is_some(), 8),
+            segment: optional(lookups.segment.is_some(), 4),
+        };
+        let mut y = [7.0f32; 6];
+        let error = cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut y);
+        assert_eq!(error.unwrap_err().to_string(), format!("embedding_dropout: {text}"));
+        let mut token = [7.0f32; 8];
+        let gradients = Gradients { token: Some(&mut token[..]), ..Gradients::NONE };
+        let error = cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &dy, gradients);
+        assert_eq!(error.unwrap_err().to_string(), format!("embedding_dropout: {text}"));
+        assert_eq!((y, token), ([7.0; 6], [7.0; 8]));
+    }
+}
+
+#[test]
+fn tables_come_with_their_ids() {
+    let (cpu, shape) = (Cpu::new(), Shape::new(1, 2));
+    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
+    let (id, table, mut y) = ([0u32], [1.0f32; 2], [7.0f32; 2]);
+    let lookups = Lookups::tokens(1, &id[..]);
+    let tables = Tables { token: &table[..], position: Some(&table[..]), segment: None };
+    let mut forward = |lookups: &Lookups<&[u32]>, tables: &Tables<&[f32]>| {
+        let result = cpu::embedding_dropout::forward(&cpu, &d, shape, lookups, tables, &mut y);
+        assert_eq!(y, [7.0; 2]);
+        result.unwrap_err().to_string()
+    };
+    let error = forward(&lookups, &tables);
+    let text = "position_ids: expected ids for the table that is given, got none";
+    assert_eq!(error, format!("embedding_dropout: {text}"));
+    let error = forward(&lookups.segments(1, &id[..]), &Tables { position: None, ..tables });
+    let text = "segment_table: expected a table for the ids, got none";
+    assert_eq!(error, format!("embedding_dropout: {text}"));
 }

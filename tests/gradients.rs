@@ -2,6 +2,7 @@
 //! the mask fixed, the backward pass must be its derivative.
 
 use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups};
 use fused_dropout::{Activation, AttentionMask, Dropout, Key, Probability, Scores, Shape};
 
 const SCORES: Scores = Scores { batch: 1, heads: 2, queries: 3, keys: 11, scale: 0.7 };
@@ -64,6 +65,43 @@ fn dropout_and_dropout_add() {
         dropped(&sums, 11)
     };
     compare(&with_bias, &values(3.0)[..11], &weight, &dbias);
+}
+
+/// Six rows of 11: three tokens that repeat, two positions, one of two segments a row.
+const TOKENS: [u32; 6] = [2, 0, 2, 2, 1, 0];
+const SEGMENTS: [u32; 6] = [0, 0, 1, 1, 1, 0];
+
+fn lookups() -> Lookups<&'static [u32]> {
+    Lookups::tokens(3, &TOKENS[..]).positions(2, Ids::Sequence(2)).segments(2, &SEGMENTS[..])
+}
+
+/// The sums of what the rows look up in the three tables, which follow each other.
+fn embeddings(tables: &[f64]) -> Vec<f64> {
+    let (token, rest) = tables.split_at(33);
+    let (position, segment) = rest.split_at(22);
+    let at = |i: usize| {
+        let (r, c) = (i / 11, i % 11);
+        token[TOKENS[r] as usize * 11 + c]
+            + position[r % 2 * 11 + c]
+            + segment[SEGMENTS[r] as usize * 11 + c]
+    };
+    (0..N).map(at).collect()
+}
+
+#[test]
+fn embedding_dropout() {
+    let tables = &[values(0.0), values(2.0)].concat()[..77];
+    let (weight, shape) = (values(5.0), Shape::new(6, 11));
+    // On top of what is there already.
+    let mut gradient = vec![1.0f32; 77];
+    let (token, rest) = gradient.split_at_mut(33);
+    let (position, segment) = rest.split_at_mut(22);
+    let gradients =
+        Gradients { token: Some(token), position: Some(position), segment: Some(segment) };
+    let (cpu, dy) = (Cpu::new(), narrow(&weight));
+    cpu::embedding_dropout::backward(&cpu, &drop(), shape, &lookups(), &dy, gradients).unwrap();
+    gradient.iter_mut().for_each(|gradient| *gradient -= 1.0);
+    compare(&|tables| dropped(&embeddings(tables), 11), tables, &weight, &gradient);
 }
 
 #[test]

@@ -3,8 +3,11 @@
 
 use fused_dropout::device::BiasGrad;
 use fused_dropout::device::softmax_dropout as softmax;
-use fused_dropout::device::{Call, Readable, Writable, dropout, dropout_add, keep_mask};
+use fused_dropout::device::{
+    Call, Readable, Writable, dropout, dropout_add, embedding_dropout, keep_mask,
+};
 use fused_dropout::emulator::Emulator;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables, check_report};
 use fused_dropout::ops::keep_mask::bits_len;
 use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
@@ -202,21 +205,22 @@ fn dropout_add_is_the_contract() {
 }
 
 /// The tree of `TILE_ROWS`.
+fn tree(mut level: Vec<f32>) -> f32 {
+    loop {
+        level = level.chunks(64).map(|part| part.iter().fold(0.0, |a, b| a + b)).collect();
+        if level.len() <= 1 {
+            return level.first().copied().unwrap_or(0.0);
+        }
+    }
+}
+
 fn dbias_of<T: Dtype>(case: &Case, dy: &[T]) -> Vec<f32> {
     let Shape { rows, cols } = case.shape;
-    (0..cols)
-        .map(|c| {
-            let mut level: Vec<f32> = (0..rows)
-                .map(|r| if keeps(&case.drop, r, c) { dy[r * cols + c].to_f32() } else { 0.0 })
-                .collect();
-            loop {
-                level = level.chunks(64).map(|part| part.iter().fold(0.0, |a, b| a + b)).collect();
-                if level.len() <= 1 {
-                    return level.first().unwrap_or(&0.0) * case.drop.p.scale();
-                }
-            }
-        })
-        .collect()
+    let kept = |r: usize, c: usize| {
+        if keeps(&case.drop, r, c) { dy[r * cols + c].to_f32() } else { 0.0 }
+    };
+    let sum = |c: usize| tree((0..rows).map(|r| kept(r, c)).collect());
+    (0..cols).map(|c| sum(c) * case.drop.p.scale()).collect()
 }
 
 fn check_bias_grad<T: Dtype>() {
@@ -311,6 +315,118 @@ fn key_in_device_memory_and_modes() {
     let classic = drop.mode(Mode::Inference).scaling(Scaling::Classic);
     dropout::forward(&Call::on(&gpu), &classic, shape, &x, &mut y).unwrap();
     assert_same(&y, &x.iter().map(|x| x * 0.5).collect::<Vec<_>>(), "classic inference");
+}
+
+/// Ids that are in no table: their rows are zeros and give no gradient, the first of them is reported, and
+/// everything else is as if they were not there.
+#[test]
+fn ids_outside_of_their_table_are_reported() {
+    let (rows, cols) = (70, 24);
+    let shape = Shape::new(rows, cols);
+    let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
+    let good: Vec<u32> = (0..rows as u32).map(|r| r % 5).collect();
+    let table = tensor::<f32>(6 * cols, 1);
+    let dy: Vec<f32> = (0..rows * cols).map(|i| finite(i, 2)).collect();
+    // Rows, and what they have in place of an id below 6, 6 and 2.
+    let faults = [(66, u32::MAX), (41, 6), (69, 1 << 31)];
+    for (order, which) in [(0, 0), (1, 1), (7, 2), (0, 2)] {
+        let gpu = Emulator::new().order(order);
+        let call = Call::on(&gpu);
+        let mut ids = [good.clone(), good.clone(), good.iter().map(|id| id % 2).collect()];
+        for (row, id) in faults {
+            ids[which][row] = id;
+        }
+        let [token, position, segment] = &ids;
+        let lookups = Lookups::tokens(6, token as &dyn Readable<u32, Emulator>)
+            .positions(6, Ids::Given(position))
+            .segments(2, segment);
+        let half = &table[..2 * cols];
+        let tables =
+            Tables { token: &table as _, position: Some(&table as _), segment: Some(&half as _) };
+        let (mut y, mut report) = (vec![9f32; rows * cols], [u32::MAX]);
+        embedding_dropout::forward::<f32, _>(
+            &call,
+            &drop,
+            shape,
+            &lookups,
+            &tables,
+            &mut y,
+            &mut report,
+        )
+        .unwrap();
+        assert_eq!(report, [41]);
+        let error = check_report(report[0]).unwrap_err().to_string();
+        let text = "ids below their table's entries, got a larger one in row 41";
+        assert_eq!(error, format!("embedding_dropout: lookups: expected {text}"));
+        let mut gradients = [vec![0f32; 6 * cols], vec![0f32; 6 * cols], vec![0f32; 2 * cols]];
+        let [t, p, s] = &mut gradients;
+        let into = Gradients { token: Some(t as _), position: Some(p as _), segment: Some(s as _) };
+        embedding_dropout::backward(&call, &drop, shape, &lookups, &dy, into).unwrap();
+
+        // The same with good ids, and nothing to learn from these rows.
+        let small: Vec<u32> = good.iter().map(|id| id % 2).collect();
+        let lookups = Lookups::tokens(6, &good as &dyn Readable<u32, Emulator>)
+            .positions(6, Ids::Given(&good))
+            .segments(2, &small);
+        let (mut whole, mut dy) = (vec![9f32; rows * cols], dy.clone());
+        let mut report = [u32::MAX];
+        embedding_dropout::forward::<f32, _>(
+            &call,
+            &drop,
+            shape,
+            &lookups,
+            &tables,
+            &mut whole,
+            &mut report,
+        )
+        .unwrap();
+        assert!(report == [u32::MAX] && check_report(report[0]).is_ok());
+        for (row, _) in faults {
+            whole[row * cols..(row + 1) * cols].fill(0.0);
+            dy[row * cols..(row + 1) * cols].fill(0.0);
+        }
+        assert_same(&y, &whole, "y");
+        let mut expected = [vec![0f32; 6 * cols], vec![0f32; 6 * cols], vec![0f32; 2 * cols]];
+        let [t, p, s] = &mut expected;
+        let into = Gradients { token: Some(t as _), position: Some(p as _), segment: Some(s as _) };
+        embedding_dropout::backward(&call, &drop, shape, &lookups, &dy, into).unwrap();
+        for (got, expected) in gradients.iter().zip(&expected) {
+            assert_same(got, expected, "gradient");
+        }
+    }
+}
+
+/// More rows than a tree of three levels has room for, entries that few of them take, and blocks for rows
+/// as well as for entries.
+#[test]
+fn table_gradients_are_the_tree() {
+    let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
+    for (rows, entries) in [(64 * 4096 + 5000, 2), (4096, 5000), (9000, 3)] {
+        let shape = Shape::new(rows, 3);
+        let case = Case { shape, drop, shift: 0 };
+        // Most rows take entry 0.
+        let id = |r: usize| if r % 997 == 5 { (r / 997 + 1) % entries } else { 0 };
+        let ids: Vec<u32> = (0..rows).map(|r| id(r) as u32).collect();
+        let dy: Vec<f32> = (0..rows * 3).map(|i| finite(i, 3)).collect();
+        let scaled = dropout_of(&case, &dy);
+        let mut expected = tensor::<f32>(entries * 3, 4);
+        let mut gradient = expected.clone();
+        let mut taken: Vec<usize> = (0..rows).map(id).collect();
+        taken.sort_unstable();
+        taken.dedup();
+        for entry in taken {
+            for c in 0..3 {
+                let term = |r: usize| if id(r) == entry { scaled[r * 3 + c] } else { 0.0 };
+                expected[entry * 3 + c] += tree((0..rows).map(term).collect());
+            }
+        }
+        let gpu = Emulator::new();
+        let lookups = Lookups::tokens(entries, &ids as &dyn Readable<u32, Emulator>);
+        let into = Gradients { token: Some(&mut gradient as _), ..Gradients::NONE };
+        let call = Call::on(&gpu);
+        embedding_dropout::backward(&call, &drop, shape, &lookups, &dy, into).unwrap();
+        assert_same(&gradient, &expected, &name(&case));
+    }
 }
 
 /// One softmax call: which masks apply.

@@ -5,6 +5,7 @@
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
 use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Groups, Key, Place, Probability, RowMap, Scores, Shape,
 };
@@ -40,6 +41,17 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     same("dropout_add", &out, 1.0);
     cpu::dropout_add::backward(&cpu, &d, shape, &ones, &mut out, Some(&mut [0.0; 77])).unwrap();
     same("dropout_add backward", &out, 0.0);
+    // One token, and a token a row: its gradient is the row of dy.
+    let (zeros, own): ([u32; 30], Vec<u32>) = ([0; 30], (0..30).collect());
+    let table = Tables { token: &ones[..77], position: None, segment: None };
+    let tokens = Lookups::tokens(1, &zeros[..]);
+    cpu::embedding_dropout::forward(&cpu, &d, shape, &tokens, &table, &mut out).unwrap();
+    same("embedding_dropout", &out, 0.0);
+    out.fill(0.0);
+    let gradients = Gradients { token: Some(&mut out[..]), ..Gradients::NONE };
+    let tokens = Lookups::tokens(30, &own[..]);
+    cpu::embedding_dropout::backward(&cpu, &d, shape, &tokens, &ones, gradients).unwrap();
+    same("embedding_dropout backward", &out, 0.0);
     let none = AttentionMask::NONE;
     cpu::softmax_dropout::forward(&cpu, &d, &scores, &none, &ones, &mut out, None).unwrap();
     same("softmax_dropout", &out, 0.0);
@@ -118,6 +130,15 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
     let (d, shape) = (drop(3, 4, 0.2), Shape::new(700, 999));
     let scores = Scores { batch: 7, heads: 10, queries: 10, keys: 999, scale: 0.3 };
     let x: Vec<f32> = (0..700 * 999).map(|i| (i % 1013) as f32 * 0.01 - 5.0).collect();
+    let tokens: Vec<u32> = (0..700).map(|r| r * r % 53).collect();
+    let segments: Vec<u32> = (0..700).map(|r| r / 9 % 2).collect();
+    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
+    let lookups = lookups.segments(2, &segments[..]);
+    let tables = Tables {
+        token: &x[..53 * 999],
+        position: Some(&x[999..91 * 999]),
+        segment: Some(&x[..2 * 999]),
+    };
     let run = |cpu: Cpu, threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
@@ -127,7 +148,20 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             cpu::dropout_add::backward(&cpu, &d, shape, &x, &mut dx, Some(&mut dbias)).unwrap();
             let causal = AttentionMask::causal(500);
             cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
-            [y, dx, dbias, s].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            let (mut e, mut token, mut position, mut segment) =
+                (x.clone(), x[..53 * 999].to_vec(), x[..90 * 999].to_vec(), x[..2 * 999].to_vec());
+            cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut e).unwrap();
+            let gradients = Gradients {
+                token: Some(&mut token[..]),
+                position: Some(&mut position[..]),
+                segment: Some(&mut segment[..]),
+            };
+            cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &x, gradients).unwrap();
+            [y, dx, dbias, s, e, token, position, segment]
+                .concat()
+                .into_iter()
+                .map(f32::to_bits)
+                .collect::<Vec<_>>()
         })
     };
     let first = run(Cpu::PORTABLE, 1);

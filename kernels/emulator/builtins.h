@@ -206,6 +206,14 @@ FD_STORE(__stwb) FD_STORE(__stcg) FD_STORE(__stcs) FD_STORE(__stwt)
 #undef FD_LOAD
 #undef FD_STORE
 
+// ---- atomics: threads switch at barriers and collectives only, so these are whole -----------------
+
+inline unsigned atomicMin(unsigned* address, unsigned value) {
+    const unsigned before = *address;
+    if (value < before) *address = value;
+    return before;
+}
+
 // ---- arithmetic -------------------------------------------------------------------------------
 
 namespace emulator {
@@ -261,6 +269,7 @@ inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll((unsigned long long)x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;
     for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1) << (31 - i);

@@ -8,7 +8,9 @@
 mod convert;
 mod level;
 mod math;
+mod norm;
 mod octets;
+mod reduce;
 mod split;
 mod stream;
 mod sum_rows;
@@ -16,6 +18,7 @@ mod sum_rows;
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod softmax_dropout;
 

@@ -4,6 +4,7 @@
 //! score and the sum, one for the result.
 
 use super::math::exp;
+use super::reduce::{largest, sum};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -114,9 +115,6 @@ fn lens<T>(
     let (lengths, additive) = (mask.lengths.map(<[u32]>::len), mask.additive.map(<[T]>::len));
     Lens { x, dy, out, lse, lengths, additive }
 }
-
-/// Partial results of a reduction over a row: the same for every vector width.
-const LANES: usize = 16;
 
 /// A checked call.
 struct Task<'a, T> {
@@ -299,40 +297,4 @@ fn probabilities(z: &mut [f32], lse: Option<f32>) {
             z.iter_mut().for_each(|e| *e *= factor);
         }
     }
-}
-
-/// The largest value, NaNs left out; -infinity of nothing.
-#[inline(always)]
-fn largest(z: &[f32]) -> f32 {
-    let mut best = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = z.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (best, &z) in best.iter_mut().zip(chunk) {
-            *best = if z > *best { z } else { *best };
-        }
-    }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
-}
-
-/// The sum of `term(a, b)`: [`LANES`] running sums, and a tree over them and the rest.
-#[inline(always)]
-fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        for l in 0..LANES {
-            sums[l] += term(a[l], b[l]);
-        }
-    }
-    for (l, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[l] += term(a, b);
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for l in 0..width {
-            sums[l] += sums[l + width];
-        }
-        width /= 2;
-    }
-    sums[0]
 }

@@ -3,6 +3,7 @@
 
 use crate::error::Error;
 use crate::mask::{Groups, OCTET, RowMap};
+use crate::ops::norm::{Norm, NormKind};
 use crate::ops::{Draw, Shape};
 use bytemuck::{Pod, Zeroable};
 
@@ -227,6 +228,11 @@ impl Mask {
         })
     }
 
+    /// The mask that keeps everything, as it is.
+    pub fn all_kept(self) -> Self {
+        Self { random: 2, scale: 1.0, plain: 0, ..self }
+    }
+
     /// The same mask for a part that starts `rows` rows and `octets` octets further on.
     pub fn advanced(mut self, rows: u32, octets: u32) -> Self {
         self.rows.offset += rows;
@@ -238,7 +244,26 @@ impl Mask {
     }
 }
 
+/// A normalisation of rows: the twin of the one in `kernels/norm.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct RowNorm {
+    /// Columns of a row, at least 1: what a mean divides by.
+    pub columns: f32,
+    pub epsilon: f32,
+    /// 1: LayerNorm; 0: RMSNorm.
+    pub layer: u32,
+}
+
+impl RowNorm {
+    pub fn new(norm: &Norm, cols: usize) -> Self {
+        let layer = u32::from(norm.kind == NormKind::Layer);
+        Self { columns: cols.max(1) as f32, epsilon: norm.epsilon, layer }
+    }
+}
+
 // The kernels assert the same sizes.
+const _: () = assert!(size_of::<RowNorm>() == 12);
 const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
 const _: () = assert!(size_of::<Octets>() == 24);
 const _: () = assert!(size_of::<Rows>() == 48);

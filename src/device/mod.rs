@@ -16,7 +16,9 @@ pub(crate) mod abi;
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod embedding_dropout;
 pub mod keep_mask;
+mod rows;
 pub mod softmax_dropout;
 mod sum_rows;
 
@@ -203,15 +205,15 @@ fn aligned(cols: usize, addresses: &[u64]) -> bool {
     cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// The kernel `$name` for the storage type `$T`.
+/// The kernel `$name`, which may be given in parts, for the storage type `$T`.
 macro_rules! kernel {
-    ($operator:expr, $name:literal, $T:ty) => {
+    ($operator:expr, $($name:literal)+, $T:ty) => {
         $crate::device::Kernel {
             operator: $operator,
             name: match <$T as $crate::Dtype>::ID {
-                $crate::DtypeId::F32 => concat!($name, "_f32"),
-                $crate::DtypeId::F16 => concat!($name, "_f16"),
-                $crate::DtypeId::Bf16 => concat!($name, "_bf16"),
+                $crate::DtypeId::F32 => concat!($($name,)+ "_f32"),
+                $crate::DtypeId::F16 => concat!($($name,)+ "_f16"),
+                $crate::DtypeId::Bf16 => concat!($($name,)+ "_bf16"),
             },
         }
     };

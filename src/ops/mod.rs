@@ -6,7 +6,9 @@ use crate::mask::{Groups, Key, OCTET, Place, Probability, RowMap};
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod embedding_dropout;
 pub mod keep_mask;
+pub mod norm;
 pub mod softmax_dropout;
 pub mod sum_rows;
 

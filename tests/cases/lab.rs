@@ -43,8 +43,16 @@ pub trait Lab: Sized {
         host: Option<&mut [T]>,
         work: &mut dyn FnMut(Option<&mut dyn Writable<T, Self::D>>) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        self.optional_out_at(host, 0, work)
+    }
+    fn optional_out_at<T: bytemuck::Pod>(
+        &self,
+        host: Option<&mut [T]>,
+        offset: usize,
+        work: &mut dyn FnMut(Option<&mut dyn Writable<T, Self::D>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         match host {
-            Some(host) => self.with(host, 0, &mut |tensor| work(Some(tensor))),
+            Some(host) => self.with(host, offset, &mut |tensor| work(Some(tensor))),
             None => work(None),
         }
     }

@@ -30,15 +30,7 @@ pub fn dbias<T: Dtype>(dropout: &Dropout<'_>, shape: Shape, dy: &[T]) -> Vec<f32
             let i = r * shape.cols + c;
             if keep[i] { dy[i].to_f32() } else { 0.0 }
         };
-        let mut sums: Vec<f32> = (0..shape.rows).map(kept).collect();
-        // At least one level: 64 terms from +0.
-        loop {
-            let add = |group: &[f32]| group.iter().fold(0.0f32, |sum, term| sum + term);
-            sums = sums.chunks(64).map(add).collect();
-            if sums.len() <= 1 {
-                return sums.first().copied().unwrap_or(0.0) * scale;
-            }
-        }
+        tree((0..shape.rows).map(kept).collect()) * scale
     };
     (0..shape.cols).map(column).collect()
 }

@@ -6,11 +6,16 @@
 mod bias_act_dropout;
 mod dropout;
 mod dropout_add;
+mod embedding_dropout;
+mod norm;
 mod softmax_dropout;
 
 pub use bias_act_dropout::{bias_act_dropout, bias_act_dropout_backward};
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
+pub use embedding_dropout::{
+    embedding_dropout, embedding_gradient, embedding_norm, embedding_norm_backward,
+};
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
 
 use fused_dropout::{Dropout, Dtype, DtypeId, Mode, RowMap, Scaling, Shape};
@@ -78,6 +83,18 @@ pub fn keep_mask(dropout: &Dropout<'_>, shape: Shape) -> Vec<bool> {
         }
     }
     keep
+}
+
+/// A sum over rows: the tree of radix 64, as its definition reads.
+fn tree(mut sums: Vec<f32>) -> f32 {
+    // At least one level: 64 terms from +0.
+    loop {
+        let add = |group: &[f32]| group.iter().fold(0.0f32, |sum, term| sum + term);
+        sums = sums.chunks(64).map(add).collect();
+        if sums.len() <= 1 {
+            return sums.first().copied().unwrap_or(0.0);
+        }
+    }
 }
 
 /// A value and how far an implementation may be from it.

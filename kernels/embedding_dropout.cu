@@ -1,0 +1,625 @@
+// embedding_dropout: y = D(token[id] + position[pos] + segment[seg]), and the gradients of the tables.
+//
+// Forward, a row r (a token) at a time; the sum is rounded to f32 after each addition:
+//
+//     y[r, c] = kept(r, c) ? round((token[id[r], c] + position[pos[r], c] + segment[seg[r], c]) * scale) : +0
+//
+// A row with an id that is in no table has y = +0, and the smallest such row is left in `report`.
+//
+// Bytes an element: one written, and one read for each table (4 to 8 in 16-bit storage); what repeats, as
+// positions and segments do, is read from L2. The ids of a row, 4 bytes each, are read by all of its
+// octets, from L1; the loads of an octet's entries wait for them. All 16-byte loads of a thread are issued
+// before the first of them is waited for (sm_90, CUDA 13.0; compiled, not timed).
+//
+// Backward, for a table, with g = kept ? dy * scale : +0 in f32:
+//
+//     gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)
+//
+// in the order of the tree that src/ops/sum_rows.rs defines, without sorting, workspace or atomics: a
+// block owns an entry and some columns. It looks at all ids, 4096 at a time, and adds up the rows that
+// match. Rows that do not match are +0 and are left out, which changes no sum that started from +0. Each
+// 64 rows (a tile) are added in order by one thread an octet; tiles at the same time by the other threads
+// of the block, and then in order. Where a table has more entries than there are rows, there is a block
+// for each row in place of each entry; only that of an entry's first row goes on.
+//
+// Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written
+// once; and ids: 4 * rows * min(rows, entries) for each 2048 columns at most, from L2 (half of that, on
+// average, for a row's block that finds an earlier one). For 8192 rows of tokens that are 0.27 GB, more
+// than the 0.02 GB of dy at 768 columns in bf16; from some 10^5 rows on a sort would be better.
+
+#include "norm.cuh"
+
+/// Tables that a row can look up: token, position, segment.
+constexpr unsigned TABLES = 3;
+
+/// Which entry of a table each row takes.
+struct Lookup {
+    In<unsigned> ids;  // absent: row r takes entry r % sequence.divisor
+    unsigned entries;
+    Divisor sequence;
+
+    /// The entry of a local row, which may be in no table.
+    __device__ __forceinline__ unsigned entry(unsigned row) const {
+        if (ids.present()) return ids.cached(row);
+        return row - sequence.quotient(row) * sequence.divisor;
+    }
+
+    /// Which of rows `first`, `first + 32`, .. take an entry, a bit each; none from row `rows` on.
+    template <unsigned COUNT>
+    __device__ __forceinline__ unsigned matches(unsigned wanted, unsigned first,
+                                                unsigned rows) const {
+        unsigned matches = 0;
+        if (!ids.present()) {
+#pragma unroll 1
+            for (unsigned i = 0; i < COUNT && first + 32 * i < rows; ++i) {
+                matches |= unsigned(entry(first + 32 * i) == wanted) << i;
+            }
+            return matches;
+        }
+        unsigned taken[COUNT];  // all on their way at once
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) {
+            taken[i] = first + 32 * i < rows ? ids.cached(1ull * first + 32 * i) : ~wanted;
+        }
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) matches |= unsigned(taken[i] == wanted) << i;
+        return matches;
+    }
+};
+static_assert(sizeof(Lookup) == 24, "embedding_dropout.rs: LookupParams");
+
+/// What a row takes from each table.
+struct Entries {
+    unsigned at[TABLES];
+    bool exist;  // all of them
+
+    __device__ __forceinline__ Entries(const Lookup (&lookups)[TABLES], unsigned row) {
+        exist = true;
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) at[i] = lookups[i].entry(row);
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) exist &= at[i] < lookups[i].entries;
+    }
+};
+
+/// The tables, and what each row takes from them.
+template <typename T>
+struct Embeddings {
+    Lookup lookups[TABLES];  // of a table that is absent: entry 0 of one
+    In<T> tables[TABLES];
+    unsigned long long cols;
+
+    /// An octet of the entries that a row takes.
+    struct Loaded {
+        Octet<T> parts[TABLES];
+    };
+
+    template <bool aligned>
+    __device__ __forceinline__ Loaded load(const Entries& entries, unsigned octet,
+                                           unsigned count) const {
+        Loaded loaded;
+#pragma unroll
+        for (unsigned i = 0; i < TABLES; ++i) {
+            if (!tables[i].present()) continue;
+            const unsigned long long element = entries.at[i] * cols + 8ull * octet;
+            loaded.parts[i] = tables[i].template cached<aligned>(element, count);
+        }
+        return loaded;
+    }
+
+    /// Their sum.
+    __device__ __forceinline__ Values sum(const Loaded& loaded) const {
+        Values sum = unpack(loaded.parts[0]);
+#pragma unroll
+        for (unsigned i = 1; i < TABLES; ++i) {
+            if (!tables[i].present()) continue;
+            const Values part = unpack(loaded.parts[i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum.at[j] = __fadd_rn(sum.at[j], part.at[j]);
+        }
+        return sum;
+    }
+};
+
+template <typename T>
+struct EmbeddingParams {
+    Mask mask;
+    Octets octets;
+    Embeddings<T> embeddings;
+    Out<T> y;
+    Out<unsigned> report;
+};
+static_assert(sizeof(EmbeddingParams<float>) == 328, "embedding_dropout.rs: ForwardParams");
+
+template <typename T, bool aligned>
+struct EmbeddingDropout {
+    using Params = EmbeddingParams<T>;
+    struct Loaded {
+        typename Embeddings<T>::Loaded entries;
+        bool exist;
+    };
+
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
+        const Position at(p.octets, index);
+        const Entries entries(p.embeddings.lookups, p.mask.rows.offset + at.row);
+        Loaded loaded = {};
+        loaded.exist = entries.exist;
+        if (entries.exist) {
+            const unsigned count = at.count(p.octets);
+            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, count);
+        }
+        return loaded;
+    }
+
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position at,
+                                                  const Kept& keep, float scale,
+                                                  const Loaded& loaded) {
+        if (!loaded.exist && at.octet == 0) p.report.lower(0, p.mask.rows.offset + at.row);
+        const Values sum = p.embeddings.sum(loaded.entries);
+        Values y = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j] && loaded.exist) y.at[j] = __fmul_rn(sum.at[j], scale);
+        }
+        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, at), at.count(p.octets),
+                                     pack<T>(y));
+    }
+};
+
+FD_KERNEL(embedding_dropout_f32, EmbeddingParams<float>, THREADS,
+          stream<EmbeddingDropout<float, true>>)
+FD_KERNEL(embedding_dropout_f16, EmbeddingParams<f16>, THREADS, stream<EmbeddingDropout<f16, true>>)
+FD_KERNEL(embedding_dropout_bf16, EmbeddingParams<bf16>, THREADS,
+          stream<EmbeddingDropout<bf16, true>>)
+FD_KERNEL(embedding_dropout_any_f32, EmbeddingParams<float>, THREADS,
+          stream_any<EmbeddingDropout<float, false>>)
+FD_KERNEL(embedding_dropout_any_f16, EmbeddingParams<f16>, THREADS,
+          stream_any<EmbeddingDropout<f16, false>>)
+FD_KERNEL(embedding_dropout_any_bf16, EmbeddingParams<bf16>, THREADS,
+          stream_any<EmbeddingDropout<bf16, false>>)
+
+/// Rows of a tile, and tiles of a span: the radix of the tree. A span's rows are looked at together.
+constexpr unsigned RADIX = 64;
+constexpr unsigned SPAN = RADIX * RADIX;
+
+template <typename T>
+struct TableGradParams {
+    Mask mask;
+    In<T> dy;  // [rows, cols]
+    In<float> before;  // [entries, cols]
+    Out<float> after;  // the same memory
+    Lookup taken;      // of the table whose gradient it is
+    Lookup lookups[TABLES];
+    unsigned long long cols;
+    unsigned rows;        // at most 2^24: a tree of four levels
+    unsigned by_row;      // 1: blocks for each row; 0: for each entry
+    unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
+    IndexDivisor blocks;  // of an entry: ceil(octets / width)
+};
+static_assert(sizeof(TableGradParams<float>) == 336, "embedding_dropout.rs: TableGradParams");
+
+/// The rows of a span that take an entry, a bit each.
+struct Matches {
+    unsigned words[SPAN / 32];
+
+    /// All threads of the block must be here; what they find is there after the block's next barrier.
+    template <typename T>
+    __device__ __forceinline__ void find(const TableGradParams<T>& p, unsigned entry,
+                                         unsigned first_row) {
+        constexpr unsigned WORDS = SPAN / THREADS;  // of a warp; each lane has a bit of them
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned first_word = threadIdx.x / 32 * WORDS;
+        const unsigned first = first_row + 32 * first_word + lane;
+        unsigned mine = p.taken.template matches<WORDS>(entry, first, p.rows);
+        for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
+            // A row with an id that is in no table takes nothing.
+            const unsigned i = __ffs(rest) - 1;
+            if (!Entries(p.lookups, first + 32 * i).exist) mine &= ~(1u << i);
+        }
+        if (!__any_sync(0xffffffffu, mine)) {  // the usual case
+            if (lane < WORDS) words[first_word + lane] = 0;
+            return;
+        }
+#pragma unroll
+        for (unsigned i = 0; i < WORDS; ++i) {
+            const unsigned word = __ballot_sync(0xffffffffu, mine >> i & 1);
+            if (lane == i) words[first_word + i] = word;
+        }
+    }
+
+    /// The rows of a tile.
+    __device__ __forceinline__ unsigned long long tile(unsigned tile) const {
+        return words[2 * tile] | 1ull * words[2 * tile + 1] << 32;
+    }
+
+    /// The tiles that have a row. All 32 lanes must be here, and get the same.
+    __device__ __forceinline__ unsigned long long tiles() const {
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned low = __ballot_sync(0xffffffffu, tile(lane) != 0);
+        return low | 1ull * __ballot_sync(0xffffffffu, tile(lane + 32) != 0) << 32;
+    }
+};
+
+/// The bits below bit `n`, which is at most 64.
+__device__ __forceinline__ unsigned long long bits_below(unsigned n) {
+    return n < 64 ? (1ull << n) - 1 : ~0ull;
+}
+
+__device__ __forceinline__ void add(Values& sums, const Values& values) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], values.at[j]);
+}
+
+/// An octet of values a thread, in shared memory: a thread's own ones need no barrier.
+struct Shelf {
+    float at[8][THREADS];
+
+    __device__ __forceinline__ void put(const Values& values) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) at[j][threadIdx.x] = values.at[j];
+    }
+    __device__ __forceinline__ Values get(unsigned thread) const {
+        Values values;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values.at[j] = at[j][thread];
+        return values;
+    }
+    /// Adds this thread's values to those of `above`, and makes zeros of them.
+    __device__ __forceinline__ void close(Shelf& above) {
+        Values sums = above.get(threadIdx.x);
+        add(sums, get(threadIdx.x));
+        above.put(sums);
+        put({});
+    }
+};
+
+/// An octet of columns of dy, as the thread that adds up its tiles sees it.
+template <typename T, bool aligned>
+struct Column {
+    /// Rows whose dy is loaded at once.
+    static constexpr unsigned ROWS = 4;
+
+    const TableGradParams<T>& p;
+    unsigned octet;
+    unsigned count;  // elements of it
+
+    /// The sum of g over the rows `rows` of the 64 from `first_row` on, in order.
+    __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
+        const Draws<false> draws(p.mask);
+        Values sum = {};
+        while (rows != 0) {
+            Octet<T> dy[ROWS];
+            unsigned long long rest = rows;
+#pragma unroll
+            for (unsigned i = 0; i < ROWS; ++i) {
+                if (rest == 0) break;
+                const unsigned row = first_row + __ffsll(rest) - 1;
+                rest &= rest - 1;
+                dy[i] = p.dy.template streaming<aligned>(row * p.cols + 8ull * octet, count);
+            }
+#pragma unroll
+            for (unsigned i = 0; i < ROWS; ++i) {
+                if (rows == 0) break;
+                const unsigned row = first_row + __ffsll(rows) - 1;
+                rows &= rows - 1;
+                const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
+                const Values values = unpack(dy[i]);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float g = __fmul_rn(values.at[j], draws.scale);
+                    if (keep.at[j]) sum.at[j] = __fadd_rn(sum.at[j], g);
+                }
+            }
+        }
+        return sum;
+    }
+};
+
+/// An entry's gradient in 2^log_width octets of columns, a block. The threads are as many rows of as many
+/// octets: each row adds up tiles of its own, and the first one adds up the tiles.
+template <typename T, bool aligned>
+__device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
+    __shared__ Matches matches;
+    __shared__ Shelf tile_sums;
+    __shared__ Shelf second;  // sums over the tiles of a span
+    __shared__ Shelf third;   // over the spans of 64 spans
+    __shared__ Shelf fourth;  // and over those
+    __shared__ unsigned taken;  // whether a row took the entry: written before a tile's barriers
+
+    const unsigned candidate = p.blocks.quotient(blockIdx.x);
+    if (p.by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
+    const unsigned entry = p.by_row ? p.taken.entry(candidate) : candidate;
+
+    const unsigned width = 1u << p.log_width;
+    const unsigned at_once = THREADS >> p.log_width;
+    const unsigned rank = threadIdx.x >> p.log_width;
+    const unsigned block = p.blocks.remainder(blockIdx.x, candidate);
+    const unsigned octet = (block << p.log_width) + threadIdx.x % width;
+    const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
+    const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
+
+    const bool adds_tiles = rank == 0 && column.count > 0;
+    if (adds_tiles) {
+        second.put({});
+        third.put({});
+        fourth.put({});
+    }
+    if (threadIdx.x == 0) taken = 0;
+    for (unsigned span = 0; span * SPAN < p.rows; ++span) {
+        __syncthreads();  // nobody reads the last span's matches any more
+        matches.find(p, entry, span * SPAN);
+        __syncthreads();
+        const unsigned long long tiles = matches.tiles();
+        if (tiles != 0 && p.by_row && span <= candidate / SPAN) {
+            const unsigned tile = __ffsll(tiles) - 1;
+            const unsigned row = __ffsll(matches.tile(tile)) - 1;
+            // The whole block, but the one of the entry's first row.
+            if (span * SPAN + tile * RADIX + row != candidate) return;
+        }
+        if (tiles != 0 && threadIdx.x == 0) taken = 1;
+        for (unsigned first = 0; first < RADIX; first += at_once) {
+            const unsigned long long now = tiles >> first & bits_below(at_once);
+            if (now == 0) continue;  // the whole block
+            const unsigned tile = first + rank;
+            if (column.count > 0 && now >> rank & 1) {
+                tile_sums.put(column.sum(span * SPAN + tile * RADIX, matches.tile(tile)));
+            }
+            __syncthreads();
+            if (adds_tiles) {
+                Values sum = second.get(threadIdx.x);
+                for (unsigned i = 0; i < at_once; ++i) {
+                    if (now >> i & 1) add(sum, tile_sums.get(i * width + threadIdx.x));
+                }
+                second.put(sum);
+            }
+            __syncthreads();
+        }
+        if (adds_tiles && tiles != 0) second.close(third);
+        if (adds_tiles && span % RADIX == RADIX - 1) third.close(fourth);
+    }
+    if (taken == 0 || !adds_tiles) return;
+    third.close(fourth);
+    const unsigned long long element = entry * p.cols + 8ull * octet;
+    Values after = unpack(p.before.template cached<aligned>(element, column.count));
+    add(after, fourth.get(threadIdx.x));
+    p.after.template cached<aligned>(element, column.count, pack<float>(after));
+}
+
+FD_KERNEL(embedding_dropout_table_grad_f32, TableGradParams<float>, THREADS, table_grad<float, true>)
+FD_KERNEL(embedding_dropout_table_grad_f16, TableGradParams<f16>, THREADS, table_grad<f16, true>)
+FD_KERNEL(embedding_dropout_table_grad_bf16, TableGradParams<bf16>, THREADS, table_grad<bf16, true>)
+FD_KERNEL(embedding_dropout_table_grad_any_f32, TableGradParams<float>, THREADS,
+          table_grad<float, false>)
+FD_KERNEL(embedding_dropout_table_grad_any_f16, TableGradParams<f16>, THREADS,
+          table_grad<f16, false>)
+FD_KERNEL(embedding_dropout_table_grad_any_bf16, TableGradParams<bf16>, THREADS,
+          table_grad<bf16, false>)
+
+// The normalised form (BERT), the sum in f32; norm.cuh has the norm's mathematics. With h = kept ? dy * scale : +0:
+//
+//     forward:  y = kept ? norm(sum) * scale : +0, and the row's mean and rstd
+//     backward: ds = the norm's gradient of g = h * weight, with the sum computed again from the tables
+//
+// ds and h * xhat go to a workspace in f32, from which the kernels above add up the gradients of the tables
+// and of the norm's weight, the latter as a table with one entry that every row takes; that of the norm's
+// bias is added up from dy in the same way. Bytes an element in 16-bit storage, beside the tables: forward
+// 2; backward 2 read and 8 written, then 4 read for each table and for the weight, 2 for the bias.
+//
+// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to 8192),
+// wide (each pass reads the row again).
+
+template <typename T>
+struct EmbeddingNormParams {
+    Mask mask;
+    Embeddings<T> embeddings;
+    In<T> weight;
+    In<T> norm_bias;       // forward; may be absent
+    Out<T> y;              // forward
+    Out<float> stats_out;  // forward: [rows, 2], mean and rstd; may be absent
+    Out<unsigned> report;  // forward
+    In<float> stats;       // backward
+    In<T> dy;              // backward
+    Out<float> ds;         // backward
+    Out<float> slopes;     // backward: h * xhat; may be absent
+    RowNorm norm;
+    unsigned rows;  // of this launch, from local row mask.rows.offset on
+};
+static_assert(sizeof(EmbeddingNormParams<float>) == 376, "embedding_dropout.rs: NormParams");
+
+/// One row, as the team that shares it sees it.
+template <typename T, bool aligned>
+struct EmbeddingRow {
+    const EmbeddingNormParams<T>& p;
+    const Draws<false> draws;
+    unsigned logical;
+    unsigned local;
+    Entries entries;
+    unsigned long long first;  // index of the row's first element
+
+    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
+        : p(p),
+          draws(p.mask),
+          logical(draws.logical(row)),
+          local(p.mask.rows.offset + row),
+          entries(p.embeddings.lookups, local),
+          first(local * p.embeddings.cols) {}
+
+    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
+        return first + 8ull * octet;
+    }
+
+    __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
+                                                                   unsigned count) const {
+        return p.embeddings.template load<aligned>(entries, octet, count);
+    }
+
+    /// An octet of columns of a parameter of the norm.
+    __device__ __forceinline__ Values parameter(const In<T>& values, unsigned octet,
+                                                unsigned count) const {
+        return unpack(values.template cached<aligned>(8ull * octet, count));
+    }
+
+    /// D of an octet.
+    __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
+        const Kept keep = draws.kept(draws.lanes(logical, octet));
+        Values dropped = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.scale);
+        }
+        return dropped;
+    }
+};
+
+/// What the threads of a team hold of their row's sums, where they hold it.
+template <typename T, typename Walk>
+struct HeldSums {
+    Values sums[Walk::SLOTS];
+
+    /// `beside(slot, octet, count)` loads what else is held.
+    template <typename Beside>
+    __device__ __forceinline__ void load(const Walk& walk, const EmbeddingRow<T, Walk::aligned>& row,
+                                         Beside beside) {
+        if (!Walk::held) return;
+        const Embeddings<T>& embeddings = row.p.embeddings;
+        if (!Walk::aligned) {  // an octet alone is enough loads
+            walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+                beside(slot, octet, count);
+                sums[slot] = embeddings.sum(row.load(octet, count));
+            });
+            return;
+        }
+        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
+        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+            loaded[slot] = row.load(octet, count);
+            beside(slot, octet, count);
+        });
+        __syncwarp();  // keeps the loads first; all lanes are here
+        walk.each([&](unsigned slot, unsigned, unsigned) {
+            sums[slot] = embeddings.sum(loaded[slot]);
+        });
+    }
+};
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    const bool writes_stats = walk.team.rank == 0 && p.stats_out.present();
+    if (!row.entries.exist) {  // the whole team
+        if (walk.team.rank == 0) p.report.lower(0, row.local);
+        if (writes_stats) {
+            p.stats_out.cached(2ull * row.local, 0.0f);
+            p.stats_out.cached(2ull * row.local + 1, 0.0f);
+        }
+        walk.each([&](unsigned, unsigned octet, unsigned count) {
+            p.y.template cached<aligned>(row.at(octet), count, {});
+        });
+        return;
+    }
+    HeldSums<T, Walk> held;
+    held.load(walk, row, [](unsigned, unsigned, unsigned) {});
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const Standard standard = standard_of(p.norm, walk, scratch, sum_of);
+    if (writes_stats) {
+        p.stats_out.cached(2ull * row.local, standard.mean());
+        p.stats_out.cached(2ull * row.local + 1, standard.rstd);
+    }
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const Values weight = row.parameter(p.weight, octet, count);
+        Values bias = {};
+        if (p.norm_bias.present()) bias = row.parameter(p.norm_bias, octet, count);
+        const Values y = normalised(standard, sum_of(slot, octet, count), weight, bias);
+        p.y.template cached<aligned>(row.at(octet), count, pack<T>(row.drop(y, octet)));
+    });
+}
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    // The whole team. Nobody reads what is not written here: the row takes nothing.
+    if (!row.entries.exist) return;
+    HeldSums<T, Walk> held;
+    const auto load_dy = [&](unsigned octet, unsigned count) -> Octet<T> {
+        return p.dy.template cached<aligned>(row.at(octet), count);
+    };
+    Octet<T> dy[Walk::SLOTS];
+    held.load(walk, row, [&](unsigned slot, unsigned octet, unsigned count) {
+        dy[slot] = load_dy(octet, count);
+    });
+    Values held_h[Walk::SLOTS];
+    if (Walk::held) {
+        walk.each([&](unsigned slot, unsigned octet, unsigned) {
+            held_h[slot] = row.drop(unpack(dy[slot]), octet);
+        });
+    }
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
+    };
+    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
+        NormPair pair = {sum_of(slot, octet, count), h_of(slot, octet, count)};
+        const Values weight = row.parameter(p.weight, octet, count);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(pair.g.at[j], weight.at[j]);
+        return pair;
+    };
+    const Standard standard =
+        standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
+                       p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
+    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const NormPair pair = pair_of(slot, octet, count);
+        const Values h = h_of(slot, octet, count);
+        Values ds;
+        Values slopes;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float xhat = standard.apply(pair.s.at[j]);
+            ds.at[j] = gradient.apply(standard, xhat, pair.g.at[j]);
+            slopes.at[j] = __fmul_rn(h.at[j], xhat);
+        }
+        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(ds));
+        if (!p.slopes.present()) return;
+        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(slopes));
+    });
+}
+
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, true, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, true, aligned>;
+template <bool aligned>
+using WideWalk = Walk<BlockTeam, false, aligned>;
+
+/// The kernels of one form and storage type.
+#define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
+              embedding_norm_forward<T, walk<true>>)                                               \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_any_##type, EmbeddingNormParams<T>, THREADS, \
+              embedding_norm_forward<T, walk<false>>)                                              \
+    FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
+              embedding_norm_backward<T, walk<true>>)                                              \
+    FD_KERNEL(embedding_dropout_norm_backward_##form##_any_##type, EmbeddingNormParams<T>,         \
+              THREADS, embedding_norm_backward<T, walk<false>>)
+
+FD_EMBEDDING_NORM(warp, WarpWalk, float, f32)
+FD_EMBEDDING_NORM(warp, WarpWalk, f16, f16)
+FD_EMBEDDING_NORM(warp, WarpWalk, bf16, bf16)
+FD_EMBEDDING_NORM(block, BlockWalk, float, f32)
+FD_EMBEDDING_NORM(block, BlockWalk, f16, f16)
+FD_EMBEDDING_NORM(block, BlockWalk, bf16, bf16)
+FD_EMBEDDING_NORM(wide, WideWalk, float, f32)
+FD_EMBEDDING_NORM(wide, WideWalk, f16, f16)
+FD_EMBEDDING_NORM(wide, WideWalk, bf16, bf16)

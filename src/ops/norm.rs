@@ -1,0 +1,98 @@
+//! Normalisation of a row, LayerNorm and RMSNorm: what the operators that normalise share.
+//!
+//! With n columns, weight w and bias b:
+//!
+//! - layer: m = Σ s / n, v = Σ (s - m)² / n, xhat = (s - m) / √(v + epsilon);
+//! - RMS: m = 0, v = Σ s² / n, xhat = s / √(v + epsilon);
+//! - y = xhat · w + b.
+//!
+//! Where v + epsilon is 0, 1 / √(v + epsilon) counts as 0, so xhat is. Statistics are sums in f32 of
+//! values less a pivot of their row, so a mean far above the deviation costs the deviation no digits.
+
+use super::check_len;
+use crate::error::Error;
+use std::convert::Infallible;
+
+/// Which normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// LayerNorm: the row less its mean, over its standard deviation (biased).
+    Layer,
+    /// RMSNorm: the row over the root of its mean square.
+    Rms,
+}
+
+/// A normalisation of each row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// Which one.
+    pub kind: NormKind,
+    /// Added to the variance (or mean square) under the root. Finite, at least 0.
+    pub epsilon: f32,
+}
+
+impl Norm {
+    /// LayerNorm.
+    pub fn layer(epsilon: f32) -> Self {
+        Self { kind: NormKind::Layer, epsilon }
+    }
+
+    /// RMSNorm.
+    pub fn rms(epsilon: f32) -> Self {
+        Self { kind: NormKind::Rms, epsilon }
+    }
+
+    /// Refuses an epsilon that no variance could bear.
+    pub(crate) fn check(&self, operator: &'static str) -> Result<(), Error> {
+        if self.epsilon.is_finite() && self.epsilon >= 0.0 {
+            return Ok(());
+        }
+        Err(Error::argument(operator, "epsilon", "a finite number, at least 0", self.epsilon))
+    }
+}
+
+/// What a standardised row is multiplied by, and what is added then: a value a column.
+///
+/// `A` is how a backend takes a tensor: a slice on the CPU, device memory on CUDA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Affine<A> {
+    /// `[cols]`.
+    pub weight: A,
+    /// `[cols]`.
+    pub bias: Option<A>,
+}
+
+impl<A> Affine<A> {
+    pub(crate) fn try_map<B, E>(
+        self,
+        mut map: impl FnMut(A) -> Result<B, E>,
+    ) -> Result<Affine<B>, E> {
+        Ok(Affine { weight: map(self.weight)?, bias: self.bias.map(map).transpose()? })
+    }
+
+    pub(crate) fn map<B>(self, mut map: impl FnMut(A) -> B) -> Affine<B> {
+        let Ok(mapped) = self.try_map(|a| Ok::<B, Infallible>(map(a)));
+        mapped
+    }
+}
+
+/// Elements of the statistics of `rows` rows: the mean (0 for RMS) and 1 / √(v + epsilon) of each, in
+/// f32, next to each other.
+pub fn stats_len(rows: usize) -> usize {
+    rows.saturating_mul(2)
+}
+
+/// Checks the lengths of an [`Affine`], in elements.
+pub(crate) fn check_affine(
+    operator: &'static str,
+    cols: usize,
+    affine: &Affine<usize>,
+) -> Result<(), Error> {
+    check_len(operator, "weight", cols, affine.weight)?;
+    affine.bias.map_or(Ok(()), |bias| check_len(operator, "norm_bias", cols, bias))
+}
+
+/// Checks the length of the statistics, in elements.
+pub(crate) fn check_stats(operator: &'static str, rows: usize, stats: usize) -> Result<(), Error> {
+    check_len(operator, "stats", stats_len(rows), stats)
+}
