@@ -20,11 +20,11 @@ struct RowNorm {
 };
 static_assert(sizeof(RowNorm) == 12, "abi.rs: RowNorm");
 
-/// Shared memory of the collectives of one row.
+/// Shared memory of the three collectives of one row.
 struct NormScratch {
     Scratch first;
-    Scratch delta;
-    Scratch square;
+    Scratch second;
+    Scratch third;
 };
 
 /// How a row is standardised.
@@ -62,9 +62,9 @@ __device__ __forceinline__ Standard standard_of(const RowNorm& norm, const Walk&
         float first = 0.0f;
         if (walk.team.rank == 0 && walk.cols > 0) first = get(0u, 0u, below(walk.cols, 0)).at[0];
         row.pivot = walk.team.first(first, scratch.first);
-        row.delta = delta_of(norm, walk, row.pivot, scratch.delta, get);
+        row.delta = delta_of(norm, walk, row.pivot, scratch.second, get);
     }
-    const float sum = walk.sum(scratch.square, get, [&](const Values& s, unsigned j) {
+    const float sum = walk.sum(scratch.third, get, [&](const Values& s, unsigned j) {
         const float centred = row.centred(s.at[j]);
         return __fmul_rn(centred, centred);
     });
@@ -100,3 +100,28 @@ struct NormGradient {
         return __fmul_rn(row.rstd, __fmaf_rn(-xhat, slope, centred));
     }
 };
+
+/// A row's s, and the gradient of its xhat.
+struct NormPair {
+    Values s;
+    Values g;
+};
+
+/// Of a row; `get` gives its octets as `NormPair`.
+template <typename Walk, typename Get>
+__device__ __forceinline__ NormGradient norm_gradient(const RowNorm& norm, const Walk& walk,
+                                                      const Standard& row, NormScratch& scratch,
+                                                      Get get) {
+    NormGradient gradient = {};
+    if (norm.layer) {
+        const float sum = walk.sum(scratch.second, get, [&](const NormPair& pair, unsigned j) {
+            return pair.g.at[j];
+        });
+        gradient.centre = __fdiv_rn(sum, norm.columns);
+    }
+    const float sum = walk.sum(scratch.third, get, [&](const NormPair& pair, unsigned j) {
+        return __fmul_rn(pair.g.at[j], row.apply(pair.s.at[j]));
+    });
+    gradient.slope = __fdiv_rn(sum, norm.columns);
+    return gradient;
+}

@@ -4,8 +4,11 @@
 //! Seeds are fixed, so a test that passes keeps passing. The bounds are stated as what an ideal source
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
+use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::{AttentionMask, Dropout, Key, Place, Probability, RowMap, Scores, Shape};
+use fused_dropout::{
+    Affine, AttentionMask, Dropout, Key, Norm, Place, Probability, RowMap, Scores, Shape,
+};
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
     Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
@@ -38,6 +41,41 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     same("dropout_add", &out, 1.0);
     cpu::dropout_add::backward(&cpu, &d, shape, &ones, &mut out, Some(&mut [0.0; 77])).unwrap();
     same("dropout_add backward", &out, 0.0);
+    let (norm, weight, mut y) = (Norm::layer(1e-5), [1.0; 77], vec![0.0; 30 * 77]);
+    let (inputs, affine) = (
+        Inputs { x: &ones[..], bias: None, residual: &ones[..] },
+        Affine { weight: &weight[..], bias: None },
+    );
+    let (mut s, mut stats) = (vec![9.0f32; 30 * 77], [0.0; 60]);
+    dropout_add_norm::forward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    same("dropout_add_norm", &s, 1.0);
+    dropout_add_norm::backward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &Saved::Sum(&s),
+        &weight,
+        &stats,
+        &ones,
+        Some(&ones),
+        &mut y,
+        &mut out,
+        ParamGrads::default(),
+    )
+    .unwrap();
+    same("dropout_add_norm backward", &out, 0.0);
     let none = AttentionMask::NONE;
     cpu::softmax_dropout::forward(&cpu, &d, &scores, &none, &ones, &mut out, None).unwrap();
     same("softmax_dropout", &out, 0.0);
@@ -95,7 +133,8 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             cpu::dropout_add::backward(&cpu, &d, shape, &x, &mut dx, Some(&mut dbias)).unwrap();
             let causal = AttentionMask::causal(500);
             cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
-            [y, dx, dbias, s].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            let norm = normalised(&cpu, &d, shape, &x);
+            [y, dx, dbias, s, norm].concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
         })
     };
     let first = run(Cpu::PORTABLE, 1);
@@ -104,6 +143,48 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             assert!(run(cpu, threads) == first, "{cpu:?}, {threads} threads");
         }
     }
+}
+
+/// Everything that `dropout_add_norm` gives.
+fn normalised(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
+    let (norm, weight) = (Norm::layer(1e-5), vec![0.7f32; shape.cols]);
+    let inputs = Inputs { x, bias: None, residual: x };
+    let affine = Affine { weight: &weight[..], bias: None };
+    let (mut s, mut y, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
+    dropout_add_norm::forward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    let (mut dresidual, mut dx) = (x.to_vec(), x.to_vec());
+    let mut sums = vec![0.0f32; 3 * shape.cols];
+    let [dbias, dweight, dnorm_bias] = {
+        let mut parts = sums.chunks_mut(shape.cols);
+        std::array::from_fn(|_| parts.next())
+    };
+    dropout_add_norm::backward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &Saved::Inputs(inputs),
+        &weight,
+        &stats,
+        &y,
+        Some(x),
+        &mut dresidual,
+        &mut dx,
+        ParamGrads { dbias, dweight, dnorm_bias },
+    )
+    .unwrap();
+    [s, y, stats, dresidual, dx, sums].concat()
 }
 
 #[test]

@@ -34,6 +34,18 @@ pub(super) fn store<T: Dtype>(from: &[f32], to: &mut [T]) {
     }
 }
 
+/// Replaces values by the nearest ones of the storage type.
+#[inline(always)]
+pub(super) fn round<T: Dtype>(values: &mut [f32]) {
+    match T::ID {
+        DtypeId::F32 => {}
+        DtypeId::F16 => values.iter_mut().for_each(|f| *f = f16_to_f32(f32_to_f16(*f))),
+        DtypeId::Bf16 => {
+            values.iter_mut().for_each(|f| *f = f32::from_bits(u32::from(f32_to_bf16(*f)) << 16))
+        }
+    }
+}
+
 /// Exponent and mantissa moved into place and scaled by 2^112, which also normalises subnormals.
 #[inline(always)]
 fn f16_to_f32(h: u16) -> f32 {

@@ -1,5 +1,4 @@
 //! Normalisation of a row that lies in f32 in the caches; see [`crate::ops::norm`].
-#![allow(dead_code)] // the operators that normalise follow
 
 use super::reduce::sum;
 use crate::ops::norm::{Norm, NormKind};

@@ -40,6 +40,18 @@ pub(super) fn pieces<T: Send>(
     work.into_par_iter().for_each(|(range, part)| each(range, part));
 }
 
+/// The `count` chunks of `len` elements of an output, nothing `count` times where there is no output.
+pub(super) fn optional_chunks<T>(
+    out: Option<&mut [T]>,
+    len: usize,
+    count: usize,
+) -> Vec<Option<&mut [T]>> {
+    match out {
+        Some(out) => out.chunks_mut(len).map(Some).collect(),
+        None => (0..count).map(|_| None).collect(),
+    }
+}
+
 /// Whether `out` is written past the caches: it is large, and there are stores of a whole line. Two cores
 /// of a Zen 4, dropout on 2^24 elements, ms past the caches and through them: with stores of 32 bytes (AVX2)
 /// 7.7 and 6.0 in f32, 11.3 and 5.6 in bf16; with stores of 16 bytes (portable) 10.0 and 8.8 in f32. A line

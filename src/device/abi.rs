@@ -230,7 +230,6 @@ pub(crate) struct RowNorm {
     pub layer: u32,
 }
 
-#[allow(dead_code)] // the operators that normalise follow
 impl RowNorm {
     pub fn new(norm: &Norm, cols: usize) -> Self {
         let layer = u32::from(norm.kind == NormKind::Layer);

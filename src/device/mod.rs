@@ -14,7 +14,9 @@ use std::ffi::c_void;
 pub(crate) mod abi;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod keep_mask;
+mod rows;
 pub mod softmax_dropout;
 mod sum_rows;
 
@@ -199,15 +201,15 @@ fn aligned(cols: usize, addresses: &[u64]) -> bool {
     cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// The kernel `$name` for the storage type `$T`.
+/// The kernel `$name`, which may be given in parts, for the storage type `$T`.
 macro_rules! kernel {
-    ($operator:expr, $name:literal, $T:ty) => {
+    ($operator:expr, $($name:literal)+, $T:ty) => {
         $crate::device::Kernel {
             operator: $operator,
             name: match <$T as $crate::Dtype>::ID {
-                $crate::DtypeId::F32 => concat!($name, "_f32"),
-                $crate::DtypeId::F16 => concat!($name, "_f16"),
-                $crate::DtypeId::Bf16 => concat!($name, "_bf16"),
+                $crate::DtypeId::F32 => concat!($($name,)+ "_f32"),
+                $crate::DtypeId::F16 => concat!($($name,)+ "_f16"),
+                $crate::DtypeId::Bf16 => concat!($($name,)+ "_bf16"),
             },
         }
     };

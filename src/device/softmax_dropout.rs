@@ -177,7 +177,8 @@ impl<'a, D: Device> Held<'a, D> {
 pub mod raw {
     use super::NAME;
     use crate::device::abi::{Divisor, Mask};
-    use crate::device::{Device, Kernel, KeyAddresses, aligned, kernel, launch};
+    use crate::device::rows::{self, Forms, forms, launch_rows};
+    use crate::device::{Device, KeyAddresses};
     use crate::dtype::Dtype;
     use crate::error::Error;
     use crate::ops::softmax_dropout::{AttentionMask, Scores};
@@ -249,16 +250,9 @@ pub mod raw {
         let Forward { x, y, lse } = tensors;
         let (shape, params) = params(dropout, scores, mask, key)?;
         let params = Params { x, out: y, lse_out: lse, ..params };
-        let names = [
-            kernel!(NAME, "softmax_dropout_forward_warp", T),
-            kernel!(NAME, "softmax_dropout_forward_block", T),
-            kernel!(NAME, "softmax_dropout_forward_wide", T),
-            kernel!(NAME, "softmax_dropout_forward_warp_any", T),
-            kernel!(NAME, "softmax_dropout_forward_block_any", T),
-            kernel!(NAME, "softmax_dropout_forward_wide_any", T),
-        ];
+        let forms = forms!(NAME, "softmax_dropout_forward", T);
         // SAFETY: the caller's promise.
-        unsafe { launch_rows(device, names, shape, params) }
+        unsafe { launch(device, forms, shape, params) }
     }
 
     /// dx from x, dy, and the rows' log-sum-exp where it was saved.
@@ -279,16 +273,9 @@ pub mod raw {
         let Backward { x, lse, dy, dx } = tensors;
         let (shape, params) = params(dropout, scores, mask, key)?;
         let params = Params { x, lse, dy, out: dx, ..params };
-        let names = [
-            kernel!(NAME, "softmax_dropout_backward_warp", T),
-            kernel!(NAME, "softmax_dropout_backward_block", T),
-            kernel!(NAME, "softmax_dropout_backward_wide", T),
-            kernel!(NAME, "softmax_dropout_backward_warp_any", T),
-            kernel!(NAME, "softmax_dropout_backward_block_any", T),
-            kernel!(NAME, "softmax_dropout_backward_wide_any", T),
-        ];
+        let forms = forms!(NAME, "softmax_dropout_backward", T);
         // SAFETY: the caller's promise.
-        unsafe { launch_rows(device, names, shape, params) }
+        unsafe { launch(device, forms, shape, params) }
     }
 
     /// What forward and backward calls share; the tensors are still to be filled in.
@@ -303,6 +290,7 @@ pub mod raw {
             return Err(Error::argument(NAME, "scale", "a finite factor", scores.scale));
         }
         let draw = dropout.draw(NAME, shape)?;
+        rows::check(NAME, shape)?;
         // Above any column, and its negative below any query: it clamps without changing a result.
         let no_limit = 1i64 << 40;
         // Neither exceeds the rows, at most 2^32, where there is any row; 2^32 itself is one too many.
@@ -323,24 +311,13 @@ pub mod raw {
             queries: divisor(scores.queries),
             heads: divisor(scores.heads),
         };
-        if shape.rows > u32::MAX as usize {
-            return Err(Error::argument(NAME, "scores", "fewer than 2^32 rows", shape.rows));
-        }
         Ok((shape, params))
     }
 
-    /// Columns up to which a warp holds a row, and a block: 4 octets a thread.
-    const WARP_COLS: usize = 32 * 4 * 8;
-    const BLOCK_COLS: usize = 256 * 4 * 8;
-
-    /// Rows of one launch: blocks of a grid's first dimension.
-    const LAUNCH_ROWS: usize = 1 << 30;
-
-    /// Launches the kernel for the shape: one of `names`, which are (warp, block, wide) and the same
-    /// for any alignment.
-    unsafe fn launch_rows<D: Device>(
+    /// Launches the form for the shape.
+    unsafe fn launch<D: Device>(
         device: &D,
-        names: [Kernel; 6],
+        forms: Forms,
         shape: Shape,
         params: Params,
     ) -> Result<(), Error> {
@@ -348,20 +325,9 @@ pub mod raw {
         if shape.cols == 0 && params.lse_out == 0 {
             return Ok(());
         }
-        let (kernel, rows_a_block) = match shape.cols {
-            cols if cols <= WARP_COLS => (0, 8),
-            cols if cols <= BLOCK_COLS => (1, 1),
-            _ => (2, 1),
-        };
         let tensors = [params.x, params.dy, params.out, params.additive];
-        let kernel = names[kernel + if aligned(shape.cols, &tensors) { 0 } else { 3 }];
-        for first in (0..shape.rows).step_by(LAUNCH_ROWS) {
-            let rows = LAUNCH_ROWS.min(shape.rows - first);
-            let mask = params.mask.advanced(first as u32, 0);
-            let params = Params { mask, rows: rows as u32, ..params };
-            // SAFETY: the caller's promise.
-            unsafe { launch(device, kernel, rows.div_ceil(rows_a_block), &params)? };
-        }
-        Ok(())
+        let part = |first, rows| Params { mask: params.mask.advanced(first, 0), rows, ..params };
+        // SAFETY: the caller's promise.
+        unsafe { launch_rows(device, forms, shape, &tensors, part) }
     }
 }

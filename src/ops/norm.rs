@@ -8,10 +8,10 @@
 //!
 //! Where v + epsilon is 0, 1 / √(v + epsilon) counts as 0, so xhat is. Statistics are sums in f32 of
 //! values less a pivot of their row, so a mean far above the deviation costs the deviation no digits.
-#![allow(dead_code)] // the operators that normalise follow
 
 use super::check_len;
 use crate::error::Error;
+use std::convert::Infallible;
 
 /// Which normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,6 +60,20 @@ pub struct Affine<A> {
     pub weight: A,
     /// `[cols]`.
     pub bias: Option<A>,
+}
+
+impl<A> Affine<A> {
+    pub(crate) fn try_map<B, E>(
+        self,
+        mut map: impl FnMut(A) -> Result<B, E>,
+    ) -> Result<Affine<B>, E> {
+        Ok(Affine { weight: map(self.weight)?, bias: self.bias.map(map).transpose()? })
+    }
+
+    pub(crate) fn map<B>(self, mut map: impl FnMut(A) -> B) -> Affine<B> {
+        let Ok(mapped) = self.try_map(|a| Ok::<B, Infallible>(map(a)));
+        mapped
+    }
 }
 
 /// Elements of the statistics of `rows` rows: the mean (0 for RMS) and 1 / √(v + epsilon) of each, in

@@ -5,10 +5,12 @@
 
 mod dropout;
 mod dropout_add;
+mod dropout_add_norm;
 mod softmax_dropout;
 
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
+pub use dropout_add_norm::{dropout_add_norm_backward, normalised};
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
 
 use fused_dropout::{Dropout, Dtype, DtypeId, Mode, RowMap, Scaling, Shape};
@@ -102,4 +104,21 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
     }
+}
+
+/// factor * the sum of `term(element)` over the rows, column by column: the tree of radix 64, as its
+/// definition reads.
+pub fn sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
+    let column = |c: usize| {
+        let mut sums: Vec<f32> = (0..shape.rows).map(|r| term(r * shape.cols + c)).collect();
+        // At least one level: 64 terms from +0.
+        loop {
+            let add = |group: &[f32]| group.iter().fold(0.0f32, |sum, term| sum + term);
+            sums = sums.chunks(64).map(add).collect();
+            if sums.len() <= 1 {
+                return sums.first().copied().unwrap_or(0.0) * factor;
+            }
+        }
+    };
+    (0..shape.cols).map(column).collect()
 }
