@@ -4,10 +4,12 @@
 //! Seeds are fixed, so a test that passes keeps passing. The bounds are stated as what an ideal source
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
+use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
 use fused_dropout::{
-    Activation, AttentionMask, Dropout, Groups, Key, Place, Probability, RowMap, Scores, Shape,
+    Activation, Affine, AttentionMask, Dropout, Groups, Key, Norm, Place, Probability, RowMap,
+    Scores, Shape,
 };
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
@@ -41,6 +43,41 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     same("dropout_add", &out, 1.0);
     cpu::dropout_add::backward(&cpu, &d, shape, &ones, &mut out, Some(&mut [0.0; 77])).unwrap();
     same("dropout_add backward", &out, 0.0);
+    let (norm, weight, mut y) = (Norm::layer(1e-5), [1.0; 77], vec![0.0; 30 * 77]);
+    let (inputs, affine) = (
+        Inputs { x: &ones[..], bias: None, residual: &ones[..] },
+        Affine { weight: &weight[..], bias: None },
+    );
+    let (mut s, mut stats) = (vec![9.0f32; 30 * 77], [0.0; 60]);
+    dropout_add_norm::forward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    same("dropout_add_norm", &s, 1.0);
+    dropout_add_norm::backward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &Saved::Sum(&s),
+        &weight,
+        &stats,
+        &ones,
+        Some(&ones),
+        &mut y,
+        &mut out,
+        ParamGrads::default(),
+    )
+    .unwrap();
+    same("dropout_add_norm backward", &out, 0.0);
     // One token, and a token a row: its gradient is the row of dy.
     let (zeros, own): ([u32; 30], Vec<u32>) = ([0; 30], (0..30).collect());
     let table = Tables { token: &ones[..77], position: None, segment: None };
@@ -148,6 +185,7 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             cpu::dropout_add::backward(&cpu, &d, shape, &x, &mut dx, Some(&mut dbias)).unwrap();
             let causal = AttentionMask::causal(500);
             cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
+            let norm = normalised(&cpu, &d, shape, &x);
             let (mut e, mut token, mut position, mut segment) =
                 (x.clone(), x[..53 * 999].to_vec(), x[..90 * 999].to_vec(), x[..2 * 999].to_vec());
             cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut e).unwrap();
@@ -157,7 +195,7 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
                 segment: Some(&mut segment[..]),
             };
             cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &x, gradients).unwrap();
-            [y, dx, dbias, s, e, token, position, segment]
+            [y, dx, dbias, s, e, token, position, segment, norm]
                 .concat()
                 .into_iter()
                 .map(f32::to_bits)
@@ -170,6 +208,48 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             assert!(run(cpu, threads) == first, "{cpu:?}, {threads} threads");
         }
     }
+}
+
+/// Everything that `dropout_add_norm` gives.
+fn normalised(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
+    let (norm, weight) = (Norm::layer(1e-5), vec![0.7f32; shape.cols]);
+    let inputs = Inputs { x, bias: None, residual: x };
+    let affine = Affine { weight: &weight[..], bias: None };
+    let (mut s, mut y, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
+    dropout_add_norm::forward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    let (mut dresidual, mut dx) = (x.to_vec(), x.to_vec());
+    let mut sums = vec![0.0f32; 3 * shape.cols];
+    let [dbias, dweight, dnorm_bias] = {
+        let mut parts = sums.chunks_mut(shape.cols);
+        std::array::from_fn(|_| parts.next())
+    };
+    dropout_add_norm::backward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &Saved::Inputs(inputs),
+        &weight,
+        &stats,
+        &y,
+        Some(x),
+        &mut dresidual,
+        &mut dx,
+        ParamGrads { dbias, dweight, dnorm_bias },
+    )
+    .unwrap();
+    [s, y, stats, dresidual, dx, sums].concat()
 }
 
 #[test]

@@ -2,12 +2,17 @@
 //! accesses of 16 bytes, and a few bytes a row or a block beside that.
 #![cfg(feature = "emulator")]
 
+use fused_dropout::device::dropout_add_norm::{Inputs, ParamGrads, Saved, SumGrads};
 use fused_dropout::device::{
-    BiasGrad, Call, bias_act_dropout, dropout, dropout_add, softmax_dropout,
+    BiasGrad, Call, Readable, bias_act_dropout, dropout, dropout_add, dropout_add_norm,
+    softmax_dropout,
 };
 use fused_dropout::emulator::Emulator;
+use fused_dropout::ops;
 use fused_dropout::ops::sum_rows::workspace_len;
-use fused_dropout::{Activation, AttentionMask, Dropout, Error, Key, Probability, Scores, Shape};
+use fused_dropout::{
+    Activation, Affine, AttentionMask, Dropout, Error, Key, Norm, Probability, Scores, Shape,
+};
 use half::bf16;
 
 const SHAPE: Shape = Shape { rows: 128, cols: 1024 };
@@ -98,5 +103,53 @@ fn softmax() {
     moves(4, 2, 0, |call| softmax_dropout::backward(call, &d, &scores, &mask, x, None, dy, y));
     moves(4, 2, 32 * a_row, |call| {
         softmax_dropout::backward(call, &d, &scores, &mask, x, Some(&lse), dy, y)
+    });
+}
+
+#[test]
+fn add_and_norm() {
+    let (x, r, dy, ds) = (tensor(), tensor(), tensor(), tensor());
+    let (mut s, mut y, mut dresidual) = (tensor(), tensor(), tensor());
+    let (d, norm, weight) = (drop(), Norm::layer(1e-5), &x.0[..SHAPE.cols]);
+    let (x, r, dy, ds) = (&x.0[..], &r.0[..], &dy.0[..], &ds.0[..]);
+    let inputs: Inputs<&dyn Readable<bf16, Emulator>> = Inputs { x: &x, bias: None, residual: &r };
+    let affine: Affine<&dyn Readable<_, _>> = Affine { weight: &weight, bias: None };
+    let (s, mut stats) = (&mut &mut s.0[..], vec![0.0f32; 2 * SHAPE.rows]);
+    let (y, dresidual) = (&mut &mut y.0[..], &mut &mut dresidual.0[..]);
+    // The weight is read once an octet, from a cache.
+    let (of_weight, a_row) = (2 * ELEMENTS, 4 * SHAPE.rows);
+    moves(4, 4, of_weight + 2 * a_row, |call| {
+        dropout_add_norm::forward(
+            call,
+            &d,
+            &norm,
+            SHAPE,
+            &inputs,
+            &affine,
+            Some(s),
+            y,
+            Some(&mut stats),
+        )
+    });
+    moves(4, 2, of_weight, |call| {
+        dropout_add_norm::forward(call, &d, &norm, SHAPE, &inputs, &affine, None, y, None)
+    });
+    let saved: Saved<&dyn Readable<_, _>> = Saved::Sum(&*s);
+    let mut backward = |call: &Call<'_, Emulator>, sums: Option<SumGrads<'_, Emulator>>| {
+        let ds = Some(&ds as &dyn Readable<_, _>);
+        dropout_add_norm::backward(
+            call, &d, &norm, SHAPE, &saved, &weight, &stats, &dy, ds, dresidual, y, sums,
+        )
+    };
+    // Every lane reads the row's mean and rstd.
+    moves(6, 4, of_weight + 2 * 32 * a_row, |call| backward(call, None));
+    let (mut dweight, mut workspace) =
+        (vec![0.0f32; SHAPE.cols], vec![0.0f32; ops::dropout_add_norm::workspace_len(SHAPE)]);
+    // The means of the rows; then the tiles, in which four threads read a row's five values, and the sums.
+    let beside =
+        2 * of_weight + 2 * 32 * a_row + 3 * a_row + 5 * 4 * 32 * a_row + 4 * SHAPE.cols * 3;
+    moves(10, 4, beside, |call| {
+        let grads = ParamGrads { dweight: Some(&mut dweight as _), ..ParamGrads::default() };
+        backward(call, Some(SumGrads { grads, workspace: &mut workspace }))
     });
 }

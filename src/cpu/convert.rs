@@ -18,6 +18,11 @@ pub(super) fn load<T: Dtype>(from: &[T], to: &mut [f32]) {
     from.iter().zip(to).for_each(|(&from, to)| *to = widen(from));
 }
 
+/// The exact values of `from`, on the heap: a parameter that every row takes.
+pub(super) fn widened<T: Dtype>(from: &[T]) -> Vec<f32> {
+    from.iter().map(|&value| widen(value)).collect()
+}
+
 /// The nearest values of the storage type, ties to even.
 #[inline(always)]
 pub(super) fn store<T: Dtype>(from: &[f32], to: &mut [T]) {
@@ -30,6 +35,18 @@ pub(super) fn store<T: Dtype>(from: &[f32], to: &mut [T]) {
         DtypeId::Bf16 => {
             let to: &mut [u16] = bytemuck::cast_slice_mut(to);
             to.iter_mut().zip(from).for_each(|(h, &f)| *h = f32_to_bf16(f));
+        }
+    }
+}
+
+/// Replaces values by the nearest ones of the storage type.
+#[inline(always)]
+pub(super) fn round<T: Dtype>(values: &mut [f32]) {
+    match T::ID {
+        DtypeId::F32 => {}
+        DtypeId::F16 => values.iter_mut().for_each(|f| *f = f16_to_f32(f32_to_f16(*f))),
+        DtypeId::Bf16 => {
+            values.iter_mut().for_each(|f| *f = f32::from_bits(u32::from(f32_to_bf16(*f)) << 16))
         }
     }
 }

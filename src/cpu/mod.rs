@@ -18,6 +18,7 @@ mod sum_rows;
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod softmax_dropout;

@@ -16,6 +16,7 @@ pub(crate) mod abi;
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 mod rows;

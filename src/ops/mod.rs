@@ -6,6 +6,7 @@ use crate::mask::{Groups, Key, OCTET, Place, Probability, RowMap};
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod norm;

@@ -373,12 +373,12 @@ impl Rows {
         };
         let positions = || {
             let (entries, ids) = ids(11, 2);
-            (entries, (kind % 2 == 0).then_some(ids))
+            (entries, (kind.is_multiple_of(2)).then_some(ids))
         };
         Self {
             tokens: ids([1, 37, 2, 300][kind % 4], 1),
-            positions: (kind % 3 != 0).then(positions),
-            segments: (kind % 5 != 0).then(|| ids(2, 3)),
+            positions: (!kind.is_multiple_of(3)).then(positions),
+            segments: (!kind.is_multiple_of(5)).then(|| ids(2, 3)),
         }
     }
 

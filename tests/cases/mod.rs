@@ -6,6 +6,7 @@
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -28,6 +29,7 @@ pub trait Backend:
     bias_act_dropout::BiasActDropoutCalls
     + dropout::DropoutCalls
     + dropout_add::DropoutAddCalls
+    + dropout_add_norm::DropoutAddNormCalls
     + embedding_dropout::EmbeddingDropoutCalls
     + keep_mask::KeepMaskCalls
     + softmax_dropout::SoftmaxDropoutCalls
@@ -61,6 +63,7 @@ fn typed<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
     bias_act_dropout::check::<T, B>(backend, call, tally);
     dropout::check::<T, B>(backend, call, tally);
     dropout_add::check::<T, B>(backend, call, tally);
+    dropout_add_norm::check::<T, B>(backend, call, tally);
     embedding_dropout::check::<T, B>(backend, call, tally);
     softmax_dropout::check::<T, B>(backend, call, tally);
 }

@@ -6,6 +6,7 @@
 mod bias_act_dropout;
 mod dropout;
 mod dropout_add;
+mod dropout_add_norm;
 mod embedding_dropout;
 mod norm;
 mod softmax_dropout;
@@ -13,6 +14,7 @@ mod softmax_dropout;
 pub use bias_act_dropout::{bias_act_dropout, bias_act_dropout_backward};
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
+pub use dropout_add_norm::{dropout_add_norm_backward, normalised};
 pub use embedding_dropout::{
     embedding_dropout, embedding_gradient, embedding_norm, embedding_norm_backward,
 };
@@ -114,6 +116,9 @@ impl Bounded {
     }
 }
 
+/// What a product that is subnormal in f32 may lack.
+const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / 16_777_216.0;
 
@@ -124,6 +129,12 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
     }
+}
+
+/// factor * the sum of `term(element)` over the rows, column by column.
+fn exact_sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
+    let column = |c| tree((0..shape.rows).map(|r| term(r * shape.cols + c)).collect()) * factor;
+    (0..shape.cols).map(column).collect()
 }
 
 /// A value that was computed within `error`, as it is stored.
