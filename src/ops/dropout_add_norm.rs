@@ -12,7 +12,7 @@
 //! - dresidual = ds + dnorm, with ds the gradient that reaches s by another way; dx = D(dresidual), from
 //!   its value before it is rounded;
 //! - dweight = Σ dy · xhat, dnorm_bias = Σ dy, dbias = scale · Σ (kept ? dresidual : 0), over the rows in
-//!   the fixed order of [`sum_rows`](super::sum_rows), in f32.
+//!   the fixed order of [`sum_rows`], in f32.
 
 use super::norm::{Affine, Norm, check_affine, check_stats};
 use super::{Draw, Dropout, Shape, check_len, sum_rows};
@@ -138,7 +138,7 @@ impl<G> ParamGrads<G> {
 }
 
 /// f32 elements of scratch memory that the gradients of parameters need on a device: three sums over the
-/// rows ([`sum_rows`](super::sum_rows)), and three means of each row.
+/// rows ([`sum_rows`]), and three means of each row.
 pub fn workspace_len(shape: Shape) -> usize {
     sum_rows::workspace_len(shape).saturating_add(shape.rows).saturating_mul(3)
 }
