@@ -5,8 +5,10 @@
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
 use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
-use fused_dropout::{AttentionMask, Dropout, Key, Place, Probability, RowMap, Scores, Shape};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::{
+    Affine, AttentionMask, Dropout, Key, Norm, Place, Probability, RowMap, Scores, Shape,
+};
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
     Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
@@ -45,6 +47,14 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     let tokens = Lookups::tokens(1, &zeros[..]);
     cpu::embedding_dropout::forward(&cpu, &d, shape, &tokens, &table, &mut out).unwrap();
     same("embedding_dropout", &out, 0.0);
+    // The norm of a row of ones is its bias.
+    let affine = Affine { weight: &ones[..77], bias: Some(&ones[..77]) };
+    let norm = Norm::layer(1e-5);
+    cpu::embedding_dropout::forward_norm(
+        &cpu, &d, &norm, shape, &tokens, &table, &affine, &mut out, None,
+    )
+    .unwrap();
+    same("embedding_dropout with a norm", &out, 0.0);
     out.fill(0.0);
     let gradients = Gradients { token: Some(&mut out[..]), ..Gradients::NONE };
     let tokens = Lookups::tokens(30, &own[..]);
