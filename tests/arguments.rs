@@ -1,5 +1,6 @@
 //! Bad arguments: a typed error that names the operator and the argument, no panic, untouched outputs.
 
+use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
@@ -92,6 +93,53 @@ proptest! {
         let refused = result.is_err();
         judge("dropout_add", result, &out)?;
         prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
+    }
+
+    #[test]
+    fn dropout_add_norm(
+        d in dropouts(),
+        (rows, cols, n) in (sizes(), sizes(), 0..400usize),
+        // Which tensor has another length than the others; none, mostly.
+        odd in 0..40usize,
+        epsilon in prop_oneof![
+            3 => Just(1e-5f32), 1 => Just(0.0), 1 => Just(f32::NAN), 1 => Just(-1.0), 1 => Just(f32::INFINITY)
+        ],
+        (rms, sum) in any::<(bool, bool)>(),
+    ) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let norm = if rms { Norm::rms(epsilon) } else { Norm::layer(epsilon) };
+        let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(n);
+        let (cols, rows) = (cols.min(400), rows.min(400));
+        let len = |index: usize, len: usize| len + usize::from(index == odd);
+        let input = |index, n| vec![1.0f32; len(index, n)];
+        let output = |index, n| vec![7.0f32; len(index, n)];
+        let (x, bias, residual) = (input(0, n), input(1, cols), input(2, n));
+        let (weight, norm_bias) = (input(3, cols), input(4, cols));
+        let inputs = Inputs { x: &x[..], bias: Some(&bias[..]), residual: &residual[..] };
+        let affine = Affine { weight: &weight[..], bias: Some(&norm_bias[..]) };
+        let (mut s, mut y, mut stats) = (output(5, n), output(6, n), output(7, 2 * rows));
+        let result = cpu::dropout_add_norm::forward(
+            &cpu, &d, &norm, shape, &inputs, &affine, Some(&mut s), &mut y, Some(&mut stats),
+        );
+        prop_assert!(result.is_err() || odd > 7 && epsilon >= 0.0 && epsilon.is_finite());
+        judge("dropout_add_norm", result, &[&s[..], &y, &stats].concat())?;
+
+        let saved = if sum { Saved::Sum(&x[..]) } else { Saved::Inputs(inputs) };
+        let (stats, dy, ds) = (input(7, 2 * rows), input(8, n), input(9, n));
+        let (mut dresidual, mut dx) = (output(10, n), output(11, n));
+        let mut sums = [output(12, cols), output(13, cols), output(14, cols)];
+        let [dbias, dweight, dnorm_bias] = &mut sums;
+        let grads = ParamGrads {
+            dbias: Some(&mut dbias[..]),
+            dweight: Some(&mut dweight[..]),
+            dnorm_bias: Some(&mut dnorm_bias[..]),
+        };
+        let result = cpu::dropout_add_norm::backward(
+            &cpu, &d, &norm, shape, &saved, &weight, &stats, &dy, Some(&ds), &mut dresidual, &mut dx,
+            grads,
+        );
+        prop_assert!(result.is_err() || ![0, 3, 7, 8, 9, 10, 11, 12, 13, 14].contains(&odd));
+        judge("dropout_add_norm", result, &[&dresidual[..], &dx, &sums.concat()].concat())?;
     }
 
     #[test]
@@ -194,6 +242,14 @@ fn errors_say_what_was_expected_and_what_was_given() {
     assert_eq!(text(error), "dropout: x: expected 6 elements, got 5");
     let error = cpu::dropout::forward(&cpu, &d.at(place), Shape::new(2, 3), &[1.0; 6], &mut y);
     assert_eq!(text(error), "dropout: first_col: expected a multiple of 8, got 4");
+    let (norm, affine) = (Norm::rms(-1.0), Affine { weight: &[1.0; 3][..], bias: None });
+    let inputs = Inputs { x: &[1.0; 6][..], bias: None, residual: &[1.0; 6] };
+    let shape = Shape::new(2, 3);
+    let error = cpu::dropout_add_norm::forward(
+        &cpu, &d, &norm, shape, &inputs, &affine, None, &mut y, None,
+    );
+    let expected = "dropout_add_norm: epsilon: expected a finite number, at least 0, got -1";
+    assert_eq!(text(error), expected);
     let error = Probability::new(f64::NAN).unwrap_err().to_string();
     assert_eq!(error, "Probability::new: p: expected 0 <= p <= 1, got NaN");
     assert_eq!(y, [7.0; 6]);

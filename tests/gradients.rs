@@ -1,6 +1,7 @@
 //! Gradients against finite differences, in f64, of the forward pass as the mathematics states it: with
 //! the mask fixed, the backward pass must be its derivative.
 
+use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
@@ -106,21 +107,6 @@ fn embedding_dropout() {
     compare(&|tables| dropped(&embeddings(tables), 11), tables, &weight, &gradient);
 }
 
-/// Each row of 11 normalised, times weight, plus bias.
-fn normalised(norm: &Norm, s: &[f64], weight: &[f64], bias: &[f64]) -> Vec<f64> {
-    let row = |s: &[f64]| {
-        let mean = match norm.kind {
-            NormKind::Layer => s.iter().sum::<f64>() / 11.0,
-            NormKind::Rms => 0.0,
-        };
-        let square = s.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / 11.0;
-        let deviation = (square + f64::from(norm.epsilon)).sqrt();
-        let value = |(k, s): (usize, &f64)| (s - mean) / deviation * weight[k] + bias[k];
-        s.iter().enumerate().map(value).collect::<Vec<_>>()
-    };
-    s.chunks(11).flat_map(row).collect()
-}
-
 #[test]
 fn embedding_dropout_with_a_norm() {
     // The three tables, then the weight and the bias.
@@ -193,5 +179,78 @@ fn softmax_dropout() {
         let (cpu, d) = (Cpu::new(), drop());
         cpu::softmax_dropout::backward(&cpu, &d, &SCORES, &mask, &x32, None, &dy, &mut dx).unwrap();
         compare(&forward, &x, &weight, &dx);
+    }
+}
+
+/// norm(s) of rows of 11.
+fn normalised(norm: &Norm, s: &[f64], weight: &[f64], bias: &[f64]) -> Vec<f64> {
+    let row = |s: &[f64]| -> Vec<f64> {
+        let mean = if norm.kind == NormKind::Layer { s.iter().sum::<f64>() / 11.0 } else { 0.0 };
+        let variance = s.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / 11.0;
+        let rstd = 1.0 / (variance + f64::from(norm.epsilon)).sqrt();
+        (0..11).map(|k| (s[k] - mean) * rstd * weight[k] + bias[k]).collect()
+    };
+    s.chunks(11).flat_map(row).collect()
+}
+
+/// The loss is of s beside y, as in a pre-norm model.
+#[test]
+fn dropout_add_norm() {
+    let (cpu, d, shape) = (Cpu::new(), drop(), Shape::new(6, 11));
+    let [x, residual, of_y, of_s] = [0.0, 1.0, 5.0, 6.0].map(values);
+    let [bias, weight, norm_bias] = [2.0, 3.0, 4.0].map(|salt| values(salt)[..11].to_vec());
+    let sums = |x: &[f64], bias: &[f64], residual: &[f64]| -> Vec<f64> {
+        let biased: Vec<f64> = x.iter().enumerate().map(|(i, x)| x + bias[i % 11]).collect();
+        dropped(&biased, 11).iter().zip(residual).map(|(d, r)| d + r).collect()
+    };
+    let both: Vec<f64> = of_y.iter().chain(&of_s).copied().collect();
+    for norm in [Norm::layer(1e-3), Norm::rms(1e-3)] {
+        let forward =
+            |x: &[f64], bias: &[f64], residual: &[f64], weight: &[f64], norm_bias: &[f64]| {
+                let s = sums(x, bias, residual);
+                let y = normalised(&norm, &s, weight, norm_bias);
+                [y, s].concat()
+            };
+        let (x32, bias32, residual32) = (narrow(&x), narrow(&bias), narrow(&residual));
+        let (weight32, norm_bias32) = (narrow(&weight), narrow(&norm_bias));
+        let inputs = Inputs { x: &x32[..], bias: Some(&bias32[..]), residual: &residual32[..] };
+        let affine = Affine { weight: &weight32[..], bias: Some(&norm_bias32[..]) };
+        let (mut s, mut y, mut stats) = (vec![0.0; N], vec![0.0; N], [0.0; 12]);
+        let out = (Some(&mut s[..]), &mut y[..], Some(&mut stats[..]));
+        cpu::dropout_add_norm::forward(
+            &cpu, &d, &norm, shape, &inputs, &affine, out.0, out.1, out.2,
+        )
+        .unwrap();
+        let (dy, ds) = (narrow(&of_y), narrow(&of_s));
+        for saved in [Saved::Sum(&s[..]), Saved::Inputs(inputs)] {
+            let (mut dresidual, mut dx) = (vec![0.0; N], vec![0.0; N]);
+            let [mut dbias, mut dweight, mut dnorm_bias] = [[0.0; 11]; 3];
+            let grads = ParamGrads {
+                dbias: Some(&mut dbias[..]),
+                dweight: Some(&mut dweight[..]),
+                dnorm_bias: Some(&mut dnorm_bias[..]),
+            };
+            cpu::dropout_add_norm::backward(
+                &cpu,
+                &d,
+                &norm,
+                shape,
+                &saved,
+                &weight32,
+                &stats,
+                &dy,
+                Some(&ds),
+                &mut dresidual,
+                &mut dx,
+                grads,
+            )
+            .unwrap();
+            let (b, r, w, n) = (&bias, &residual, &weight, &norm_bias);
+            compare(&|x| forward(x, b, r, w, n), &x, &both, &dx);
+            compare(&|b| forward(&x, b, r, w, n), b, &both, &dbias);
+            compare(&|r| forward(&x, b, r, w, n), r, &both, &dresidual);
+            compare(&|w| forward(&x, b, r, w, n), w, &both, &dweight);
+            compare(&|n| forward(&x, b, r, w, n), n, &both, &dnorm_bias);
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! Seeds are fixed, so a test that passes keeps passing. The bounds are stated as what an ideal source
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
+use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
@@ -41,6 +42,41 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     same("dropout_add", &out, 1.0);
     cpu::dropout_add::backward(&cpu, &d, shape, &ones, &mut out, Some(&mut [0.0; 77])).unwrap();
     same("dropout_add backward", &out, 0.0);
+    let (norm, weight, mut y) = (Norm::layer(1e-5), [1.0; 77], vec![0.0; 30 * 77]);
+    let (inputs, affine) = (
+        Inputs { x: &ones[..], bias: None, residual: &ones[..] },
+        Affine { weight: &weight[..], bias: None },
+    );
+    let (mut s, mut stats) = (vec![9.0f32; 30 * 77], [0.0; 60]);
+    dropout_add_norm::forward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    same("dropout_add_norm", &s, 1.0);
+    dropout_add_norm::backward(
+        &cpu,
+        &d,
+        &norm,
+        shape,
+        &Saved::Sum(&s),
+        &weight,
+        &stats,
+        &ones,
+        Some(&ones),
+        &mut y,
+        &mut out,
+        ParamGrads::default(),
+    )
+    .unwrap();
+    same("dropout_add_norm backward", &out, 0.0);
     // One token, and a token a row: its gradient is the row of dy.
     let (zeros, own): ([u32; 30], Vec<u32>) = ([0; 30], (0..30).collect());
     let table = Tables { token: &ones[..77], position: None, segment: None };
@@ -108,15 +144,6 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
     let (d, shape) = (drop(3, 4, 0.2), Shape::new(700, 999));
     let scores = Scores { batch: 7, heads: 10, queries: 10, keys: 999, scale: 0.3 };
     let x: Vec<f32> = (0..700 * 999).map(|i| (i % 1013) as f32 * 0.01 - 5.0).collect();
-    let tokens: Vec<u32> = (0..700).map(|r| r * r % 53).collect();
-    let segments: Vec<u32> = (0..700).map(|r| r / 9 % 2).collect();
-    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
-    let lookups = lookups.segments(2, &segments[..]);
-    let tables = Tables {
-        token: &x[..53 * 999],
-        position: Some(&x[999..91 * 999]),
-        segment: Some(&x[..2 * 999]),
-    };
     let run = |cpu: Cpu, threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
@@ -126,20 +153,10 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             cpu::dropout_add::backward(&cpu, &d, shape, &x, &mut dx, Some(&mut dbias)).unwrap();
             let causal = AttentionMask::causal(500);
             cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
-            let (mut e, mut token, mut position, mut segment) =
-                (x.clone(), x[..53 * 999].to_vec(), x[..90 * 999].to_vec(), x[..2 * 999].to_vec());
-            cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut e).unwrap();
-            let gradients = Gradients {
-                token: Some(&mut token[..]),
-                position: Some(&mut position[..]),
-                segment: Some(&mut segment[..]),
-            };
-            cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &x, gradients).unwrap();
-            [y, dx, dbias, s, e, token, position, segment]
-                .concat()
-                .into_iter()
-                .map(f32::to_bits)
-                .collect::<Vec<_>>()
+            let norm = normalised(&cpu, &d, shape, &x);
+            let embedded = embedded(&cpu, &d, shape, &x);
+            let all = [y, dx, dbias, s, norm, embedded].concat();
+            all.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         })
     };
     let first = run(Cpu::PORTABLE, 1);
@@ -148,6 +165,87 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             assert!(run(cpu, threads) == first, "{cpu:?}, {threads} threads");
         }
     }
+}
+
+/// Everything that `dropout_add_norm` gives.
+fn normalised(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
+    let (norm, weight) = (Norm::layer(1e-5), vec![0.7f32; shape.cols]);
+    let inputs = Inputs { x, bias: None, residual: x };
+    let affine = Affine { weight: &weight[..], bias: None };
+    let (mut s, mut y, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
+    dropout_add_norm::forward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &inputs,
+        &affine,
+        Some(&mut s),
+        &mut y,
+        Some(&mut stats),
+    )
+    .unwrap();
+    let (mut dresidual, mut dx) = (x.to_vec(), x.to_vec());
+    let mut sums = vec![0.0f32; 3 * shape.cols];
+    let [dbias, dweight, dnorm_bias] = {
+        let mut parts = sums.chunks_mut(shape.cols);
+        std::array::from_fn(|_| parts.next())
+    };
+    dropout_add_norm::backward(
+        cpu,
+        d,
+        &norm,
+        shape,
+        &Saved::Inputs(inputs),
+        &weight,
+        &stats,
+        &y,
+        Some(x),
+        &mut dresidual,
+        &mut dx,
+        ParamGrads { dbias, dweight, dnorm_bias },
+    )
+    .unwrap();
+    [s, y, stats, dresidual, dx, sums].concat()
+}
+
+/// Everything that `embedding_dropout` gives, on tables cut out of `x`.
+fn embedded(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
+    use cpu::embedding_dropout::{backward, backward_norm, forward, forward_norm};
+    let (rows, cols) = (shape.rows as u32, shape.cols);
+    let tokens: Vec<u32> = (0..rows).map(|r| r * r % 53).collect();
+    let segments: Vec<u32> = (0..rows).map(|r| r / 9 % 2).collect();
+    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
+    let lookups = lookups.segments(2, &segments[..]);
+    let tables = Tables {
+        token: &x[..53 * cols],
+        position: Some(&x[cols..91 * cols]),
+        segment: Some(&x[..2 * cols]),
+    };
+    let (norm, weight) = (Norm::layer(1e-5), &x[..cols]);
+    let affine = Affine { weight, bias: None };
+    let (mut y, mut normed, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
+    forward(cpu, d, shape, &lookups, &tables, &mut y).unwrap();
+    let (out, saved) = (&mut normed, Some(&mut stats[..]));
+    forward_norm(cpu, d, &norm, shape, &lookups, &tables, &affine, out, saved).unwrap();
+
+    let mut sums = x[..147 * cols].to_vec();
+    let (token, rest) = sums.split_at_mut(53 * cols);
+    let (position, rest) = rest.split_at_mut(90 * cols);
+    let (segment, rest) = rest.split_at_mut(2 * cols);
+    let (of_weight, of_bias) = rest.split_at_mut(cols);
+    let mut gradients =
+        Gradients { token: Some(token), position: Some(position), segment: Some(segment) };
+    let again = Gradients {
+        token: gradients.token.as_deref_mut(),
+        position: gradients.position.as_deref_mut(),
+        segment: gradients.segment.as_deref_mut(),
+    };
+    backward(cpu, d, shape, &lookups, x, again).unwrap();
+    let of_norm = NormGradients { weight: Some(of_weight), bias: Some(of_bias) };
+    backward_norm(cpu, d, &norm, shape, &lookups, &tables, weight, &stats, x, gradients, of_norm)
+        .unwrap();
+    [y, normed, stats, sums].concat()
 }
 
 #[test]

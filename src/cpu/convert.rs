@@ -12,6 +12,11 @@ pub(super) fn widen<T: Dtype>(value: T) -> f32 {
     }
 }
 
+/// The exact values, in memory of their own.
+pub(super) fn widened<T: Dtype>(from: &[T]) -> Vec<f32> {
+    from.iter().map(|&value| widen(value)).collect()
+}
+
 /// The exact values of `from`.
 #[inline(always)]
 pub(super) fn load<T: Dtype>(from: &[T], to: &mut [f32]) {
@@ -30,6 +35,18 @@ pub(super) fn store<T: Dtype>(from: &[f32], to: &mut [T]) {
         DtypeId::Bf16 => {
             let to: &mut [u16] = bytemuck::cast_slice_mut(to);
             to.iter_mut().zip(from).for_each(|(h, &f)| *h = f32_to_bf16(f));
+        }
+    }
+}
+
+/// Replaces values by the nearest ones of the storage type.
+#[inline(always)]
+pub(super) fn round<T: Dtype>(values: &mut [f32]) {
+    match T::ID {
+        DtypeId::F32 => {}
+        DtypeId::F16 => values.iter_mut().for_each(|f| *f = f16_to_f32(f32_to_f16(*f))),
+        DtypeId::Bf16 => {
+            values.iter_mut().for_each(|f| *f = f32::from_bits(u32::from(f32_to_bf16(*f)) << 16))
         }
     }
 }

@@ -109,7 +109,7 @@ fn add<T: Dtype>(
 
 /// `residual`, plus x + bias, scaled, where it is kept.
 #[inline(always)]
-fn select_add<T: Dtype>(
+pub(super) fn select_add<T: Dtype>(
     draw: &Draw<'_>,
     lanes: &[u16],
     x: &[T],

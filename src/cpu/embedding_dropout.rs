@@ -221,7 +221,7 @@ impl<T: Dtype> NormRows<'_, T> {
         if cols == 0 {
             return stats.fill(Standard::of(self.norm, &[]).stats());
         }
-        let affine = affine.map(widened);
+        let affine = affine.map(convert::widened);
         let streaming = split::streaming(self.cpu, y);
         y.par_chunks_mut(cols).zip(stats).enumerate().for_each_init(
             || vec![0.0; cols],
@@ -251,7 +251,7 @@ impl<T: Dtype> NormRows<'_, T> {
         with_slopes: bool,
     ) -> (Vec<f32>, Vec<f32>) {
         let (cols, kind) = (self.shape.cols, self.norm.kind);
-        let weight = widened(weight);
+        let weight = convert::widened(weight);
         let (stats, _) = stats.as_chunks::<2>();
         let mut ds = vec![0.0f32; dy.len()];
         let mut slopes = vec![0.0f32; if with_slopes { dy.len() } else { 0 }];
@@ -299,10 +299,6 @@ impl<T: Dtype> NormRows<'_, T> {
             },
         );
     }
-}
-
-fn widened<T: Dtype>(values: &[T]) -> Vec<f32> {
-    values.iter().map(|&value| convert::widen(value)).collect()
 }
 
 /// Adds D(dy) to the gradients of the tables.

@@ -16,6 +16,7 @@ mod sum_rows;
 
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod softmax_dropout;

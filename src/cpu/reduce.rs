@@ -26,6 +26,8 @@ pub(super) fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
             sums[l] += term(a[l], b[l]);
         }
     }
+    // Otherwise the compiler pairs the sums as the tree below does, and shuffles in the loop above.
+    let mut sums = std::hint::black_box(sums);
     for (l, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
         sums[l] += term(a, b);
     }

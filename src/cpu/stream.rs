@@ -73,8 +73,7 @@ impl<T: Dtype> Stream<'_, T> {
                 },
             );
         });
-        let total = sum_rows::tree(sums, cols);
-        sum.iter_mut().zip(&total).for_each(|(sum, total)| *sum = total * factor);
+        sum_rows::finish(sums, factor, sum);
     }
 
     /// Octets `range`, whose elements `out` holds.

@@ -4,8 +4,14 @@ use super::octets::ELEMENTS;
 use crate::ops::sum_rows::TILE_ROWS;
 use rayon::prelude::*;
 
-/// The tree above the tiles: 64 sums in order, from +0, until one is left.
-pub(super) fn tree(mut sums: Vec<f32>, cols: usize) -> Vec<f32> {
+/// The tree above the tiles' `sums`, `[tiles, sum.len()]`, times `factor`, into `sum`.
+pub(super) fn finish(sums: Vec<f32>, factor: f32, sum: &mut [f32]) {
+    let total = tree(sums, sum.len());
+    sum.iter_mut().zip(&total).for_each(|(sum, total)| *sum = total * factor);
+}
+
+/// 64 sums in order, from +0, until one is left.
+fn tree(mut sums: Vec<f32>, cols: usize) -> Vec<f32> {
     if sums.is_empty() {
         return vec![0.0; cols];
     }

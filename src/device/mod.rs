@@ -14,6 +14,7 @@ use std::ffi::c_void;
 pub(crate) mod abi;
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 mod rows;

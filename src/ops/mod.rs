@@ -5,6 +5,7 @@ use crate::mask::{Key, OCTET, Place, Probability, RowMap};
 
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod norm;

@@ -5,6 +5,7 @@
 
 pub mod dropout;
 pub mod dropout_add;
+pub mod dropout_add_norm;
 pub mod embedding_dropout;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -24,6 +25,7 @@ use lab::{Kernels, Lab};
 pub trait Backend:
     dropout::DropoutCalls
     + dropout_add::DropoutAddCalls
+    + dropout_add_norm::DropoutAddNormCalls
     + embedding_dropout::EmbeddingDropoutCalls
     + keep_mask::KeepMaskCalls
     + softmax_dropout::SoftmaxDropoutCalls
@@ -56,6 +58,7 @@ pub fn check<B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
 fn typed<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
     dropout::check::<T, B>(backend, call, tally);
     dropout_add::check::<T, B>(backend, call, tally);
+    dropout_add_norm::check::<T, B>(backend, call, tally);
     embedding_dropout::check::<T, B>(backend, call, tally);
     softmax_dropout::check::<T, B>(backend, call, tally);
 }

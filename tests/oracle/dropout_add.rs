@@ -21,16 +21,9 @@ pub fn dropout_add<T: Dtype>(
     keep_mask(dropout, shape).into_iter().enumerate().map(value).collect()
 }
 
-/// The bias gradient: the tree of radix 64 over the rows, a column at a time, as its definition reads.
+/// The bias gradient: kept dy, summed over the rows.
 pub fn dbias<T: Dtype>(dropout: &Dropout<'_>, shape: Shape, dy: &[T]) -> Vec<f32> {
     let (scale, _) = scale_and_threshold(dropout);
     let keep = keep_mask(dropout, shape);
-    let column = |c: usize| {
-        let kept = |r: usize| {
-            let i = r * shape.cols + c;
-            if keep[i] { dy[i].to_f32() } else { 0.0 }
-        };
-        tree((0..shape.rows).map(kept).collect()) * scale
-    };
-    (0..shape.cols).map(column).collect()
+    sum_rows(shape, scale, |i| if keep[i] { dy[i].to_f32() } else { 0.0 })
 }

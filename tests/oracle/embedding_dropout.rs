@@ -1,6 +1,6 @@
 //! `embedding_dropout`, exactly; with a norm in f64, and how far an implementation in f32 may be from it.
 
-use super::norm::{centred, deviation, levels};
+use super::norm::{SUBNORMAL, Sums, centred, deviation, levels};
 use super::*;
 use fused_dropout::ops::embedding_dropout::{Ids, Lookup, Lookups, Tables};
 use fused_dropout::{Affine, Norm, NormKind};
@@ -76,9 +76,6 @@ pub fn embedding_gradient<T: Dtype>(
     }
     after
 }
-
-/// What a product that is subnormal in f32 may lack.
-const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
 
 /// The sums of each row, in f64.
 fn rows<T: Dtype>(shape: Shape, lookups: &Lookups<&[u32]>, tables: &Tables<&[T]>) -> Vec<Vec<f64>> {
@@ -204,40 +201,21 @@ pub fn embedding_norm_backward<T: Dtype>(
     }
     NormBackward {
         bias,
-        weight: slopes.bounded(shape, &before(shape.cols)),
+        weight: onto(&before(shape.cols), slopes.bounded(shape, 1.0)),
         tables: sums.map(|sums| {
             sums.map(|sums| {
-                let before = before(sums.0.len());
-                sums.bounded(shape, &before)
+                let sums = sums.bounded(shape, 1.0);
+                onto(&before(sums.len()), sums)
             })
         }),
     }
 }
 
-/// Sums over rows: of values, of their magnitudes, and of their errors.
-struct Sums(Vec<(f64, f64, f64)>);
-
-impl Sums {
-    fn new(len: usize) -> Self {
-        Self(vec![(0.0, 0.0, 0.0); len])
-    }
-
-    fn add(&mut self, i: usize, value: f64, error: f64) {
-        let (sum, magnitude, errors) = &mut self.0[i];
-        *sum += value;
-        *magnitude += value.abs();
-        *errors += error;
-    }
-
-    /// On top of `before`. A term goes through at most 64 additions a level of the tree.
-    fn bounded(self, shape: Shape, before: &[f32]) -> Vec<Bounded> {
-        let tree = (shape.rows as f64).log(64.0).ceil().max(1.0);
-        let levels = (64.0 * tree).min(shape.rows as f64);
-        let bound = |((sum, magnitude, errors), before): ((f64, f64, f64), &f32)| {
-            let value = sum + f64::from(*before);
-            let error = errors + levels * U * magnitude + U * value.abs();
-            Bounded { value, error: error * 1.01 + SUBNORMAL }
-        };
-        self.0.into_iter().zip(before).map(bound).collect()
-    }
+/// A sum on top of `before`: one addition more.
+fn onto(before: &[f32], sums: Vec<Bounded>) -> Vec<Bounded> {
+    let add = |(sum, before): (Bounded, &f32)| {
+        let value = sum.value + f64::from(*before);
+        Bounded { value, error: sum.error + U * value.abs() * 1.01 }
+    };
+    sums.into_iter().zip(before).map(add).collect()
 }

@@ -5,12 +5,14 @@
 
 mod dropout;
 mod dropout_add;
+mod dropout_add_norm;
 mod embedding_dropout;
 mod norm;
 mod softmax_dropout;
 
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
+pub use dropout_add_norm::{dropout_add_norm_backward, normalised};
 pub use embedding_dropout::{
     embedding_dropout, embedding_gradient, embedding_norm, embedding_norm_backward,
 };
@@ -119,4 +121,10 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
     }
+}
+
+/// factor * the sum of `term(element)` over the rows, column by column.
+pub fn sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
+    let column = |c: usize| (0..shape.rows).map(|r| term(r * shape.cols + c)).collect();
+    (0..shape.cols).map(|c| tree(column(c)) * factor).collect()
 }

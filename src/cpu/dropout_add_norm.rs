@@ -1,0 +1,406 @@
+//! `dropout_add_norm` on the CPU: s = residual + D(x + bias), y = norm(s), and its gradients.
+//!
+//! A thread takes a few rows at a time, which stay in its nearest cache in f32 between the passes: one that
+//! adds, three over each row for its statistics and the result.
+
+use super::dropout_add::select_add;
+use super::norm::Standard;
+use super::octets::Segment;
+use super::{Cpu, convert, dropout, octets, split, sum_rows};
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::ops::dropout_add_norm::{BackwardLens, ForwardLens, check_backward, check_forward};
+use crate::ops::norm::{Affine, Norm};
+use crate::ops::sum_rows::TILE_ROWS;
+use crate::ops::{Draw, Dropout, Shape};
+use rayon::prelude::*;
+use std::ops::Range;
+
+pub use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+
+/// s = residual + D(x + bias), y = norm(s). `x`, `residual`, `s`, `y`: `[rows, cols]`; `bias` and the
+/// parts of `affine`: `[cols]`; `stats`, for [`backward`]: `[rows, 2]`, the mean (0 for RMS) and the
+/// reciprocal deviation of each row.
+///
+/// s is bit for bit what [`dropout_add::forward`](super::dropout_add::forward) gives; y is the norm of s
+/// as it was rounded, within the bound stated in the crate's tests. A row whose deviation and epsilon are
+/// 0 gives the norm's bias.
+///
+/// # Errors
+/// [`Error::Argument`] where a length, epsilon or the place does not fit; the outputs are untouched then.
+pub fn forward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    norm: &Norm,
+    shape: Shape,
+    inputs: &Inputs<&[T]>,
+    affine: &Affine<&[T]>,
+    s: Option<&mut [T]>,
+    y: &mut [T],
+    stats: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let lens = ForwardLens {
+        inputs: inputs.map(<[T]>::len),
+        affine: affine.map(<[T]>::len),
+        s: s.as_deref().map(<[T]>::len),
+        y: y.len(),
+        stats: stats.as_deref().map(<[f32]>::len),
+    };
+    let draw = check_forward(dropout, norm, shape, &lens)?;
+    let add = Add { x: inputs.x, bias: inputs.bias, residual: Some(inputs.residual) };
+    Task { cpu: *cpu, draw, norm, shape }.forward(&add, affine, s, y, stats);
+    Ok(())
+}
+
+/// [`forward`] with s in place of the residual.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_in_place<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    norm: &Norm,
+    shape: Shape,
+    x: &[T],
+    bias: Option<&[T]>,
+    residual: &mut [T],
+    affine: &Affine<&[T]>,
+    y: &mut [T],
+    stats: Option<&mut [f32]>,
+) -> Result<(), Error> {
+    let lens = ForwardLens {
+        inputs: Inputs { x: x.len(), bias: bias.map(<[T]>::len), residual: residual.len() },
+        affine: affine.map(<[T]>::len),
+        s: None,
+        y: y.len(),
+        stats: stats.as_deref().map(<[f32]>::len),
+    };
+    let draw = check_forward(dropout, norm, shape, &lens)?;
+    let add = Add { x, bias, residual: None };
+    Task { cpu: *cpu, draw, norm, shape }.forward(&add, affine, Some(residual), y, stats);
+    Ok(())
+}
+
+/// dresidual = ds + dnorm and dx = D(dresidual), from the gradient `dy` of y, where there is one `ds` of
+/// s, and `stats` of the forward pass; and the gradients of the parameters that are asked for, in the
+/// order of [`sum_rows`](crate::ops::sum_rows). `dy`, `ds`, `dresidual`, `dx`: `[rows, cols]`.
+///
+/// dx is computed from dresidual before that is rounded.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<T: Dtype>(
+    cpu: &Cpu,
+    dropout: &Dropout<'_>,
+    norm: &Norm,
+    shape: Shape,
+    saved: &Saved<&[T]>,
+    weight: &[T],
+    stats: &[f32],
+    dy: &[T],
+    ds: Option<&[T]>,
+    dresidual: &mut [T],
+    dx: &mut [T],
+    grads: ParamGrads<&mut [f32]>,
+) -> Result<(), Error> {
+    let lens = BackwardLens {
+        saved: saved.map(<[T]>::len),
+        weight: weight.len(),
+        stats: stats.len(),
+        dy: dy.len(),
+        ds: ds.map(<[T]>::len),
+        dresidual: dresidual.len(),
+        dx: dx.len(),
+        grads: grads.as_ref().map(|grad| grad.len()),
+    };
+    let draw = check_backward(dropout, norm, shape, &lens)?;
+    let task = Task { cpu: *cpu, draw, norm, shape };
+    let weight = convert::widened(weight);
+    let (stats, _) = stats.as_chunks::<2>();
+    task.backward(&Given { saved, weight: &weight, stats, dy, ds }, dresidual, dx, grads);
+    Ok(())
+}
+
+/// What s is computed from; the residual lies in s where it is not given.
+struct Add<'a, T> {
+    x: &'a [T],
+    bias: Option<&'a [T]>,
+    residual: Option<&'a [T]>,
+}
+
+/// What a backward pass is computed from.
+struct Given<'a, T> {
+    saved: &'a Saved<&'a [T]>,
+    weight: &'a [f32],
+    stats: &'a [[f32; 2]],
+    dy: &'a [T],
+    ds: Option<&'a [T]>,
+}
+
+/// A checked call.
+struct Task<'a> {
+    cpu: Cpu,
+    draw: Draw<'a>,
+    norm: &'a Norm,
+    shape: Shape,
+}
+
+/// Elements of the rows that a thread has in its nearest cache at a time; a longer row is one.
+const GROUP: usize = 4096;
+
+/// Rows in f32.
+struct Scratch {
+    s: Vec<f32>,
+    g: Vec<f32>,
+}
+
+impl Task<'_> {
+    /// Rows that a thread has in its nearest cache at a time.
+    fn group(&self) -> usize {
+        (GROUP / self.shape.cols).max(1)
+    }
+
+    /// Rows of a thread's piece of work.
+    fn part(&self) -> usize {
+        self.shape.rows.div_ceil(4 * rayon::current_num_threads()).max(self.group())
+    }
+
+    fn scratch(&self) -> Vec<f32> {
+        vec![0.0; self.group() * self.shape.cols]
+    }
+
+    fn forward<T: Dtype>(
+        &self,
+        add: &Add<'_, T>,
+        affine: &Affine<&[T]>,
+        s: Option<&mut [T]>,
+        y: &mut [T],
+        stats: Option<&mut [f32]>,
+    ) {
+        let Shape { rows, cols } = self.shape;
+        if cols == 0 {
+            let stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
+            return stats.for_each(|stats| *stats = Standard::of(self.norm, &[]).stats());
+        }
+        let affine = affine.map(convert::widened);
+        let (weight, norm_bias) = (&affine.weight[..], affine.bias.as_deref());
+        let (part, group) = (self.part(), self.group());
+        let streaming = split::streaming(self.cpu, y);
+        // In place, the residual's lines are in the caches anyway.
+        let streaming_s = streaming && add.residual.is_some();
+        let s = split::optional_chunks(s, part * cols, rows.div_ceil(part)).into_par_iter();
+        let stats = split::optional_chunks(stats, part * 2, rows.div_ceil(part)).into_par_iter();
+        y.par_chunks_mut(part * cols).zip(s).zip(stats).enumerate().for_each_init(
+            || self.scratch(),
+            |values, (index, ((y, s), stats))| {
+                let mut s = s.into_iter().flat_map(|s| s.chunks_mut(group * cols));
+                let mut stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        for (index, y) in
+                            (index * part..).step_by(group).zip(y.chunks_mut(group * cols))
+                        {
+                            let values = &mut values[..y.len()];
+                            let s = s.next();
+                            let rows = index..index + y.len() / cols;
+                            self.add(add, rows, values, s.as_deref().unwrap_or_default());
+                            if let Some(s) = s {
+                                split::emit(values, s, streaming_s);
+                            }
+                            for (row, y) in values.chunks_mut(cols).zip(y.chunks_mut(cols)) {
+                                let standard = Standard::of(self.norm, row);
+                                standard.normalise(row, weight, norm_bias);
+                                split::emit(row, y, streaming);
+                                stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
+                            }
+                        }
+                        split::fence();
+                    },
+                );
+            },
+        );
+    }
+
+    /// s of `rows`, rounded to T, into `values`. `stored` are these rows of the residual, where the call
+    /// was not given it.
+    #[inline(always)]
+    fn add<T: Dtype>(
+        &self,
+        add: &Add<'_, T>,
+        rows: Range<usize>,
+        values: &mut [f32],
+        stored: &[T],
+    ) {
+        let base = rows.start * self.shape.cols;
+        self.walk(
+            rows,
+            #[inline(always)]
+            |elements| {
+                split::prefetch(add.x, elements.clone());
+                add.residual.into_iter().for_each(|r| split::prefetch(r, elements.clone()));
+            },
+            #[inline(always)]
+            |segment, lanes| {
+                let local = segment.elements.start - base..segment.elements.end - base;
+                let values = &mut values[local.clone()];
+                let x = &add.x[segment.elements.clone()];
+                let bias = add.bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
+                let residual = match add.residual {
+                    Some(residual) => &residual[segment.elements],
+                    None => &stored[local],
+                };
+                select_add(&self.draw, lanes, x, bias, residual, values);
+                convert::round::<T>(values);
+            },
+        );
+    }
+
+    /// Walks the octets of `rows`.
+    #[inline(always)]
+    fn walk(
+        &self,
+        rows: Range<usize>,
+        prefetch: impl Fn(Range<usize>),
+        each: impl FnMut(Segment, &[u16]),
+    ) {
+        let a_row = octets::count(Shape { rows: 1, ..self.shape });
+        octets::walk(&self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, each);
+    }
+
+    fn backward<T: Dtype>(
+        &self,
+        given: &Given<'_, T>,
+        dresidual: &mut [T],
+        dx: &mut [T],
+        grads: ParamGrads<&mut [f32]>,
+    ) {
+        let Shape { rows, cols } = self.shape;
+        if cols == 0 {
+            return;
+        }
+        // Without a sum over rows nothing asks for tiles.
+        let tile_rows = if grads.any() { TILE_ROWS } else { self.part() };
+        let tiles = rows.div_ceil(tile_rows);
+        let mut sums = grads.as_ref().map(|_| vec![0.0f32; tiles * cols]);
+        let parts = dresidual
+            .par_chunks_mut(tile_rows * cols)
+            .zip(dx.par_chunks_mut(tile_rows * cols))
+            .zip(chunks(&mut sums, cols, tiles));
+        let streaming = split::streaming(self.cpu, given.dy);
+        parts.enumerate().for_each_init(
+            || Scratch { s: self.scratch(), g: self.scratch() },
+            |scratch, (index, ((dresidual, dx), mut sums))| {
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        let first = index * tile_rows;
+                        let parts = dresidual.chunks_mut(self.group() * cols);
+                        let parts = parts.zip(dx.chunks_mut(self.group() * cols));
+                        for (group, (dresidual, dx)) in parts.enumerate() {
+                            let first = first + group * self.group();
+                            let rows = first..first + dx.len() / cols;
+                            let g = self.gradient(given, rows.clone(), scratch, &mut sums);
+                            split::emit(g, dresidual, streaming);
+                            self.drop(rows, g, dx, &mut sums.dbias, streaming);
+                        }
+                        split::fence();
+                    },
+                );
+            },
+        );
+        finish(sums.dbias, self.draw.scale, grads.dbias);
+        finish(sums.dweight, 1.0, grads.dweight);
+        finish(sums.dnorm_bias, 1.0, grads.dnorm_bias);
+    }
+
+    /// dresidual of `rows`, and their part of the sums of the norm's gradients.
+    #[inline(always)]
+    fn gradient<'s, T: Dtype>(
+        &self,
+        given: &Given<'_, T>,
+        rows: Range<usize>,
+        scratch: &'s mut Scratch,
+        sums: &mut ParamGrads<&mut [f32]>,
+    ) -> &'s mut [f32] {
+        let cols = self.shape.cols;
+        let elements = rows.start * cols..rows.end * cols;
+        let (s, g) = (&mut scratch.s[..elements.len()], &mut scratch.g[..elements.len()]);
+        split::prefetch(given.dy, elements.clone());
+        match *given.saved {
+            Saved::Sum(saved) => convert::load(&saved[elements.clone()], s),
+            Saved::Inputs(Inputs { x, bias, residual }) => {
+                self.add(&Add { x, bias, residual: Some(residual) }, rows.clone(), s, &[]);
+            }
+        }
+        convert::load(&given.dy[elements.clone()], g);
+        for (row, (s, g)) in rows.zip(s.chunks(cols).zip(g.chunks_mut(cols))) {
+            let standard = Standard::saved(self.norm.kind, s, given.stats[row]);
+            if let Some(sums) = &mut sums.dnorm_bias {
+                sums.iter_mut().zip(&*g).for_each(|(sum, dy)| *sum += dy);
+            }
+            if let Some(sums) = &mut sums.dweight {
+                let terms = g.iter().zip(s).map(|(dy, &s)| dy * standard.apply(s));
+                sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+            }
+            g.iter_mut().zip(given.weight).for_each(|(g, weight)| *g *= weight);
+            standard.gradient(self.norm.kind, s, g);
+        }
+        if let Some(ds) = given.ds {
+            g.iter_mut().zip(&ds[elements]).for_each(|(g, &ds)| *g += convert::widen(ds));
+        }
+        g
+    }
+
+    /// dx = D(g) of `rows`, and their part of the sum of kept g.
+    #[inline(always)]
+    fn drop<T: Dtype>(
+        &self,
+        rows: Range<usize>,
+        g: &mut [f32],
+        dx: &mut [T],
+        dbias: &mut Option<&mut [f32]>,
+        streaming: bool,
+    ) {
+        let base = rows.start * self.shape.cols;
+        let unscaled = Draw { scale: 1.0, ..self.draw };
+        self.walk(
+            rows,
+            |_| {},
+            #[inline(always)]
+            |segment, lanes| {
+                let local = segment.elements.start - base..segment.elements.end - base;
+                let g = &mut g[local.clone()];
+                dropout::select(&unscaled, lanes, g);
+                if let Some(sums) = dbias {
+                    let sums = &mut sums[segment.col..segment.col + g.len()];
+                    // A dropped element adds +0, which changes no sum that started from +0.
+                    sums.iter_mut().zip(&*g).for_each(|(sum, g)| *sum += g);
+                }
+                // +0 stays +0: the scale is finite and not negative.
+                g.iter_mut().for_each(|g| *g *= self.draw.scale);
+                split::emit(g, &mut dx[local], streaming);
+            },
+        );
+    }
+}
+
+/// The tiles' parts of the sums that there are.
+fn chunks(
+    sums: &mut ParamGrads<Vec<f32>>,
+    cols: usize,
+    tiles: usize,
+) -> Vec<ParamGrads<&mut [f32]>> {
+    let chunks = |sums| split::optional_chunks(sums, cols, tiles).into_iter();
+    let ParamGrads { dbias, dweight, dnorm_bias } = sums;
+    let norm = chunks(dweight.as_deref_mut()).zip(chunks(dnorm_bias.as_deref_mut()));
+    let parts = chunks(dbias.as_deref_mut()).zip(norm);
+    parts.map(|(dbias, (dweight, dnorm_bias))| ParamGrads { dbias, dweight, dnorm_bias }).collect()
+}
+
+/// The tree above the tiles, for a gradient that was asked for.
+fn finish(sums: Option<Vec<f32>>, factor: f32, grad: Option<&mut [f32]>) {
+    if let (Some(sums), Some(grad)) = (sums, grad) {
+        sum_rows::finish(sums, factor, grad);
+    }
+}
