@@ -3,7 +3,7 @@
 //!     cargo run --release --example mask -- --seed 42 --stream 7 --rows 4 --cols 20 --p 0.1
 
 use clap::Parser;
-use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape, cpu};
+use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape, cpu};
 use sha2::{Digest, Sha256};
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
@@ -36,6 +36,12 @@ struct Arguments {
     /// Logical column of the first column shown, a multiple of 8
     #[arg(long, value_name = "C", default_value_t = 0)]
     origin_col: u64,
+    /// Consecutive logical rows that share their decisions
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    group_rows: u32,
+    /// One decision for all columns of a row
+    #[arg(long)]
+    columns_together: bool,
     /// Print the SHA-256 of the lines, each ended by a newline, in place of the lines
     #[arg(long)]
     sha256: bool,
@@ -103,7 +109,8 @@ fn one_line(error: &clap::Error) -> String {
 fn part<'a>(a: &Arguments, row: u64, col: u64) -> Result<Dropout<'a>, Error> {
     let rows = RowMap::Contiguous { first: a.origin_row + row as u32 };
     let dropout = Dropout::new(Key::new(a.seed, a.stream), Probability::new(a.p)?);
-    Ok(dropout.at(Place { first_col: a.origin_col + col, rows }))
+    let groups = Groups { rows: a.group_rows, columns_together: a.columns_together };
+    Ok(dropout.at(Place { first_col: a.origin_col + col, rows }).groups(groups))
 }
 
 /// Refuses what the library would refuse, before the first line is printed.
@@ -115,6 +122,9 @@ fn check(a: &Arguments) -> Result<(), Error> {
         given,
     };
     Probability::new(a.p)?;
+    if a.group_rows == 0 {
+        return Err(refused("--group-rows", "at least 1", a.group_rows.to_string()));
+    }
     if !a.origin_col.is_multiple_of(8) {
         return Err(refused("--origin-col", "a multiple of 8", a.origin_col.to_string()));
     }

@@ -20,6 +20,7 @@
 // In place: dx may be dy.
 
 #include "kernel.cuh"
+#include "sum_tile.cuh"
 
 template <typename T>
 struct DropoutAddParams {
@@ -30,7 +31,7 @@ struct DropoutAddParams {
     In<T> residual;
     Out<T> y;
 };
-static_assert(sizeof(DropoutAddParams<float>) == 224, "dropout_add.rs: ForwardParams");
+static_assert(sizeof(DropoutAddParams<float>) == 240, "dropout_add.rs: ForwardParams");
 
 template <typename T, bool with_bias, bool aligned>
 struct DropoutAdd {
@@ -93,55 +94,29 @@ FD_KERNEL(dropout_add_bias_any_f16, DropoutAddParams<f16>, THREADS,
 FD_KERNEL(dropout_add_bias_any_bf16, DropoutAddParams<bf16>, THREADS,
           stream_any<DropoutAdd<bf16, true, false>>)
 
-/// Rows of a tile: the radix of the bias gradient's tree.
-constexpr unsigned TILE_ROWS = 64;
-
-/// Columns of a tile, 8 octets: a tile is two octets a thread, as in the streaming kernels, and a row
-/// of it is whole 32-byte sectors (128 bytes in 16-bit storage).
-constexpr unsigned TILE_COLS = 64;
-constexpr unsigned TILE_OCTETS = TILE_COLS / 8;
-static_assert(TILE_ROWS * TILE_OCTETS == OCTETS_A_BLOCK, "a thread has two octets of a tile");
-
 template <typename T>
 struct BiasGradParams {
     Mask mask;
+    Tiles tiles;
     In<T> dy;
     Out<T> dx;
-    Out<float> sums;  // [tiles of rows, cols]
-    unsigned long long rows;
-    unsigned long long cols;
-    IndexDivisor tiles_a_row;  // ceil(cols / 64)
-    float factor;              // of the sums: the scale where a tile holds all rows, otherwise 1
 };
-static_assert(sizeof(BiasGradParams<float>) == 224, "dropout_add.rs: BiasGradParams");
+static_assert(sizeof(BiasGradParams<float>) == 240, "dropout_add.rs: BiasGradParams");
 
-/// What a thread does in a tile of 64 rows and 64 columns: the same octet of columns in two rows, so
-/// that its two Philox blocks share three multiplications.
+/// dx, and kept dy as the terms of dbias.
 template <typename T, bool aligned>
-struct TileThread {
-    const BiasGradParams<T>& p;
-    unsigned octet;
+struct BiasGrad {
+    using Params = BiasGradParams<T>;
+    using Loaded = Octet<T>;
 
-    /// Elements of the octet in `row` that exist.
-    __device__ __forceinline__ unsigned count(unsigned long long row) const {
-        const unsigned long long column = 8ull * octet;
-        if (row >= p.rows || column >= p.cols) return 0;
-        const unsigned long long left = p.cols - column;
-        return left < 8 ? static_cast<unsigned>(left) : 8;
+    static __device__ __forceinline__ Loaded load_at(const Params& p, unsigned long long element,
+                                                     unsigned, unsigned count) {
+        return p.dy.template streaming<aligned>(element, count);
     }
 
-    __device__ __forceinline__ Octet<T> load(unsigned long long row) const {
-        return p.dy.template streaming<aligned>(row * p.cols + 8ull * octet, count(row));
-    }
-
-    template <bool plain>
-    __device__ __forceinline__ Lanes lanes(const Draws<plain>& draws, unsigned long long row) const {
-        return draws.lanes(draws.logical(static_cast<unsigned>(row)), octet);
-    }
-
-    /// Writes dx and returns kept dy.
-    __device__ __forceinline__ Octet<T> finish(unsigned long long row, const Kept& keep, float scale,
-                                               const Octet<T>& dy) const {
+    static __device__ __forceinline__ Values finish_at(const Params& p, unsigned long long element,
+                                                       unsigned count, const Kept& keep, float scale,
+                                                       const Loaded& dy) {
         const Values values = unpack(dy);
         Values kept_dy = {};
         Values dx;
@@ -151,80 +126,14 @@ struct TileThread {
             // +0 times the scale, which is finite, is +0.
             dx.at[j] = __fmul_rn(kept_dy.at[j], scale);
         }
-        p.dx.template cached<aligned>(row * p.cols + 8ull * octet, count(row), pack<T>(dx));
-        return pack<T>(kept_dy);
-    }
-
-    /// Both rows, which exist: dy in, kept dy out.
-    template <bool plain>
-    __device__ __forceinline__ void finish_both(unsigned long long row_a, Octet<T>& a,
-                                                unsigned long long row_b, Octet<T>& b) const {
-        const Draws<plain> draws(p.mask);
-        const Lanes lanes_a = lanes(draws, row_a);
-        const Lanes lanes_b = lanes(draws, row_b);
-        a = finish(row_a, draws.kept(lanes_a), draws.scale, a);
-        b = finish(row_b, draws.kept(lanes_b), draws.scale, b);
-    }
-
-    /// Kept dy of a row, where it exists; +0 otherwise, which changes no sum.
-    __device__ __forceinline__ Octet<T> load_and_finish(unsigned long long row) const {
-        if (count(row) == 0) return {};
-        const Draws<false> draws(p.mask);
-        return finish(row, draws.kept(lanes(draws, row)), draws.scale, load(row));
+        p.dx.template cached<aligned>(element, count, pack<T>(dx));
+        return kept_dy;
     }
 };
 
-/// A tile of 64 rows and 64 columns a block. Kept dy goes through shared memory, in storage type, to
-/// the threads that add it up row by row, a column each.
-template <typename T, bool aligned>
-__device__ __forceinline__ void bias_grad(const BiasGradParams<T>& p) {
-    constexpr unsigned WORDS = Octet<T>::WORDS;
-    __shared__ unsigned tile[TILE_ROWS * TILE_OCTETS * WORDS];
-
-    const unsigned tile_row = p.tiles_a_row.quotient(blockIdx.x);
-    const unsigned tile_col = blockIdx.x - tile_row * p.tiles_a_row.divisor;
-    const unsigned long long row_a = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
-    const unsigned long long row_b = row_a + TILE_ROWS / 2;
-    const TileThread<T, aligned> thread = {p, tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS};
-
-    Octet<T> a;
-    Octet<T> b;
-    if ((tile_row + 1ull) * TILE_ROWS <= p.rows && (tile_col + 1ull) * TILE_COLS <= p.cols) {
-        a = thread.load(row_a);
-        b = thread.load(row_b);
-        __syncwarp();  // keeps both loads first; the whole block is here
-        if (p.mask.plain) {
-            thread.template finish_both<true>(row_a, a, row_b, b);
-        } else {
-            thread.template finish_both<false>(row_a, a, row_b, b);
-        }
-    } else {
-        a = thread.load_and_finish(row_a);
-        b = thread.load_and_finish(row_b);
-    }
-#pragma unroll
-    for (unsigned i = 0; i < WORDS; ++i) {
-        tile[threadIdx.x * WORDS + i] = a.words[i];
-        tile[(threadIdx.x + THREADS) * WORDS + i] = b.words[i];
-    }
-    __syncthreads();
-
-    if (threadIdx.x >= TILE_COLS) return;
-    const unsigned long long column = 1ull * tile_col * TILE_COLS + threadIdx.x;
-    if (column >= p.cols) return;
-    const typename Bits<T>::Type* stored =
-        reinterpret_cast<const typename Bits<T>::Type*>(tile) + threadIdx.x;
-    float sum = 0.0f;
-#pragma unroll 16
-    for (unsigned r = 0; r < TILE_ROWS; ++r) {
-        sum = __fadd_rn(sum, to_f32(bits_as<T>(stored[r * TILE_COLS])));
-    }
-    p.sums.cached(tile_row * p.cols + column, __fmul_rn(sum, p.factor));
-}
-
-FD_KERNEL(dropout_add_bias_grad_f32, BiasGradParams<float>, THREADS, bias_grad<float, true>)
-FD_KERNEL(dropout_add_bias_grad_f16, BiasGradParams<f16>, THREADS, bias_grad<f16, true>)
-FD_KERNEL(dropout_add_bias_grad_bf16, BiasGradParams<bf16>, THREADS, bias_grad<bf16, true>)
-FD_KERNEL(dropout_add_bias_grad_any_f32, BiasGradParams<float>, THREADS, bias_grad<float, false>)
-FD_KERNEL(dropout_add_bias_grad_any_f16, BiasGradParams<f16>, THREADS, bias_grad<f16, false>)
-FD_KERNEL(dropout_add_bias_grad_any_bf16, BiasGradParams<bf16>, THREADS, bias_grad<bf16, false>)
+FD_KERNEL(dropout_add_bias_grad_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, true>>)
+FD_KERNEL(dropout_add_bias_grad_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, true>>)
+FD_KERNEL(dropout_add_bias_grad_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, true>>)
+FD_KERNEL(dropout_add_bias_grad_any_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, false>>)
+FD_KERNEL(dropout_add_bias_grad_any_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, false>>)
+FD_KERNEL(dropout_add_bias_grad_any_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, false>>)

@@ -55,7 +55,7 @@ struct NormForwardParams {
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
 };
-static_assert(sizeof(NormForwardParams<float>) == 256, "dropout_add_norm.rs: ForwardParams");
+static_assert(sizeof(NormForwardParams<float>) == 272, "dropout_add_norm.rs: ForwardParams");
 
 template <typename T>
 struct NormBackwardParams {
@@ -76,7 +76,7 @@ struct NormBackwardParams {
     IndexDivisor tiles_a_row;  // ceil(cols / 32)
     float factor;              // of dbias: the scale where a tile holds all rows, otherwise 1
 };
-static_assert(sizeof(NormBackwardParams<float>) == 320, "dropout_add_norm.rs: BackwardParams");
+static_assert(sizeof(NormBackwardParams<float>) == 336, "dropout_add_norm.rs: BackwardParams");
 
 /// What an octet of s is before it is computed.
 template <typename T>

@@ -4,6 +4,8 @@
 //     lane j of an octet = 16-bit half j % 2 of word j / 2 of philox4x32_10(counter)
 //     dropped <=> lane < threshold
 //
+// In groups, the row is divided by the rows of a group, and a row's columns may all take lane 0 of octet 0.
+//
 // The structures are the twins of those in src/device/abi.rs, field for field.
 
 #pragma once
@@ -67,13 +69,15 @@ struct Mask {
     float scale;
     unsigned first_octet;
     Rows rows;
-    unsigned contiguous;  // 1: the logical row is rows.first + local row
-    unsigned plain;       // 1: contiguous, random, the stream number not in device memory
+    Divisor group_rows;         // logical rows that share their decisions
+    unsigned columns_together;  // 1: lane 0 of octet 0 decides about all columns of a row
+    unsigned contiguous;        // 1: the logical row is rows.first + local row
+    unsigned plain;  // 1: contiguous, random, no groups, the stream number not in device memory
 };
 
 static_assert(sizeof(Divisor) == 12 && sizeof(IndexDivisor) == 12, "abi.rs: Divisor, IndexDivisor");
 static_assert(sizeof(Rows) == 48, "abi.rs: Rows");
-static_assert(sizeof(Mask) == 168, "abi.rs: Mask");
+static_assert(sizeof(Mask) == 184, "abi.rs: Mask");
 
 /// The octets of a launch, counted row by row: octet `index` of the launch is octet
 /// `index % per_row` of row `index / per_row`.
@@ -178,17 +182,24 @@ struct Draws {
           high_threshold((plain ? mask.threshold : max(mask.threshold, 1u)) << 16),
           scale(in_register(mask.scale)) {}
 
-    /// The logical row of the launch's row `row`.
+    /// The row whose lanes decide about the launch's row `row`.
     __device__ __forceinline__ unsigned logical(unsigned row) const {
-        if (plain || mask.contiguous) return mask.rows.first + mask.rows.offset + row;
-        return mask.rows.logical(row);
+        if (plain) return mask.rows.first + mask.rows.offset + row;
+        const unsigned logical =
+            mask.contiguous ? mask.rows.first + mask.rows.offset + row : mask.rows.logical(row);
+        return mask.group_rows.quotient(logical);
     }
 
     /// The lanes of octet `octet` of the launch, in logical row `row`.
     __device__ __forceinline__ Lanes lanes(unsigned row, unsigned octet) const {
         if (plain || mask.random) {
-            return philox4x32_10(make_uint4(mask.first_octet + octet, row, stream.x, stream.y),
-                                 mask.round_keys);
+            const bool together = !plain && mask.columns_together;
+            const unsigned column = together ? 0 : mask.first_octet + octet;
+            const Lanes lanes =
+                philox4x32_10(make_uint4(column, row, stream.x, stream.y), mask.round_keys);
+            if (!together) return lanes;
+            const unsigned both = (lanes.x & 0xffffu) * 0x10001u;
+            return make_uint4(both, both, both, both);
         }
         // Without random numbers all lanes are alike: dropped, or kept where the threshold is 0.
         const unsigned all = mask.threshold ? 0u : 0xffffffffu;

@@ -44,7 +44,7 @@ struct SoftmaxParams {
     Divisor queries;
     Divisor heads;
 };
-static_assert(sizeof(SoftmaxParams<float>) == 272, "softmax_dropout.rs: Params");
+static_assert(sizeof(SoftmaxParams<float>) == 288, "softmax_dropout.rs: Params");
 
 /// One row, as the threads that share it see it.
 struct Row {

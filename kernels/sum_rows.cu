@@ -7,10 +7,7 @@
 //
 // Bytes an element of `parts`: 4 read, and a 64th of that written.
 
-#include "kernel.cuh"
-
-/// Rows that one sum covers: the radix of the tree.
-constexpr unsigned RADIX = 64;
+#include "sum_tile.cuh"
 
 struct SumRowsParams {
     In<float> parts;  // [count, cols]
@@ -27,8 +24,8 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     const unsigned block = blockIdx.x - group * p.blocks_a_row.divisor;
     const unsigned long long column = 1ull * block * THREADS + threadIdx.x;
     if (column >= p.cols) return;
-    const unsigned long long first = 1ull * group * RADIX;
-    const unsigned long long end = first + RADIX < p.count ? first + RADIX : p.count;
+    const unsigned long long first = 1ull * group * TILE_ROWS;
+    const unsigned long long end = first + TILE_ROWS < p.count ? first + TILE_ROWS : p.count;
     float total = 0.0f;
     for (unsigned long long part = first; part < end; ++part) {
         total = __fadd_rn(total, p.parts.cached(part * p.cols + column));

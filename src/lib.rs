@@ -8,6 +8,7 @@
 //! | --- | --- | --- |
 //! | [`dropout`](cpu::dropout) | y = D(x) | dx = D(dy) |
 //! | [`dropout_add`](cpu::dropout_add) | y = residual + D(x + bias) | dx, dbias; the residual's gradient is dy |
+//! | [`dropout_add_norm`](cpu::dropout_add_norm) | s = residual + D(x + bias), y = LayerNorm or RMSNorm of s | dresidual, dx, dbias, dweight, dnorm_bias |
 //! | [`embedding_dropout`](cpu::embedding_dropout) | y = D(token + position + segment) | the tables' gradients |
 //! | [`softmax_dropout`](cpu::softmax_dropout) | y = D(softmax(scale · x + mask)) | dx from x and dy |
 //! | [`keep_mask`](cpu::keep_mask) | the mask as bits or bytes | |
@@ -64,7 +65,8 @@ pub mod ops;
 
 pub use dtype::{Dtype, DtypeId};
 pub use error::Error;
-pub use mask::{CONTRACT_VERSION, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
+pub use mask::{CONTRACT_VERSION, Groups, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
+pub use ops::bias_act_dropout::Activation;
 pub use ops::norm::{Affine, Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{Dropout, Mode, Scaling, Shape};

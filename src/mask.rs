@@ -276,6 +276,58 @@ impl Place<'_> {
     }
 }
 
+/// Which elements share one decision: a structured mask.
+///
+/// The decision of the element at logical (row, col) is that of the element at (⌊row / rows⌋, col), or at
+/// (⌊row / rows⌋, 0) where a row's columns are together. No other generator, and no other key: the same
+/// mask on every backend and shard, as an ordinary one.
+///
+/// ```
+/// use fused_dropout::{Dropout, Groups, Key, Probability};
+/// let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
+/// let sequence = 512;
+/// // DropPath: a sample of 512 rows is dropped as a whole, or not.
+/// let path = drop.groups(Groups::samples(sequence));
+/// // Variational dropout: the same features at each of a sample's 512 positions.
+/// let variational = drop.groups(Groups::features(sequence));
+/// # let _ = (path, variational);
+/// # Ok::<(), fused_dropout::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Groups {
+    /// Consecutive logical rows that share their decisions; at least 1.
+    pub rows: u32,
+    /// Whether all columns share one decision.
+    pub columns_together: bool,
+}
+
+impl Groups {
+    /// A decision for each element.
+    pub const EACH: Self = Self { rows: 1, columns_together: false };
+
+    /// One decision for every `rows` rows, all their columns together: stochastic depth (Huang et al.,
+    /// ECCV 2016), also named DropPath, with the rows of a sample; LayerDrop (Fan et al., ICLR 2020) with
+    /// the rows of the batch; spatial dropout (Tompson et al., CVPR 2015) with 1, where a row is a channel's
+    /// map.
+    pub const fn samples(rows: u32) -> Self {
+        Self { rows, columns_together: true }
+    }
+
+    /// One decision for each column in every `rows` rows: variational dropout (Gal and Ghahramani, NIPS
+    /// 2016) with the rows of a sequence; spatial dropout where a column is a channel.
+    pub const fn features(rows: u32) -> Self {
+        Self { rows, columns_together: false }
+    }
+
+    /// Refuses groups of no rows.
+    pub(crate) fn check(&self, operator: &'static str) -> Result<(), Error> {
+        if self.rows == 0 {
+            return Err(Error::argument(operator, "groups", "at least one row in a group", 0));
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,8 +4,8 @@ use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
-    Affine, AttentionMask, Dropout, Error, Key, Mode, Norm, Place, Probability, RowMap, Scaling,
-    Scores, Shape,
+    Activation, Affine, AttentionMask, Dropout, Error, Groups, Key, Mode, Norm, Place, Probability,
+    RowMap, Scaling, Scores, Shape,
 };
 use proptest::prelude::*;
 
@@ -55,12 +55,15 @@ fn row_maps() -> impl Strategy<Value = RowMap<'static>> {
 fn dropouts() -> impl Strategy<Value = Dropout<'static>> {
     let columns =
         prop_oneof![Just(0u64), 0..100u64, Just(1 << 35), Just(u64::MAX), Just(u64::MAX - 7)];
-    (any::<(u64, u64, bool, bool)>(), 0.0..=1.0f64, columns, row_maps()).prop_map(
-        |((seed, stream, inference, classic), p, first_col, rows)| {
+    let groups = (numbers(), any::<bool>())
+        .prop_map(|(rows, columns_together)| Groups { rows, columns_together });
+    (any::<(u64, u64, bool, bool)>(), 0.0..=1.0f64, columns, row_maps(), groups).prop_map(
+        |((seed, stream, inference, classic), p, first_col, rows, groups)| {
             Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
                 .mode(if inference { Mode::Inference } else { Mode::Training })
                 .scaling(if classic { Scaling::Classic } else { Scaling::Inverted })
                 .at(Place { first_col, rows })
+                .groups(groups)
         },
     )
 }
@@ -140,6 +143,31 @@ proptest! {
         );
         prop_assert!(result.is_err() || ![0, 3, 7, 8, 9, 10, 11, 12, 13, 14].contains(&odd));
         judge("dropout_add_norm", result, &[&dresidual[..], &dx, &sums.concat()].concat())?;
+    }
+
+    #[test]
+    fn bias_act_dropout(
+        d in dropouts(),
+        (rows, cols) in (sizes(), sizes()),
+        activation in proptest::sample::select(&Activation::ALL),
+        (x, bias) in (0..400usize, 0..20usize),
+    ) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(x);
+        let (input, bias) = (vec![1.0f32; n], vec![1.0f32; bias]);
+        let mut out = vec![7.0f32; n];
+        let result = cpu::bias_act_dropout::forward(
+            &cpu, &d, shape, activation, &input, Some(&bias), &mut out,
+        );
+        judge("bias_act_dropout", result, &out)?;
+        out.fill(7.0);
+        let mut dbias = vec![7.0f32; bias.len()];
+        let result = cpu::bias_act_dropout::backward(
+            &cpu, &d, shape, activation, &input, None, &input, &mut out, Some(&mut dbias),
+        );
+        let refused = result.is_err();
+        judge("bias_act_dropout", result, &out)?;
+        prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
     }
 
     #[test]

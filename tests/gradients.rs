@@ -5,7 +5,7 @@ use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
-    Affine, AttentionMask, Dropout, Key, Norm, NormKind, Probability, Scores, Shape,
+    Activation, Affine, AttentionMask, Dropout, Key, Norm, NormKind, Probability, Scores, Shape,
 };
 
 const SCORES: Scores = Scores { batch: 1, heads: 2, queries: 3, keys: 11, scale: 0.7 };
@@ -157,6 +157,45 @@ fn embedding_dropout_with_a_norm() {
             dropped(&normalised(&norm, &sums, &all[77..88], &all[88..]), 11)
         };
         compare(&forward, all, &weight, &gradient);
+    }
+}
+
+#[test]
+fn bias_act_dropout() {
+    let (x, bias, weight) = (values(0.0), values(3.0), values(5.0));
+    let (shape, cpu) = (Shape::new(6, 11), Cpu::new());
+    let (x32, bias32, dy) = (narrow(&x), narrow(&bias[..11]), narrow(&weight));
+    for activation in Activation::ALL {
+        let forward = |x: &[f64], bias: &[f64]| {
+            let sums = x.iter().enumerate().map(|(i, x)| act(activation, x + bias[i % 11]));
+            dropped(&sums.collect::<Vec<_>>(), 11)
+        };
+        let (mut dx, mut dbias) = (vec![0.0; N], vec![0.0; 11]);
+        cpu::bias_act_dropout::backward(
+            &cpu,
+            &drop(),
+            shape,
+            activation,
+            &x32,
+            Some(&bias32),
+            &dy,
+            &mut dx,
+            Some(&mut dbias),
+        )
+        .unwrap();
+        compare(&|x| forward(x, &bias), &x, &weight, &dx);
+        compare(&|bias| forward(&x, bias), &bias[..11], &weight, &dbias);
+    }
+}
+
+fn act(activation: Activation, x: f64) -> f64 {
+    let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+    match activation {
+        Activation::Gelu => x * libm::erfc(-x / std::f64::consts::SQRT_2) / 2.0,
+        Activation::GeluTanh => 0.5 * x * (1.0 + u.tanh()),
+        Activation::Relu => x.max(0.0),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Identity => x,
     }
 }
 

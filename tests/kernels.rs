@@ -1,10 +1,7 @@
 //! Every kernel, run by the emulator, against naive loops written from the contract.
 #![cfg(feature = "emulator")]
 
-use fused_dropout::device::dropout_add::BiasGrad;
-use fused_dropout::device::dropout_add_norm::{
-    self as add_norm, Inputs, ParamGrads, Saved, SumGrads,
-};
+use fused_dropout::device::BiasGrad;
 use fused_dropout::device::softmax_dropout as softmax;
 use fused_dropout::device::{
     Call, Readable, Writable, dropout, dropout_add, embedding_dropout, keep_mask,
@@ -14,10 +11,9 @@ use fused_dropout::ops::embedding_dropout::{
     Gradients, Ids, Lookups, NormGradients, Tables, check_report,
 };
 use fused_dropout::ops::keep_mask::bits_len;
-use fused_dropout::ops::{dropout_add_norm, sum_rows::workspace_len};
+use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
-    Affine, AttentionMask, Dropout, Dtype, Key, Mode, Norm, Place, Probability, RowMap, Scaling,
-    Scores, Shape,
+    AttentionMask, Dropout, Dtype, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
 };
 use half::{bf16, f16};
 
@@ -721,74 +717,4 @@ fn softmax_of_nan_masked_rows_and_no_columns() {
     softmax::forward(&call, &drop, &none, &AttentionMask::NONE, &x, &mut y, Some(&mut lse))
         .unwrap();
     assert_eq!(lse, [f32::NEG_INFINITY; 3]);
-}
-
-/// Bytes an element that 16-byte accesses read and write since the last call.
-fn bytes_an_element(gpu: &Emulator, elements: usize) -> (f64, f64) {
-    let traffic = gpu.traffic();
-    gpu.reset_traffic();
-    let bytes = |accesses: u64| 16.0 * accesses as f64 / elements as f64;
-    (bytes(traffic.reads.of_width(16)), bytes(traffic.writes.of_width(16)))
-}
-
-#[test]
-fn norm_moves_each_element_once() {
-    for (rows, cols) in [(64, 1024), (64, 512), (3, 8192)] {
-        let (gpu, shape, n) = (Emulator::new(), Shape::new(rows, cols), rows * cols);
-        let call = Call::on(&gpu);
-        let drop = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
-        let norm = Norm::layer(1e-5);
-        let [x, residual, dy, ds] = [1, 2, 3, 4].map(|salt| tensor::<bf16>(n, salt));
-        let weight = tensor::<bf16>(cols, 5);
-        let inputs: Inputs<&dyn Readable<_, _>> = Inputs { x: &x, bias: None, residual: &residual };
-        let affine: Affine<&dyn Readable<_, _>> = Affine { weight: &weight, bias: None };
-        let (mut s, mut y, mut stats) = (x.clone(), x.clone(), vec![0.0f32; 2 * rows]);
-        // Beside the tensors, 2 bytes of the weight an element, which a GPU reads from L1 or L2.
-        let weight_bytes = 2.0;
-        add_norm::forward(
-            &call,
-            &drop,
-            &norm,
-            shape,
-            &inputs,
-            &affine,
-            Some(&mut s),
-            &mut y,
-            Some(&mut stats),
-        )
-        .unwrap();
-        assert_eq!(bytes_an_element(&gpu, n), (4.0 + weight_bytes, 4.0));
-        add_norm::forward(&call, &drop, &norm, shape, &inputs, &affine, None, &mut y, None)
-            .unwrap();
-        assert_eq!(bytes_an_element(&gpu, n), (4.0 + weight_bytes, 2.0));
-
-        let (mut dresidual, mut dx) = (x.clone(), x.clone());
-        let saved: Saved<&dyn Readable<_, _>> = Saved::Sum(&s);
-        let mut backward = |sums: Option<SumGrads<'_, Emulator>>| {
-            let ds = Some(&ds as &dyn Readable<_, _>);
-            add_norm::backward(
-                &call,
-                &drop,
-                &norm,
-                shape,
-                &saved,
-                &weight,
-                &stats,
-                &dy,
-                ds,
-                &mut dresidual,
-                &mut dx,
-                sums,
-            )
-            .unwrap();
-        };
-        backward(None);
-        assert_eq!(bytes_an_element(&gpu, n), (6.0 + weight_bytes, 4.0));
-        let (mut dweight, mut workspace) =
-            (vec![0.0f32; cols], vec![0.0f32; dropout_add_norm::workspace_len(shape)]);
-        let grads = ParamGrads { dweight: Some(&mut dweight as _), ..ParamGrads::default() };
-        backward(Some(SumGrads { grads, workspace: &mut workspace }));
-        // The means of the rows, then the tiles.
-        assert_eq!(bytes_an_element(&gpu, n), (10.0 + 2.0 * weight_bytes, 4.0));
-    }
 }

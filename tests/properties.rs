@@ -8,7 +8,8 @@ use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
-    Affine, AttentionMask, Dropout, Key, Norm, Place, Probability, RowMap, Scores, Shape,
+    Activation, Affine, AttentionMask, Dropout, Groups, Key, Norm, Place, Probability, RowMap,
+    Scores, Shape,
 };
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
@@ -99,6 +100,36 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     let none = AttentionMask::NONE;
     cpu::softmax_dropout::forward(&cpu, &d, &scores, &none, &ones, &mut out, None).unwrap();
     same("softmax_dropout", &out, 0.0);
+    for a in Activation::ALL {
+        // Every activation of 1 is above 0, and so is its slope.
+        cpu::bias_act_dropout::forward(&cpu, &d, shape, a, &ones, None, &mut out).unwrap();
+        same("bias_act_dropout", &out, 0.0);
+        let (x, dy) = (&ones, &ones);
+        cpu::bias_act_dropout::backward(&cpu, &d, shape, a, x, None, dy, &mut out, None).unwrap();
+        same("bias_act_dropout backward", &out, 0.0);
+    }
+}
+
+#[test]
+fn groups_share_their_decision() {
+    let (rows, cols, d) = (60, 100, drop(31, 7, 0.5));
+    let shape = Shape::new(rows, cols);
+    let plain = mask(&d, shape);
+    for a_group in [1, 7, 60, u32::MAX] {
+        let of = |r: usize| r / a_group as usize;
+        let features = mask(&d.groups(Groups::features(a_group)), shape);
+        let samples = mask(&d.groups(Groups::samples(a_group)), shape);
+        for (i, (feature, sample)) in features.into_iter().zip(samples).enumerate() {
+            let (r, c) = (of(i / cols), i % cols);
+            assert_eq!(feature, plain[r * cols + c], "features({a_group}), element {i}");
+            assert_eq!(sample, plain[r * cols], "samples({a_group}), element {i}");
+        }
+    }
+    // Many groups: as many are kept as p says.
+    let n = 10_000;
+    let kept = mask(&d.groups(Groups::samples(1)), Shape::new(n, 3));
+    let kept = kept.iter().step_by(3).map(|&keep| f64::from(keep)).sum::<f64>();
+    assert!((kept - n as f64 / 2.0).abs() < 5.0 * (n as f64 / 4.0).sqrt(), "{kept} of {n}");
 }
 
 #[test]

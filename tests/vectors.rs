@@ -1,7 +1,7 @@
 //! Holds the crate to the contract's known answers, `tests/vectors/contract.txt`: the functions that
 //! state the contract, the CPU at each SIMD level, and the kernels on the host.
 
-use fused_dropout::{Dropout, Key, Place, Probability, RowMap, Shape, cpu};
+use fused_dropout::{Dropout, Groups, Key, Place, Probability, RowMap, Shape, cpu};
 use sha2::{Digest, Sha256};
 
 const VECTORS: &str = include_str!("vectors/contract.txt");
@@ -97,17 +97,23 @@ fn masks() -> Vec<Mask> {
             _ => panic!("{fields:?}"),
         }
     };
-    let mask = |fields: Vec<&'static str>| {
+    let mask = |fields: &[&'static str], groups: Groups, map: &[&str]| {
         let n = numbers(&fields[..6]);
         let p = Probability::new(f64::from_bits(n[2])).unwrap();
-        let place = Place { first_col: n[3], rows: row_map(&fields[7..]) };
+        let place = Place { first_col: n[3], rows: row_map(map) };
         Mask {
-            dropout: Dropout::new(Key::new(n[0], n[1]), p).at(place),
+            dropout: Dropout::new(Key::new(n[0], n[1]), p).at(place).groups(groups),
             shape: Shape::new(n[4] as usize, n[5] as usize),
             sha256: fields[6],
         }
     };
-    entries("mask").into_iter().map(mask).collect()
+    let whole = |entry: Vec<_>| mask(&entry, Groups::EACH, &entry[7..]);
+    let grouped = |entry: Vec<_>| {
+        let n = numbers(&entry[7..9]);
+        mask(&entry, Groups { rows: n[0] as u32, columns_together: n[1] == 1 }, &entry[9..])
+    };
+    let groups = entries("groups").into_iter().map(grouped);
+    entries("mask").into_iter().map(whole).chain(groups).collect()
 }
 
 /// Compares masks of one byte an element with the file's.
@@ -133,7 +139,11 @@ fn holds(name: &str, keep_mask: impl Fn(&Dropout<'_>, Shape) -> Vec<u8>) {
 fn masks_an_element_at_a_time() {
     holds("Key::keeps", |dropout, shape| {
         let Place { first_col, rows } = dropout.place;
-        let keep = |r, c| dropout.key.keeps(dropout.p, rows.logical(r), first_col + c as u64);
+        let Groups { rows: a_group, columns_together } = dropout.groups;
+        let keep = |r, c| {
+            let col = if columns_together { 0 } else { first_col + c as u64 };
+            dropout.key.keeps(dropout.p, rows.logical(r) / a_group, col)
+        };
         let row = |r| (0..shape.cols).map(move |c| u8::from(keep(r, c)));
         (0..shape.rows).flat_map(row).collect()
     });

@@ -7,6 +7,7 @@
 
 mod convert;
 mod level;
+mod math;
 mod norm;
 mod octets;
 mod reduce;
@@ -14,6 +15,7 @@ mod split;
 mod stream;
 mod sum_rows;
 
+pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod dropout_add_norm;

@@ -100,6 +100,11 @@ impl Lanes {
                 words[2 * l + 1] = (c[2].0[l] & 0xffff_ffff) | (c[3].0[l] << 32);
             }
         }
+        if draw.groups.columns_together {
+            // Lane 0 for all of its octet.
+            let lanes: &mut [[u16; OCTET]] = bytemuck::cast_slice_mut(&mut self.words);
+            lanes.iter_mut().for_each(|octet| *octet = [octet[0]; OCTET]);
+        }
     }
 }
 
@@ -124,16 +129,16 @@ pub(super) fn walk(
         let first = row * shape.cols + octet * OCTET;
         prefetch(first..(first + count * OCTET).min(shape.rows * shape.cols));
         if random && octet + count <= a_row {
-            let (logical, first) = (draw.rows.logical(row), draw.first_octet + octet as u32);
+            let logical = draw.row(row);
             lanes.draw(
                 draw,
                 count,
                 #[inline(always)]
-                |i| (logical, first + i as u32),
+                |i| (logical, draw.octet(octet + i)),
             );
         } else if random {
             let (mut row, mut octet) = (row, octet);
-            let mut logical = draw.rows.logical(row);
+            let mut logical = draw.row(row);
             lanes.draw(
                 draw,
                 count,
@@ -141,11 +146,10 @@ pub(super) fn walk(
                 |_| {
                     if octet == a_row {
                         (row, octet) = (row + 1, 0);
-                        logical = next_logical(&draw.rows, row, logical);
+                        logical = next_row(draw, row, logical);
                     }
-                    let column = draw.first_octet + octet as u32;
                     octet += 1;
-                    (logical, column)
+                    (logical, draw.octet(octet - 1))
                 },
             );
         }
@@ -166,12 +170,11 @@ pub(super) fn walk(
     }
 }
 
-/// The logical row of `row`, whose predecessor is logical row `previous`: no division where rows
-/// follow each other.
+/// `draw.row(row)`, where that of the row before is `previous`: no division where rows follow each other.
 #[inline(always)]
-fn next_logical(rows: &RowMap<'_>, row: usize, previous: u32) -> u32 {
-    match rows {
-        RowMap::Contiguous { .. } => previous + 1,
-        _ => rows.logical(row),
+fn next_row(draw: &Draw<'_>, row: usize, previous: u32) -> u32 {
+    match draw.rows {
+        RowMap::Contiguous { .. } if draw.groups.rows == 1 => previous + 1,
+        _ => draw.row(row),
     }
 }

@@ -3,6 +3,7 @@
 //! A thread takes a row, which stays in its caches in f32 between the passes: two for the largest
 //! score and the sum, one for the result.
 
+use super::math::exp;
 use super::reduce::{largest, sum};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
@@ -295,58 +296,5 @@ fn probabilities(z: &mut [f32], lse: Option<f32>) {
             let factor = 1.0 / exponentials(z).sum;
             z.iter_mut().for_each(|e| *e *= factor);
         }
-    }
-}
-
-/// e^x for x <= 0 (and up to 88), within 1.5 ulp; a NaN stays one. The same operations at every level.
-///
-/// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, whose remainder,
-/// r^8 / 8!, is below 0.1 ulp; the power of two in two factors, so that subnormal results are rounded
-/// once.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the sum's last bits hold.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts; the first has few bits, so its products with n are exact.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Below -104 the result is 0 all the same. Not f32::max, which would lose a NaN.
-    let x = if x < -104.0 { -104.0 } else { x };
-    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
-    let mut p = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = r.mul_add(p, c);
-    }
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = n >> 1;
-    p * power_of_two(half) * power_of_two(n - half)
-}
-
-/// 2^n for a normal result.
-#[inline(always)]
-fn power_of_two(n: i32) -> f32 {
-    f32::from_bits((n.wrapping_add(127) as u32) << 23)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exp_is_within_its_bound() {
-        let mut worst = 0.0f64;
-        for i in 0..=4_000_000 {
-            let x = -104.5 * (i as f32 / 4_000_000.0);
-            let exact = f64::from(x).exp();
-            // An ulp, from the smallest subnormal up.
-            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
-            worst = worst.max((f64::from(exp(x)) - exact).abs() / ulp);
-        }
-        assert!(worst <= 1.5, "{worst} ulp");
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert!(exp(f32::NAN).is_nan());
     }
 }

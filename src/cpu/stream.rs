@@ -22,7 +22,14 @@ pub(super) struct Stream<'a, T> {
 
 /// f32 values of a block, aligned to a cache line.
 #[repr(align(64))]
-struct Block([f32; octets::ELEMENTS]);
+pub(super) struct Block(pub [f32; octets::ELEMENTS]);
+
+impl Block {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self([0.0; octets::ELEMENTS])
+    }
+}
 
 impl<T: Dtype> Stream<'_, T> {
     /// Gives every piece of a row, with its lanes and what `out` holds there, to `each`, and rounds the
@@ -89,7 +96,7 @@ impl<T: Dtype> Stream<'_, T> {
         self.cpu.run(
             #[inline(always)]
             || {
-                let mut block = Block([0.0; octets::ELEMENTS]);
+                let mut block = Block::new();
                 octets::walk(
                     self.draw,
                     self.shape,

@@ -2,7 +2,7 @@
 //! field for field.
 
 use crate::error::Error;
-use crate::mask::{OCTET, RowMap};
+use crate::mask::{Groups, OCTET, RowMap};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::{Draw, Shape};
 use bytemuck::{Pod, Zeroable};
@@ -158,9 +158,13 @@ pub(crate) struct Mask {
     /// Octet of the launch's column 0.
     pub first_octet: u32,
     pub rows: Rows,
+    /// Logical rows that share their decisions.
+    pub group_rows: Divisor,
+    /// 1: lane 0 of octet 0 decides about all columns of a row.
+    pub columns_together: u32,
     /// 1: the logical row is `rows.first` + local row, and no thread divides.
     pub contiguous: u32,
-    /// 1: contiguous, random, and the stream number not in device memory. The usual case, for which
+    /// 1: contiguous, random, not in groups, and the stream number not in device memory. The usual case, for which
     /// the streaming kernels have a path of their own.
     pub plain: u32,
 }
@@ -206,8 +210,12 @@ impl Mask {
                 queries: Divisor::new(queries),
                 heads: Divisor::new(heads),
             },
+            group_rows: Divisor::new(draw.groups.rows),
+            columns_together: u32::from(draw.groups.columns_together),
             contiguous: u32::from(contiguous),
-            plain: u32::from(contiguous && random == 1 && stream_pointer == 0),
+            plain: u32::from(
+                contiguous && random == 1 && draw.groups == Groups::EACH && stream_pointer == 0,
+            ),
         })
     }
 
@@ -242,7 +250,7 @@ const _: () = assert!(size_of::<RowNorm>() == 12);
 const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
 const _: () = assert!(size_of::<Octets>() == 24);
 const _: () = assert!(size_of::<Rows>() == 48);
-const _: () = assert!(size_of::<Mask>() == 168);
+const _: () = assert!(size_of::<Mask>() == 184);
 
 /// Philox4x32's key schedule: each round's key is the last one plus the two Weyl constants of
 /// Salmon et al. (SC'11).

@@ -92,7 +92,7 @@ pub mod raw {
         x: u64,
         y: u64,
     }
-    const _: () = assert!(size_of::<Params>() == 208);
+    const _: () = assert!(size_of::<Params>() == 224);
 
     /// y = D(x); the backward pass is the same on dy and dx.
     ///

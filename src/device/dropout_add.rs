@@ -1,11 +1,11 @@
 //! `dropout_add`: y = residual + D(x + bias), and its gradients.
 
+use super::sum_rows::{BiasGrad, Held};
 use super::{Call, Device, Readable, Writable, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{NAME, check_backward, check_forward};
-use crate::ops::sum_rows::workspace_len;
-use crate::ops::{Dropout, Shape, check_len};
+use crate::ops::{Dropout, Shape};
 
 /// y = residual + D(x + bias). `bias` has `shape.cols` elements, every other tensor
 /// `shape.rows * shape.cols`.
@@ -65,14 +65,6 @@ pub fn forward_in_place<T: Dtype, D: Device>(
     unsafe { raw::forward::<T, D>(call.device, dropout, shape, key.addresses(), tensors) }
 }
 
-/// Where the bias gradient goes.
-pub struct BiasGrad<'a, D: Device> {
-    /// The gradient, `shape.cols` elements.
-    pub dbias: &'a mut dyn Writable<f32, D>,
-    /// Scratch memory, [`workspace_len`] elements; its contents do not matter.
-    pub workspace: &'a mut dyn Writable<f32, D>,
-}
-
 /// dx = D(dy), and the bias gradient, where it is asked for: kept dy summed over rows in the fixed
 /// order of [`sum_rows`](crate::ops::sum_rows), times the scale. The residual's gradient is dy.
 ///
@@ -84,18 +76,18 @@ pub fn backward<T: Dtype, D: Device>(
     shape: Shape,
     dy: &dyn Readable<T, D>,
     dx: &mut dyn Writable<T, D>,
-    bias_grad: Option<BiasGrad<'_, D>>,
+    mut bias_grad: Option<BiasGrad<'_, D>>,
 ) -> Result<(), Error> {
     check_grads(dropout, shape, dy.elements(), dx.elements(), &bias_grad)?;
     let key = call.resident(NAME, shape.rows)?;
     let (dy, dx) = (dy.read(call.device)?, dx.write(call.device)?);
-    with_bias_grad(call.device, bias_grad, |grad| {
-        // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
-        unsafe {
-            let key = key.addresses();
-            raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dx.pointer, grad)
-        }
-    })
+    let grad = bias_grad.as_mut().map(|grad| grad.write(call.device)).transpose()?;
+    let grad = grad.as_ref().map(Held::addresses);
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
+    unsafe {
+        let key = key.addresses();
+        raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dx.pointer, grad)
+    }
 }
 
 /// dy = D(dy), and the bias gradient.
@@ -107,18 +99,18 @@ pub fn backward_in_place<T: Dtype, D: Device>(
     dropout: &Dropout,
     shape: Shape,
     dy: &mut dyn Writable<T, D>,
-    bias_grad: Option<BiasGrad<'_, D>>,
+    mut bias_grad: Option<BiasGrad<'_, D>>,
 ) -> Result<(), Error> {
     check_grads(dropout, shape, dy.elements(), dy.elements(), &bias_grad)?;
     let key = call.resident(NAME, shape.rows)?;
     let dy = dy.write(call.device)?;
-    with_bias_grad(call.device, bias_grad, |grad| {
-        // SAFETY: as in `backward`; the kernels allow that dx is dy.
-        unsafe {
-            let key = key.addresses();
-            raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dy.pointer, grad)
-        }
-    })
+    let grad = bias_grad.as_mut().map(|grad| grad.write(call.device)).transpose()?;
+    let grad = grad.as_ref().map(Held::addresses);
+    // SAFETY: as in `backward`; the kernels allow that dx is dy.
+    unsafe {
+        let key = key.addresses();
+        raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, dy.pointer, grad)
+    }
 }
 
 fn check_grads<D: Device>(
@@ -130,30 +122,17 @@ fn check_grads<D: Device>(
 ) -> Result<(), Error> {
     let dbias = bias_grad.as_ref().map(|grad| grad.dbias.elements());
     check_backward(dropout, shape, dy, dx, dbias)?;
-    let Some(grad) = bias_grad else { return Ok(()) };
-    check_len(NAME, "workspace", workspace_len(shape), grad.workspace.elements())
-}
-
-/// Holds the addresses of a bias gradient during `launch`.
-fn with_bias_grad<D: Device>(
-    device: &D,
-    bias_grad: Option<BiasGrad<'_, D>>,
-    launch: impl FnOnce(Option<raw::BiasGrad>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let Some(grad) = bias_grad else { return launch(None) };
-    let (dbias, workspace) = (grad.dbias.write(device)?, grad.workspace.write(device)?);
-    launch(Some(raw::BiasGrad { dbias: dbias.pointer, workspace: workspace.pointer }))
+    bias_grad.as_ref().map_or(Ok(()), |grad| grad.check(NAME, shape))
 }
 
 /// The same on bare addresses.
 pub mod raw {
     use super::NAME;
-    use crate::device::abi::{IndexDivisor, Mask, Octets, parts};
-    use crate::device::sum_rows::Tree;
+    use crate::device::abi::{Mask, Octets, parts};
+    use crate::device::sum_rows::{BiasGradAddresses, Tiles, Tree};
     use crate::device::{self, Device, KeyAddresses, OCTETS_A_BLOCK, aligned, kernel, launch};
     use crate::dtype::Dtype;
     use crate::error::Error;
-    use crate::ops::sum_rows::TILE_ROWS;
     use crate::ops::{Dropout, Shape};
 
     /// Addresses of a forward call.
@@ -179,7 +158,7 @@ pub mod raw {
         residual: u64,
         y: u64,
     }
-    const _: () = assert!(size_of::<ForwardParams>() == 224);
+    const _: () = assert!(size_of::<ForwardParams>() == 240);
 
     /// y = residual + D(x + bias).
     ///
@@ -225,20 +204,11 @@ pub mod raw {
         Ok(())
     }
 
-    /// Addresses of a bias gradient.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct BiasGrad {
-        /// `shape.cols` f32, written.
-        pub dbias: u64,
-        /// [`workspace_len`](crate::ops::sum_rows::workspace_len) f32, written and read.
-        pub workspace: u64,
-    }
-
     /// dx = D(dy), and the bias gradient.
     ///
     /// # Safety
     /// On `device`, `dy` and `dx` are addresses of `shape.rows * shape.cols` elements of T, aligned
-    /// to T, and those in `bias_grad` and `key` are as [`BiasGrad`] and [`KeyAddresses`] say; all are
+    /// to T, and those in `bias_grad` and `key` are as [`BiasGradAddresses`] and [`KeyAddresses`] say; all are
     /// valid until the kernels have run. No two overlap, but `dx` may be `dy`.
     ///
     /// # Errors
@@ -250,7 +220,7 @@ pub mod raw {
         key: KeyAddresses,
         dy: u64,
         dx: u64,
-        bias_grad: Option<BiasGrad>,
+        bias_grad: Option<BiasGradAddresses>,
     ) -> Result<(), Error> {
         let Some(grad) = bias_grad else {
             // SAFETY: the caller's promise is the one asked for here.
@@ -262,60 +232,28 @@ pub mod raw {
         let draw = dropout.draw(NAME, shape)?;
         let mask = Mask::new(NAME, &draw, key.stream_number, key.row_list)?;
         let tree = Tree::new(shape, grad.dbias, grad.workspace, draw.scale);
-        // SAFETY: the caller's promise; the tree's addresses are those of `grad`.
-        unsafe {
-            sum_tiles::<T, D>(device, &mask, shape, dy, dx, &tree)?;
-            tree.finish(device)
-        }
-    }
-
-    /// Columns of a tile: `TILE_COLS` in `kernels/dropout_add.cu`.
-    const TILE_COLS: usize = 64;
-
-    /// `BiasGradParams` in `kernels/dropout_add.cu`.
-    #[repr(C)]
-    struct BiasGradParams {
-        mask: Mask,
-        dy: u64,
-        dx: u64,
-        sums: u64,
-        rows: u64,
-        cols: u64,
-        tiles_a_row: IndexDivisor,
-        factor: f32,
-    }
-    const _: () = assert!(size_of::<BiasGradParams>() == 224);
-
-    /// dx, and the first level of the sums of kept dy.
-    unsafe fn sum_tiles<T: Dtype, D: Device>(
-        device: &D,
-        mask: &Mask,
-        shape: Shape,
-        dy: u64,
-        dx: u64,
-        tree: &Tree,
-    ) -> Result<(), Error> {
-        let tiles_a_row = shape.cols.div_ceil(TILE_COLS);
-        let blocks = shape.rows.div_ceil(TILE_ROWS).saturating_mul(tiles_a_row);
-        if blocks == 0 {
-            return Ok(());
-        }
+        let (tiles, blocks) = tree.by_tiles();
         let kernel = if aligned(shape.cols, &[dy, dx]) {
             kernel!(NAME, "dropout_add_bias_grad", T)
         } else {
             kernel!(NAME, "dropout_add_bias_grad_any", T)
         };
-        let params = BiasGradParams {
-            mask: *mask,
-            dy,
-            dx,
-            sums: tree.first,
-            rows: shape.rows as u64,
-            cols: shape.cols as u64,
-            tiles_a_row: IndexDivisor::new(tiles_a_row as u32),
-            factor: tree.factor,
-        };
-        // SAFETY: the caller's promise.
-        unsafe { launch(device, kernel, blocks, &params) }
+        // SAFETY: the caller's promise; the tree's addresses are those of `grad`.
+        unsafe {
+            if blocks > 0 {
+                launch(device, kernel, blocks, &BiasGradParams { mask, tiles, dy, dx })?;
+            }
+            tree.finish(device)
+        }
     }
+
+    /// `BiasGradParams` in `kernels/dropout_add.cu`.
+    #[repr(C)]
+    struct BiasGradParams {
+        mask: Mask,
+        tiles: Tiles,
+        dy: u64,
+        dx: u64,
+    }
+    const _: () = assert!(size_of::<BiasGradParams>() == 240);
 }

@@ -258,7 +258,7 @@ pub mod raw {
         norm: RowNorm,
         rows: u32,
     }
-    const _: () = assert!(size_of::<ForwardParams>() == 256);
+    const _: () = assert!(size_of::<ForwardParams>() == 272);
 
     /// `NormBackwardParams` in `kernels/dropout_add_norm.cu`.
     #[derive(Clone, Copy)]
@@ -281,7 +281,7 @@ pub mod raw {
         tiles_a_row: IndexDivisor,
         factor: f32,
     }
-    const _: () = assert!(size_of::<BackwardParams>() == 320);
+    const _: () = assert!(size_of::<BackwardParams>() == 336);
 
     /// s = residual + D(x + bias), y = norm(s).
     ///
@@ -453,8 +453,8 @@ pub mod raw {
             return Ok(());
         }
         let params = BackwardParams {
-            sums: trees.each_ref().map(|tree| tree.as_ref().map_or(0, |tree| tree.first)),
-            factor: trees[0].as_ref().map_or(1.0, |dbias| dbias.factor),
+            sums: trees.each_ref().map(|tree| tree.as_ref().map_or(0, |tree| tree.first().0)),
+            factor: trees[0].as_ref().map_or(1.0, |dbias| dbias.first().1),
             ..params
         };
         let kernel = match aligned(shape.cols, &tensors(&params)) {

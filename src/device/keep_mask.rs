@@ -55,7 +55,7 @@ pub mod raw {
         octets: Octets,
         out: u64,
     }
-    const _: () = assert!(size_of::<Params>() == 200);
+    const _: () = assert!(size_of::<Params>() == 216);
 
     /// Writes the mask as bits.
     ///

@@ -12,6 +12,8 @@ use crate::ops::check_len;
 use std::ffi::c_void;
 
 pub(crate) mod abi;
+
+pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod dropout_add_norm;
@@ -20,6 +22,8 @@ pub mod keep_mask;
 mod rows;
 pub mod softmax_dropout;
 mod sum_rows;
+
+pub use sum_rows::{BiasGrad, BiasGradAddresses};
 
 /// A kernel: its name, and the operator whose file (`kernels/<operator>.cu`) it stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

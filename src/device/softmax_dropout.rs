@@ -227,7 +227,7 @@ pub mod raw {
         queries: Divisor,
         heads: Divisor,
     }
-    const _: () = assert!(size_of::<Params>() == 272);
+    const _: () = assert!(size_of::<Params>() == 288);
 
     /// y = D(softmax(scale * x + mask)).
     ///

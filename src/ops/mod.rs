@@ -1,8 +1,9 @@
 //! What each operator is: its parameters and the checks on them, without a backend.
 
 use crate::error::Error;
-use crate::mask::{Key, OCTET, Place, Probability, RowMap};
+use crate::mask::{Groups, Key, OCTET, Place, Probability, RowMap};
 
+pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod dropout_add_norm;
@@ -83,12 +84,21 @@ pub struct Dropout<'a> {
     pub scaling: Scaling,
     /// Where the local tensor lies in the whole one; by default it is the whole one.
     pub place: Place<'a>,
+    /// Which elements share a decision; by default none do.
+    pub groups: Groups,
 }
 
 impl<'a> Dropout<'a> {
     /// Dropout in training, inverted scaling, on a tensor that is not sharded.
     pub fn new(key: Key, p: Probability) -> Self {
-        Self { key, p, mode: Mode::Training, scaling: Scaling::Inverted, place: Place::WHOLE }
+        Self {
+            key,
+            p,
+            mode: Mode::Training,
+            scaling: Scaling::Inverted,
+            place: Place::WHOLE,
+            groups: Groups::EACH,
+        }
     }
 
     /// The same in another mode.
@@ -106,9 +116,15 @@ impl<'a> Dropout<'a> {
         Self { place, ..self }
     }
 
+    /// The same with decisions that several elements share.
+    pub fn groups(self, groups: Groups) -> Self {
+        Self { groups, ..self }
+    }
+
     /// Checks the place against `shape`, and resolves mode and scaling.
     pub(crate) fn draw(&self, operator: &'static str, shape: Shape) -> Result<Draw<'a>, Error> {
         self.place.check(operator, shape.rows, shape.cols)?;
+        self.groups.check(operator)?;
         let (p, scale) = match (self.mode, self.scaling) {
             (Mode::Training, Scaling::Inverted) => (self.p, self.p.scale()),
             (Mode::Training, Scaling::Classic) => (self.p, 1.0),
@@ -125,6 +141,7 @@ impl<'a> Dropout<'a> {
             // not, 2^35 itself, belongs to a tensor without columns, which draws nothing.
             first_octet: (self.place.first_col / OCTET as u64) as u32,
             rows: self.place.rows,
+            groups: self.groups,
         })
     }
 }
@@ -140,6 +157,20 @@ pub(crate) struct Draw<'a> {
     /// Octet of local column 0.
     pub first_octet: u32,
     pub rows: RowMap<'a>,
+    pub groups: Groups,
+}
+
+impl Draw<'_> {
+    /// The row whose lanes decide about local row `local`.
+    pub fn row(&self, local: usize) -> u32 {
+        self.rows.logical(local) / self.groups.rows
+    }
+
+    /// The octet whose lanes decide about local octet `local`; all of them are lane 0 where columns are
+    /// together.
+    pub fn octet(&self, local: usize) -> u32 {
+        if self.groups.columns_together { 0 } else { self.first_octet + local as u32 }
+    }
 }
 
 /// Refuses a tensor of another length than the operator's shape asks for.

@@ -87,22 +87,12 @@ impl<L: Lab> DropoutAddCalls for Kernels<L> {
     ) -> Result<(), Error> {
         use device::dropout_add as op;
         let mut dbias = dbias;
-        // What lies in a workspace before a call must not matter.
-        let mut workspace = vec![f32::NAN; fused_dropout::ops::sum_rows::workspace_len(c.shape)];
         self.call(c, &mut |call, d| {
             self.0.optional(dy, c.offset, &mut |dy| {
                 self.0.with(dx, c.offset, &mut |dx| {
-                    self.0.optional_out(dbias.as_deref_mut(), &mut |dbias| {
-                        let mut run = |grad: Option<op::BiasGrad<'_, L::D>>| match dy {
-                            Some(dy) => op::backward(call, d, c.shape, dy, dx, grad),
-                            None => op::backward_in_place(call, d, c.shape, dx, grad),
-                        };
-                        let Some(dbias) = dbias else {
-                            return run(None);
-                        };
-                        self.0.with(&mut workspace, 0, &mut |workspace| {
-                            run(Some(op::BiasGrad { dbias: &mut *dbias, workspace }))
-                        })
+                    self.with_bias_grad(c, dbias.as_deref_mut(), &mut |grad| match dy {
+                        Some(dy) => op::backward(call, d, c.shape, dy, dx, grad),
+                        None => op::backward_in_place(call, d, c.shape, dx, grad),
                     })
                 })
             })

@@ -3,6 +3,7 @@
 
 use super::Call;
 use fused_dropout::device::{self, Device, Readable, Writable};
+use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{Dropout, Error, RowMap};
 
 /// A device to test, and the way of a host tensor to it. `Tensor` starts `offset` elements into
@@ -61,6 +62,25 @@ pub trait Lab: Sized {
 pub struct Kernels<L>(pub L);
 
 impl<L: Lab> Kernels<L> {
+    /// Runs `work` with the bias gradient that `dbias` asks for.
+    pub fn with_bias_grad(
+        &self,
+        c: &Call,
+        dbias: Option<&mut [f32]>,
+        work: &mut dyn FnMut(Option<device::BiasGrad<'_, L::D>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        // What lies in a workspace before a call must not matter.
+        let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
+        self.0.optional_out(dbias, &mut |dbias| {
+            let Some(dbias) = dbias else {
+                return work(None);
+            };
+            self.0.with(&mut workspace, 0, &mut |workspace| {
+                work(Some(device::BiasGrad { dbias: &mut *dbias, workspace }))
+            })
+        })
+    }
+
     /// Runs `work` with the call's key: an explicit row list and, for odd offsets, the stream
     /// number in device memory.
     pub fn call(

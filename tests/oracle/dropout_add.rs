@@ -25,5 +25,5 @@ pub fn dropout_add<T: Dtype>(
 pub fn dbias<T: Dtype>(dropout: &Dropout<'_>, shape: Shape, dy: &[T]) -> Vec<f32> {
     let (scale, _) = scale_and_threshold(dropout);
     let keep = keep_mask(dropout, shape);
-    sum_rows(shape, scale, |i| if keep[i] { dy[i].to_f32() } else { 0.0 })
+    exact_sum_rows(shape, scale, |i| if keep[i] { dy[i].to_f32() } else { 0.0 })
 }

@@ -1,7 +1,7 @@
 //! The norm of `dropout_add_norm` and its gradients in f64, and how far an implementation in f32 may be from
 //! them. Its s is that of `dropout_add`, exactly.
 
-use super::norm::{SUBNORMAL, Sums, centred, deviation, levels};
+use super::norm::{SUBNORMAL, centred, deviation, levels};
 use super::*;
 use fused_dropout::{Affine, Norm, NormKind};
 
@@ -21,7 +21,6 @@ pub fn normalised<T: Dtype>(
     s: &[T],
     affine: &Affine<&[T]>,
 ) -> Normalised {
-    let (relative, absolute) = rounding::<T>();
     let (mut y, mut stats) = (Vec::with_capacity(s.len()), Vec::with_capacity(2 * shape.rows));
     for r in 0..shape.rows {
         let row: Vec<f64> = row(shape, s, r);
@@ -36,8 +35,7 @@ pub fn normalised<T: Dtype>(
             let term = (c * rstd * w).abs();
             let error =
                 (w * rstd).abs() * c_error + term * (rstd_error + 2.0 * U) + U * value.abs();
-            let error = error * 1.01 + (value.abs() + error) * relative + absolute + SUBNORMAL;
-            y.push(Bounded { value, error });
+            y.push(stored::<T>(value, error + SUBNORMAL));
         }
     }
     Normalised { y, stats }
@@ -61,7 +59,7 @@ pub struct Backward {
 /// - mean(g xhat): mean(|g| e_xhat) + (L + 3) u mean|g xhat|, two roundings a term, one of the quotient;
 /// - (g - mean(g)) - xhat mean(g xhat): the parts' errors and a rounding for each operation;
 /// - rstd times that: 2u; the sum with ds: u; dx: one product more;
-/// - sums over n rows: their terms' errors, and 64 u for each level of the tree.
+/// - sums over rows: `sum_rows`.
 #[allow(clippy::too_many_arguments)]
 pub fn dropout_add_norm_backward<T: Dtype>(
     dropout: &Dropout<'_>,
@@ -78,19 +76,14 @@ pub fn dropout_add_norm_backward<T: Dtype>(
     let keep = keep_mask(dropout, shape);
     let n = shape.cols as f64;
     let levels = levels(shape.cols) + 3.0;
-    let rounded = |value: f64, error: f64| {
-        let (relative, absolute) = rounding::<T>();
-        let error = error * 1.01 + SUBNORMAL;
-        Bounded { value, error: error + (value.abs() + error) * relative + absolute }
-    };
     let mut out = Backward {
         dresidual: Vec::with_capacity(s.len()),
         dx: Vec::with_capacity(s.len()),
         dbias: vec![],
         dweight: vec![],
-        dnorm_bias: sum_rows(shape, 1.0, |i| dy[i].to_f32()),
+        dnorm_bias: exact_sum_rows(shape, 1.0, |i| dy[i].to_f32()),
     };
-    let (mut dbias, mut dweight) = (Sums::new(shape.cols), Sums::new(shape.cols));
+    let [mut dbias, mut dweight] = [const { Vec::<Bounded>::new() }; 2];
     for r in 0..shape.rows {
         let values = row(shape, s, r);
         let row_c = centred(norm.kind, &values, f64::from(stats[2 * r]));
@@ -118,19 +111,24 @@ pub fn dropout_add_norm_backward<T: Dtype>(
                 + xhat[k].abs() * slope_error;
             let value = rstd * inner + ds.as_ref().map_or(0.0, |ds| ds[k]);
             let error = rstd * inner_error + 2.0 * U * (rstd * inner).abs() + U * value.abs();
-            out.dresidual.push(rounded(value, error));
-            dweight.add(k, dy[k] * xhat[k], dy[k].abs() * (xhat_error[k] + U * xhat[k].abs()));
-            if keep[r * shape.cols + k] {
-                dbias.add(k, value, error);
-                let error = scale * error + U * (scale * value).abs();
-                out.dx.push(rounded(scale * value, error));
-            } else {
+            out.dresidual.push(stored::<T>(value, error + SUBNORMAL));
+            let dweight_error = dy[k].abs() * (xhat_error[k] + U * xhat[k].abs());
+            dweight.push(Bounded { value: dy[k] * xhat[k], error: dweight_error });
+            if !keep[r * shape.cols + k] {
                 out.dx.push(Bounded { value: 0.0, error: 0.0 });
+                dbias.push(Bounded { value: 0.0, error: 0.0 });
+                continue;
             }
+            let (value, error) = (scale * value, scale * error + SUBNORMAL);
+            out.dx.push(stored::<T>(value, error + U * value.abs()));
+            dbias.push(Bounded { value, error });
         }
     }
-    out.dbias = dbias.bounded(shape, scale);
-    out.dweight = dweight.bounded(shape, 1.0);
+    let sums = |terms: &[Bounded]| {
+        let column = |c| sum_rows(terms.iter().skip(c).step_by(shape.cols).copied());
+        (0..shape.cols).map(column).collect()
+    };
+    (out.dbias, out.dweight) = (sums(&dbias), sums(&dweight));
     out
 }
 

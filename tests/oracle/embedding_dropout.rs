@@ -1,6 +1,6 @@
 //! `embedding_dropout`, exactly; with a norm in f64, and how far an implementation in f32 may be from it.
 
-use super::norm::{SUBNORMAL, Sums, centred, deviation, levels};
+use super::norm::{SUBNORMAL, centred, deviation, levels};
 use super::*;
 use fused_dropout::ops::embedding_dropout::{Ids, Lookup, Lookups, Tables};
 use fused_dropout::{Affine, Norm, NormKind};
@@ -218,4 +218,31 @@ fn onto(before: &[f32], sums: Vec<Bounded>) -> Vec<Bounded> {
         Bounded { value, error: sum.error + U * value.abs() * 1.01 }
     };
     sums.into_iter().zip(before).map(add).collect()
+}
+
+/// Sums over rows: of values, of their magnitudes, and of their errors.
+struct Sums(Vec<(f64, f64, f64)>);
+
+impl Sums {
+    fn new(len: usize) -> Self {
+        Self(vec![(0.0, 0.0, 0.0); len])
+    }
+
+    fn add(&mut self, k: usize, value: f64, error: f64) {
+        let (sum, magnitude, errors) = &mut self.0[k];
+        *sum += value;
+        *magnitude += value.abs();
+        *errors += error;
+    }
+
+    /// A term goes through at most 64 additions a level of the tree; one rounding more for the factor.
+    fn bounded(self, shape: Shape, factor: f64) -> Vec<Bounded> {
+        let tree = (shape.rows as f64).log(64.0).ceil().max(1.0);
+        let levels = (64.0 * tree).min(shape.rows as f64) + 1.0;
+        let bound = |(sum, magnitude, errors): (f64, f64, f64)| Bounded {
+            value: factor * sum,
+            error: factor * (errors + levels * U * magnitude) * 1.01 + SUBNORMAL,
+        };
+        self.0.into_iter().map(bound).collect()
+    }
 }

@@ -3,6 +3,7 @@
 //! it is not.
 #![allow(dead_code)] // every test file uses a part
 
+mod bias_act_dropout;
 mod dropout;
 mod dropout_add;
 mod dropout_add_norm;
@@ -10,6 +11,7 @@ mod embedding_dropout;
 mod norm;
 mod softmax_dropout;
 
+pub use bias_act_dropout::{bias_act_dropout, bias_act_dropout_backward};
 pub use dropout::dropout;
 pub use dropout_add::{dbias, dropout_add};
 pub use dropout_add_norm::{dropout_add_norm_backward, normalised};
@@ -63,10 +65,13 @@ pub fn keep_mask(dropout: &Dropout<'_>, shape: Shape) -> Vec<bool> {
     let mut keep = Vec::with_capacity(shape.rows * shape.cols);
     let mut philox = Philox::from_u64_seed_stream(dropout.key.seed, dropout.key.stream);
     for r in 0..shape.rows {
-        let row = logical(&dropout.place.rows, r as u64);
+        let row = logical(&dropout.place.rows, r as u64) / u64::from(dropout.groups.rows);
         let mut drawn = (u64::MAX, [0u32; 4]);
         for c in 0..shape.cols {
-            let col = dropout.place.first_col + c as u64;
+            let col = match dropout.groups.columns_together {
+                true => 0,
+                false => dropout.place.first_col + c as u64,
+            };
             if drawn.0 != col / 8 {
                 let counter = (u128::from(dropout.key.stream) << 64)
                     | (u128::from(row) << 32)
@@ -124,7 +129,28 @@ fn rounding<T: Dtype>() -> (f64, f64) {
 }
 
 /// factor * the sum of `term(element)` over the rows, column by column.
-pub fn sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
+pub fn exact_sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
     let column = |c: usize| (0..shape.rows).map(|r| term(r * shape.cols + c)).collect();
     (0..shape.cols).map(|c| tree(column(c)) * factor).collect()
+}
+
+/// A value that was computed within `error`, as it is stored.
+fn stored<T: Dtype>(value: f64, error: f64) -> Bounded {
+    let (relative, absolute) = rounding::<T>();
+    let error = error * 1.01;
+    Bounded { value, error: error + (value.abs() + error) * relative + absolute }
+}
+
+/// The sum of one column's terms in the order of `ops::sum_rows`: an addition a term and level, each a
+/// rounding of what is below the sum of the absolute values.
+fn sum_rows(terms: impl Iterator<Item = Bounded>) -> Bounded {
+    let (mut value, mut error, mut size, mut count) = (0.0, 0.0, 0.0, 0u32);
+    for term in terms {
+        value += term.value;
+        error += term.error;
+        size += term.value.abs();
+        count += 1;
+    }
+    let levels = f64::from(count.max(2).ilog(64) + 1);
+    Bounded { value, error: 1.01 * error + 64.0 * levels * U * size }
 }

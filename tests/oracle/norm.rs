@@ -1,4 +1,4 @@
-//! Normalisation of a row, and sums over rows, in f64, and how far an implementation in f32 may be from it.
+//! Normalisation of a row in f64, and how far an implementation in f32 may be from it.
 
 use super::*;
 use fused_dropout::{Norm, NormKind};
@@ -58,30 +58,3 @@ pub fn deviation(norm: &Norm, row: &Centred) -> (f64, f64) {
 
 /// What a product that is subnormal in f32 may lack.
 pub const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
-
-/// Sums over rows: of values, of their magnitudes, and of their errors.
-pub struct Sums(Vec<(f64, f64, f64)>);
-
-impl Sums {
-    pub fn new(len: usize) -> Self {
-        Self(vec![(0.0, 0.0, 0.0); len])
-    }
-
-    pub fn add(&mut self, k: usize, value: f64, error: f64) {
-        let (sum, magnitude, errors) = &mut self.0[k];
-        *sum += value;
-        *magnitude += value.abs();
-        *errors += error;
-    }
-
-    /// A term goes through at most 64 additions a level of the tree; one rounding more for the factor.
-    pub fn bounded(self, shape: Shape, factor: f64) -> Vec<Bounded> {
-        let tree = (shape.rows as f64).log(64.0).ceil().max(1.0);
-        let levels = (64.0 * tree).min(shape.rows as f64) + 1.0;
-        let bound = |(sum, magnitude, errors): (f64, f64, f64)| Bounded {
-            value: factor * sum,
-            error: factor * (errors + levels * U * magnitude) * 1.01 + SUBNORMAL,
-        };
-        self.0.into_iter().map(bound).collect()
-    }
-}

@@ -75,13 +75,14 @@ def logical(rowmap, r):
     return n[r]
 
 
-def lines(seed, stream, rowmap, rows, first_col, cols, p):
+def lines(seed, stream, rowmap, rows, first_col, cols, p, group_rows=1, together=False):
     t = threshold(p)
     for r in range(rows):
-        row = logical(rowmap, r)
+        row = logical(rowmap, r) // group_rows
         octets = {}
         line = []
         for col in range(first_col, first_col + cols):
+            col = 0 if together else col
             w = octets.setdefault(col // 8, None) or words(seed, stream, row, col // 8)
             octets[col // 8] = w
             j = col % 8
@@ -102,6 +103,7 @@ HEAD = """\
 #           sha256 of the lines of 0 (dropped) and 1 (kept), a line a row, each ended by a newline
 #           map: contiguous first | blocks first block stride |
 #                attention first heads queries head_stride batch_stride | explicit row...
+# groups    seed stream  p as f64 bits  first_col rows cols  sha256  group rows, columns together (0 or 1)  map...
 # row       line...   (the lines of the mask above it, where they are few)
 """
 
@@ -152,11 +154,23 @@ def main():
         (2026, 11, whole, 257, 0, 1024, 0.1),
         (2026, 11, ("contiguous", 100000), 64, 4096, 1000, 0.1),
     ]
-    for seed, stream, rowmap, rows, first_col, cols, p in masks:
-        drawn = list(lines(seed, stream, rowmap, rows, first_col, cols, p))
+    grouped = [
+        (42, 7, whole, 6, 0, 20, 0.5, 2, False),
+        (42, 7, whole, 6, 0, 20, 0.5, 2, True),
+        (42, 7, whole, 16, 0, 3, 0.5, 1, True),
+        (42, 7, ("contiguous", 3), 5, 8, 20, 0.1, 4, False),
+        (1, 2**40 + 3, ("attention", 7, 2, 3, 100, 1000), 12, 16, 17, 0.2, 50, False),
+        (1, 2**40 + 3, ("explicit", 9, 9, 0, WORD, 17), 5, 0, 17, 0.5, 9, True),
+        (LONG, LONG, ("contiguous", WORD - 7), 8, 2**35 - 40, 40, 0.5, WORD, False),
+        (2026, 11, whole, 1000, 0, 33, 0.3, 10, True),
+        (2026, 11, whole, 257, 0, 1024, 0.1, 128, False),
+    ]
+    for seed, stream, rowmap, rows, first_col, cols, p, *groups in masks + grouped:
+        drawn = list(lines(seed, stream, rowmap, rows, first_col, cols, p, *groups))
         digest = hashlib.sha256("".join(line + "\n" for line in drawn).encode()).hexdigest()
         bits = struct.unpack("<Q", struct.pack("<d", p))[0]
-        print("mask", seed, stream, f"0x{bits:016x}", first_col, rows, cols, digest, *rowmap)
+        place = seed, stream, f"0x{bits:016x}", first_col, rows, cols, digest
+        print("groups" if groups else "mask", *place, *(int(g) for g in groups), *rowmap)
         if rows * cols <= 600:
             print("row", *drawn)
 

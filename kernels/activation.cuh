@@ -1,0 +1,122 @@
+// Activations and their slopes in f32. The formulas, and where they come from, are those of
+// src/cpu/math.rs; the exponential is CUDA's expf, within 2 ulp, so results agree with the CPU's within the
+// bounds of CONTRACT.md, not to the bit.
+
+#pragma once
+
+#include "vector.cuh"
+
+/// `Activation` of src/ops/bias_act_dropout.rs, in its order.
+enum class Activation : unsigned { gelu, gelu_tanh, relu, silu, identity };
+
+/// 1 / x for x >= 1, within 2 ulp, and 0 beyond 2^126. Not __frcp_rn, which adds a branch a value for
+/// numbers that do not come here.
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+
+/// The standard normal distribution.
+struct Normal {
+    float below;    // Phi(x)
+    float density;  // phi(x)
+
+    /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) t P(t), t = 1 / (1 + 0.35 z).
+    __device__ __forceinline__ explicit Normal(float x) {
+        const float z = fabsf(x);
+        const float e = expf(__fmul_rn(__fmul_rn(-0.5f, z), z));
+        const float t = reciprocal(__fmaf_rn(z, 0.35f, 1.0f));
+        float p = -0.02912592f;
+        p = __fmaf_rn(p, t, 0.1438725f);
+        p = __fmaf_rn(p, t, -0.25550508f);
+        p = __fmaf_rn(p, t, 0.15892987f);
+        p = __fmaf_rn(p, t, -0.02293751f);
+        p = __fmaf_rn(p, t, 0.105433084f);
+        p = __fmaf_rn(p, t, 0.1198524f);
+        p = __fmaf_rn(p, t, 0.13985908f);
+        p = __fmaf_rn(p, t, 0.13962157f);
+        const float tail = __fmul_rn(e, __fmul_rn(t, p));
+        below = x < 0.0f ? tail : __fsub_rn(1.0f, tail);
+        density = __fmul_rn(e, 0.3989423f);
+    }
+};
+
+/// The logistic function.
+struct Logistic {
+    float value;  // sigma(x)
+    float rest;   // 1 - sigma(x)
+
+    __device__ __forceinline__ explicit Logistic(float x) {
+        const float e = expf(-fabsf(x));
+        const float large = reciprocal(__fadd_rn(1.0f, e));
+        const float small = __fmul_rn(e, large);
+        value = x < 0.0f ? small : large;
+        rest = x < 0.0f ? large : small;
+    }
+};
+
+/// 2u of the approximate GELU, sqrt(8 / pi) (x + 0.044715 x^3). Beyond 20 on either side sigma(2u) is 0 or
+/// 1 in f32: the limit keeps the cube finite.
+struct TwiceU {
+    float value;
+    float slope;
+
+    __device__ __forceinline__ explicit TwiceU(float x) {
+        const float limited = fminf(fmaxf(x, -20.0f), 20.0f);
+        const float square = __fmul_rn(limited, limited);
+        value = __fmul_rn(limited, __fmaf_rn(square, 0.071354814f, 1.5957692f));
+        slope = __fmaf_rn(square, 0.21406444f, 1.5957692f);
+    }
+};
+
+/// act(x).
+template <Activation activation>
+__device__ __forceinline__ float activate(float x) {
+    switch (activation) {
+        case Activation::gelu: return __fmul_rn(x, Normal(x).below);
+        case Activation::gelu_tanh: return __fmul_rn(x, Logistic(TwiceU(x).value).value);
+        case Activation::relu: return x < 0.0f ? 0.0f : x;  // a NaN stays one
+        case Activation::silu: return __fmul_rn(x, Logistic(x).value);
+        default: return x;
+    }
+}
+
+/// act'(x).
+template <Activation activation>
+__device__ __forceinline__ float slope(float x) {
+    switch (activation) {
+        case Activation::gelu: {
+            const Normal normal(x);
+            return __fmaf_rn(x, normal.density, normal.below);
+        }
+        case Activation::gelu_tanh: {
+            const TwiceU u(x);
+            const Logistic s(u.value);
+            return __fmaf_rn(__fmul_rn(x, __fmul_rn(s.value, s.rest)), u.slope, s.value);
+        }
+        case Activation::relu: return x <= 0.0f ? 0.0f : 1.0f;
+        case Activation::silu: {
+            const Logistic s(x);
+            return __fmaf_rn(__fmul_rn(x, s.value), s.rest, s.value);
+        }
+        default: return 1.0f;
+    }
+}
+
+/// act or act' of eight values.
+template <Activation activation, bool derivative>
+__device__ __forceinline__ void apply(Values& x) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        x.at[j] = derivative ? slope<activation>(x.at[j]) : activate<activation>(x.at[j]);
+    }
+}
+
+/// The same, with one branch for all of them.
+template <bool derivative>
+__device__ __forceinline__ void apply(Activation activation, Values& x) {
+    switch (activation) {
+        case Activation::gelu: return apply<Activation::gelu, derivative>(x);
+        case Activation::gelu_tanh: return apply<Activation::gelu_tanh, derivative>(x);
+        case Activation::relu: return apply<Activation::relu, derivative>(x);
+        case Activation::silu: return apply<Activation::silu, derivative>(x);
+        default: return apply<Activation::identity, derivative>(x);
+    }
+}

@@ -1,0 +1,119 @@
+// The first level of a sum over rows (src/ops/sum_rows.rs): what an operator adds to each column in 64
+// consecutive rows, in order, from +0. sum_rows.cu adds up the levels above.
+
+#pragma once
+
+#include "kernel.cuh"
+
+/// Rows of a tile: the radix of the tree.
+constexpr unsigned TILE_ROWS = 64;
+
+/// Columns of a tile, 8 octets: a tile is two octets a thread, as in the streaming kernels, and a row
+/// of it is whole 32-byte sectors (128 bytes in 16-bit storage).
+constexpr unsigned TILE_COLS = 64;
+constexpr unsigned TILE_OCTETS = TILE_COLS / 8;
+static_assert(TILE_ROWS * TILE_OCTETS == OCTETS_A_BLOCK, "a thread has two octets of a tile");
+
+/// The tensor of a launch, in tiles, and where their sums go.
+struct Tiles {
+    Out<float> sums;  // [tiles of rows, cols]
+    unsigned long long rows;
+    unsigned long long cols;
+    IndexDivisor per_row;  // ceil(cols / 64)
+    float factor;          // of the sums
+};
+static_assert(sizeof(Tiles) == 40, "sum_rows.rs: Tiles");
+
+/// An octet of a tile.
+struct TileOctet {
+    unsigned long long row;
+    unsigned octet;
+    unsigned count;               // elements that exist
+    unsigned long long element;  // index of the first one
+
+    __device__ __forceinline__ TileOctet(const Tiles& tiles, unsigned long long row, unsigned octet)
+        : row(row), octet(octet), count(0), element(row * tiles.cols + 8ull * octet) {
+        const unsigned long long column = 8ull * octet;
+        if (row >= tiles.rows || column >= tiles.cols) return;
+        const unsigned long long left = tiles.cols - column;
+        count = left < 8 ? static_cast<unsigned>(left) : 8;
+    }
+};
+
+template <bool plain>
+__device__ __forceinline__ Lanes lanes_of(const Draws<plain>& draws, const TileOctet& at) {
+    return draws.lanes(draws.logical(static_cast<unsigned>(at.row)), at.octet);
+}
+
+/// Both octets of a thread, which exist and are loaded. Their Philox blocks are of one octet column, and
+/// share three multiplications.
+template <typename Op, bool plain>
+__device__ __forceinline__ void finish_tile(const typename Op::Params& p, const TileOctet& a,
+                                            const typename Op::Loaded& loaded_a, Values& terms_a,
+                                            const TileOctet& b, const typename Op::Loaded& loaded_b,
+                                            Values& terms_b) {
+    const Draws<plain> draws(p.mask);
+    const Lanes lanes_a = lanes_of(draws, a);
+    const Lanes lanes_b = lanes_of(draws, b);
+    terms_a = Op::finish_at(p, a.element, a.count, draws.kept(lanes_a), draws.scale, loaded_a);
+    terms_b = Op::finish_at(p, b.element, b.count, draws.kept(lanes_b), draws.scale, loaded_b);
+}
+
+/// An octet where it exists; +0 otherwise, which changes no sum.
+template <typename Op>
+__device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params& p,
+                                                       const TileOctet& at) {
+    if (at.count == 0) return {};
+    const Draws<false> draws(p.mask);
+    const typename Op::Loaded loaded = Op::load_at(p, at.element, at.octet, at.count);
+    return Op::finish_at(p, at.element, at.count, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
+}
+
+/// A tile of 64 rows and 64 columns a block. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
+/// `load_at(params, element, octet, count)`, and `finish_at(params, element, count, kept, scale, loaded)`,
+/// which stores the octet's result and returns the terms of its columns. They go through shared memory to
+/// the threads that add them up row by row, a column each.
+template <typename Op>
+__device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
+    __shared__ float tile[TILE_ROWS * TILE_COLS];
+
+    const Tiles& tiles = p.tiles;
+    const unsigned tile_row = tiles.per_row.quotient(blockIdx.x);
+    const unsigned tile_col = blockIdx.x - tile_row * tiles.per_row.divisor;
+    const unsigned long long row = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
+    const unsigned octet = tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS;
+    const TileOctet a(tiles, row, octet);
+    const TileOctet b(tiles, row + TILE_ROWS / 2, octet);
+
+    Values terms_a;
+    Values terms_b;
+    if ((tile_row + 1ull) * TILE_ROWS <= tiles.rows && (tile_col + 1ull) * TILE_COLS <= tiles.cols) {
+        const typename Op::Loaded loaded_a = Op::load_at(p, a.element, octet, 8);
+        const typename Op::Loaded loaded_b = Op::load_at(p, b.element, octet, 8);
+        __syncwarp();  // keeps both loads first; the whole block is here
+        if (p.mask.plain) {
+            finish_tile<Op, true>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
+        } else {
+            finish_tile<Op, false>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
+        }
+    } else {
+        terms_a = load_and_finish_tile<Op>(p, a);
+        terms_b = load_and_finish_tile<Op>(p, b);
+    }
+#pragma unroll
+    for (unsigned j = 0; j < 8; ++j) {
+        tile[threadIdx.x * 8 + j] = terms_a.at[j];
+        tile[(threadIdx.x + THREADS) * 8 + j] = terms_b.at[j];
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= TILE_COLS) return;
+    const unsigned long long column = 1ull * tile_col * TILE_COLS + threadIdx.x;
+    if (column >= tiles.cols) return;
+    float sum = 0.0f;
+#pragma unroll 16
+    for (unsigned r = 0; r < TILE_ROWS; ++r) {
+        sum = __fadd_rn(sum, tile[r * TILE_COLS + threadIdx.x]);
+    }
+    tiles.sums.cached(tile_row * tiles.cols + column, __fmul_rn(sum, tiles.factor));
+}

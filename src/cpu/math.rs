@@ -1,0 +1,185 @@
+//! Functions of one f32, without branches, so that loops over them are vectorised. They do the same
+//! operations at every level, so their results are the same bits.
+
+use crate::ops::bias_act_dropout::Activation;
+
+/// e^x for x <= 0 (and up to 88), within 1.5 ulp; a NaN stays one. The same operations at every level.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, whose remainder,
+/// r^8 / 8!, is below 0.1 ulp; the power of two in two factors, so that subnormal results are rounded
+/// once.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the sum's last bits hold.
+    const ROUND: f32 = 12_582_912.0;
+    // ln 2 in two parts; the first has few bits, so its products with n are exact.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Below -104 the result is 0 all the same. Not f32::max, which would lose a NaN.
+    let x = if x < -104.0 { -104.0 } else { x };
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut p = 1.0 / 5040.0;
+    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = r.mul_add(p, c);
+    }
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = n >> 1;
+    p * power_of_two(half) * power_of_two(n - half)
+}
+
+/// 2^n for a normal result.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+/// The standard normal distribution: Φ(x), and the density φ(x).
+///
+/// With z = |x|: φ = e^(-z²/2) / √(2π), and Φ(-z) = e^(-z²/2) t P(t) with t = 1 / (1 + 0.35 z), where P is
+/// the polynomial of degree 8 that is relatively closest to Mills' ratio over t for z up to 13.5, beyond
+/// which both are 0 in f32: 4e-8 with these coefficients. So Φ is right in relative terms on both sides.
+#[inline(always)]
+fn normal(x: f32) -> (f32, f32) {
+    const P: [f32; 9] = [
+        0.139_621_57,
+        0.139_859_08,
+        0.119_852_4,
+        0.105_433_084,
+        -0.022_937_51,
+        0.158_929_87,
+        -0.255_505_08,
+        0.143_872_5,
+        -0.029_125_92,
+    ];
+    let z = x.abs();
+    let e = exp(-0.5 * z * z);
+    let t = 1.0 / z.mul_add(0.35, 1.0);
+    let mut p = P[8];
+    for c in P[..8].iter().rev() {
+        p = p.mul_add(t, *c);
+    }
+    let below = e * (t * p);
+    (if x < 0.0 { below } else { 1.0 - below }, e * 0.398_942_3)
+}
+
+/// The logistic function σ(x) = 1 / (1 + e^-x), and 1 - σ(x), each right in relative terms.
+#[inline(always)]
+fn logistic(x: f32) -> (f32, f32) {
+    let e = exp(-x.abs());
+    let large = 1.0 / (1.0 + e);
+    let small = e * large;
+    if x < 0.0 { (small, large) } else { (large, small) }
+}
+
+/// 2u of the approximate GELU, √(8/π) (x + 0.044715 x³), and its derivative. Beyond 20 on either side σ(2u)
+/// is 0 or 1 in f32: the limit keeps the cube finite.
+#[inline(always)]
+fn twice_u(x: f32) -> (f32, f32) {
+    const LINEAR: f32 = 1.595_769_2;
+    const CUBIC: f32 = 0.071_354_814;
+    let x = if x < -20.0 { -20.0 } else { x };
+    let x = if x > 20.0 { 20.0 } else { x };
+    let square = x * x;
+    (x * square.mul_add(CUBIC, LINEAR), square.mul_add(3.0 * CUBIC, LINEAR))
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    x * normal(x).0
+}
+
+#[inline(always)]
+fn gelu_slope(x: f32) -> f32 {
+    let (below, density) = normal(x);
+    x.mul_add(density, below)
+}
+
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    x * logistic(twice_u(x).0).0
+}
+
+#[inline(always)]
+fn gelu_tanh_slope(x: f32) -> f32 {
+    let (u, du) = twice_u(x);
+    let (s, rest) = logistic(u);
+    (x * (s * rest)).mul_add(du, s)
+}
+
+/// A NaN stays one.
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+/// 0 at 0; 1 for a NaN.
+#[inline(always)]
+fn relu_slope(x: f32) -> f32 {
+    if x <= 0.0 { 0.0 } else { 1.0 }
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x * logistic(x).0
+}
+
+#[inline(always)]
+fn silu_slope(x: f32) -> f32 {
+    let (s, rest) = logistic(x);
+    (x * s).mul_add(rest, s)
+}
+
+/// Replaces each value by `function` of it.
+#[inline(always)]
+fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
+    values.iter_mut().for_each(|value| *value = function(*value));
+}
+
+impl Activation {
+    /// act(x) in place of x.
+    #[inline(always)]
+    pub(super) fn apply(self, x: &mut [f32]) {
+        match self {
+            Self::Gelu => map(x, gelu),
+            Self::GeluTanh => map(x, gelu_tanh),
+            Self::Relu => map(x, relu),
+            Self::Silu => map(x, silu),
+            Self::Identity => {}
+        }
+    }
+
+    /// The derivative act'(x) in place of x.
+    #[inline(always)]
+    pub(super) fn slope(self, x: &mut [f32]) {
+        match self {
+            Self::Gelu => map(x, gelu_slope),
+            Self::GeluTanh => map(x, gelu_tanh_slope),
+            Self::Relu => map(x, relu_slope),
+            Self::Silu => map(x, silu_slope),
+            Self::Identity => x.fill(1.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_its_bound() {
+        let mut worst = 0.0f64;
+        for i in 0..=4_000_000 {
+            let x = -104.5 * (i as f32 / 4_000_000.0);
+            let exact = f64::from(x).exp();
+            // An ulp, from the smallest subnormal up.
+            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / ulp);
+        }
+        assert!(worst <= 1.5, "{worst} ulp");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+}
