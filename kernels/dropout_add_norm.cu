@@ -292,7 +292,7 @@ template <typename T, bool aligned>
 __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     __shared__ Values terms[3][THREADS];
     const unsigned tile_row = p.tiles_a_row.quotient(blockIdx.x);
-    const unsigned tile_col = blockIdx.x - tile_row * p.tiles_a_row.divisor;
+    const unsigned tile_col = p.tiles_a_row.remainder(blockIdx.x, tile_row);
     const unsigned row = tile_row * NORM_TILE_ROWS + threadIdx.x / NORM_TILE_OCTETS;
     const unsigned octet = tile_col * NORM_TILE_OCTETS + threadIdx.x % NORM_TILE_OCTETS;
     const unsigned count = row < p.rows ? below(p.cols, octet) : 0;

@@ -129,7 +129,7 @@ struct EmbeddingParams {
     Out<T> y;
     Out<unsigned> report;
 };
-static_assert(sizeof(EmbeddingParams<float>) == 312, "embedding_dropout.rs: ForwardParams");
+static_assert(sizeof(EmbeddingParams<float>) == 328, "embedding_dropout.rs: ForwardParams");
 
 template <typename T, bool aligned>
 struct EmbeddingDropout {
@@ -196,7 +196,7 @@ struct TableGradParams {
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)
 };
-static_assert(sizeof(TableGradParams<float>) == 320, "embedding_dropout.rs: TableGradParams");
+static_assert(sizeof(TableGradParams<float>) == 336, "embedding_dropout.rs: TableGradParams");
 
 /// The rows of a span that take an entry, a bit each.
 struct Matches {
@@ -333,7 +333,7 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     const unsigned width = 1u << p.log_width;
     const unsigned at_once = THREADS >> p.log_width;
     const unsigned rank = threadIdx.x >> p.log_width;
-    const unsigned block = blockIdx.x - candidate * p.blocks.divisor;
+    const unsigned block = p.blocks.remainder(blockIdx.x, candidate);
     const unsigned octet = (block << p.log_width) + threadIdx.x % width;
     const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
     const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
@@ -424,7 +424,7 @@ struct EmbeddingNormParams {
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
 };
-static_assert(sizeof(EmbeddingNormParams<float>) == 360, "embedding_dropout.rs: NormParams");
+static_assert(sizeof(EmbeddingNormParams<float>) == 376, "embedding_dropout.rs: NormParams");
 
 /// One row, as the team that shares it sees it.
 template <typename T, bool aligned>

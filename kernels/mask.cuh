@@ -28,19 +28,23 @@ struct Divisor {
 
 /// Division by a constant of an index below 2^31: three instructions less.
 struct IndexDivisor {
-    unsigned divisor;
+    unsigned minus_divisor;  // 2^32 - divisor: an IMAD adds, but does not subtract
     unsigned multiplier;
     unsigned shift;
 
     __device__ __forceinline__ unsigned quotient(unsigned n) const {
-        return __umulhi(2 * n, multiplier) >> shift;
+        return __umulhi(n + 1, multiplier) >> shift;
+    }
+
+    __device__ __forceinline__ unsigned remainder(unsigned n, unsigned quotient) const {
+        return n + quotient * minus_divisor;
     }
 };
 
 /// Which logical row a local row is.
 struct Rows {
     In<unsigned> list;  // a logical row a local row; absent for an affine map
-    unsigned first;
+    unsigned first;  // logical row of local row 0; where the map is contiguous, of the launch's row 0
     unsigned head_stride;
     unsigned batch_stride;
     unsigned offset;  // local row of the launch's row 0
@@ -64,14 +68,14 @@ struct Mask {
     unsigned round_keys[20];
     In<unsigned long long> stream_pointer;  // the stream number, where it is in device memory
     unsigned stream[2];                     // the stream number otherwise, low word first
-    unsigned threshold;                     // 0 ..= 65535
-    unsigned random;  // 0: no random numbers are needed (threshold 0: all are kept; 1: all dropped)
+    unsigned high_threshold;                // the threshold, 1 ..= 65535, in the upper half of a word
+    unsigned random;  // 1; where no random numbers are needed, 2 (all are kept) or 0 (all dropped)
     float scale;
     unsigned first_octet;
     Rows rows;
     Divisor group_rows;         // logical rows that share their decisions
     unsigned columns_together;  // 1: lane 0 of octet 0 decides about all columns of a row
-    unsigned contiguous;        // 1: the logical row is rows.first + local row
+    unsigned contiguous;        // 1: the logical row is rows.first + the launch's row
     unsigned plain;  // 1: contiguous, random, no groups, the stream number not in device memory
 };
 
@@ -104,7 +108,7 @@ struct Position {
 
     __device__ __forceinline__ Position(const Octets& octets, Index index) {
         row = octets.per_row.quotient(index.sum());
-        octet = index.sum() - row * octets.per_row.divisor;
+        octet = octets.per_row.remainder(index.sum(), row);
     }
 
     /// Elements of the octet that lie within the row.
@@ -122,13 +126,13 @@ __device__ __forceinline__ unsigned long long element_of(const Octets& octets, I
     return position.row * octets.cols + 8ull * position.octet;
 }
 
-/// A parameter in a register: ptxas would read it from the parameters again at every predicated use.
-/// `%tid.y` is always 0, which the compiler does not know.
+/// A parameter in a register: the compiler would read it from the parameters again at every predicated
+/// use. `threadIdx.y` is always 0, which the compiler does not know; without the empty asm it would
+/// repeat the OR at every use.
 __device__ __forceinline__ float in_register(float value) {
-#ifndef FUSED_DROPOUT_EMULATOR
-    asm("{.reg .b32 zero; mov.u32 zero, %%tid.y; or.b32 %0, %0, zero;}" : "+f"(value));
-#endif
-    return value;
+    unsigned bits = bits_as<unsigned>(value) | threadIdx.y;
+    asm("" : "+r"(bits));
+    return bits_as<float>(bits);
 }
 
 /// Which elements of an octet are kept.
@@ -143,8 +147,8 @@ __device__ __forceinline__ uint2 stream_number(const Mask& mask) {
     return make_uint2(static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
 }
 
-/// Whether each lane of `word` is at least `threshold`, which is not 0; `high_threshold` is the threshold
-/// in the upper half of a word.
+/// Whether each lane of `word` is at least the threshold, which is not 0; `high_threshold` is the
+/// threshold in the upper half of a word.
 ///
 /// Two instructions for sm_90: LEA, whose carry out of (word << 16) + 2^32 - (threshold << 16) says
 /// that the low lane is at least the threshold, and ISETP. Compiled, not timed, the others take three:
@@ -179,20 +183,20 @@ struct Draws {
     __device__ __forceinline__ explicit Draws(const Mask& mask)
         : mask(mask),
           stream(plain ? make_uint2(mask.stream[0], mask.stream[1]) : stream_number(mask)),
-          high_threshold((plain ? mask.threshold : max(mask.threshold, 1u)) << 16),
+          high_threshold(mask.high_threshold),
           scale(in_register(mask.scale)) {}
 
     /// The row whose lanes decide about the launch's row `row`.
     __device__ __forceinline__ unsigned logical(unsigned row) const {
-        if (plain) return mask.rows.first + mask.rows.offset + row;
+        if (plain) return mask.rows.first + row;
         const unsigned logical =
-            mask.contiguous ? mask.rows.first + mask.rows.offset + row : mask.rows.logical(row);
+            mask.contiguous ? mask.rows.first + row : mask.rows.logical(row);
         return mask.group_rows.quotient(logical);
     }
 
     /// The lanes of octet `octet` of the launch, in logical row `row`.
     __device__ __forceinline__ Lanes lanes(unsigned row, unsigned octet) const {
-        if (plain || mask.random) {
+        if (plain || mask.random == 1) {
             const bool together = !plain && mask.columns_together;
             const unsigned column = together ? 0 : mask.first_octet + octet;
             const Lanes lanes =
@@ -201,8 +205,7 @@ struct Draws {
             const unsigned both = (lanes.x & 0xffffu) * 0x10001u;
             return make_uint4(both, both, both, both);
         }
-        // Without random numbers all lanes are alike: dropped, or kept where the threshold is 0.
-        const unsigned all = mask.threshold ? 0u : 0xffffffffu;
+        const unsigned all = mask.random ? 0xffffffffu : 0u;
         return make_uint4(all, all, all, all);
     }
 

@@ -21,7 +21,7 @@ static_assert(sizeof(SumRowsParams) == 48, "sum_rows.rs: Params");
 
 __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     const unsigned group = p.blocks_a_row.quotient(blockIdx.x);
-    const unsigned block = blockIdx.x - group * p.blocks_a_row.divisor;
+    const unsigned block = p.blocks_a_row.remainder(blockIdx.x, group);
     const unsigned long long column = 1ull * block * THREADS + threadIdx.x;
     if (column >= p.cols) return;
     const unsigned long long first = 1ull * group * TILE_ROWS;

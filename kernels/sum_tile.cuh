@@ -79,7 +79,7 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
 
     const Tiles& tiles = p.tiles;
     const unsigned tile_row = tiles.per_row.quotient(blockIdx.x);
-    const unsigned tile_col = blockIdx.x - tile_row * tiles.per_row.divisor;
+    const unsigned tile_col = tiles.per_row.remainder(blockIdx.x, tile_row);
     const unsigned long long row = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
     const unsigned octet = tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS;
     const TileOctet a(tiles, row, octet);

@@ -13,7 +13,8 @@ use fused_dropout::ops::embedding_dropout::{
 use fused_dropout::ops::keep_mask::bits_len;
 use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
-    AttentionMask, Dropout, Dtype, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
+    Affine, AttentionMask, Dropout, Dtype, Key, Mode, Norm, Place, Probability, RowMap, Scaling,
+    Scores, Shape,
 };
 use half::{bf16, f16};
 

@@ -42,12 +42,13 @@ impl Divisor {
     }
 }
 
-/// Division by a constant of an index below 2^31: `(2 n * multiplier) >> 32 >> shift`, which is three
-/// instructions less than [`Divisor`].
+/// Division by a constant of an index below 2^31: `((n + 1) * multiplier) >> 32 >> shift`, which is
+/// three instructions less than [`Divisor`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct IndexDivisor {
-    pub divisor: u32,
+    /// `2^32 - divisor`: the remainder is `n + quotient * minus_divisor`.
+    pub minus_divisor: u32,
     pub multiplier: u32,
     pub shift: u32,
 }
@@ -55,17 +56,24 @@ pub(crate) struct IndexDivisor {
 impl IndexDivisor {
     /// Division by `divisor`, 1 ..= 2^31.
     pub fn new(divisor: u32) -> Self {
-        // m = ceil(2^(31 + s) / d) with s = ceil(log2 d) lies in 2^31 ..= 2^32 - 1, and exceeds the
-        // quotient by less than 1: after n < 2^31 it is off by less than n * d / 2^(31 + s) / d < 1/d.
-        let shift = 32 - (divisor - 1).leading_zeros();
-        let multiplier = (1u64 << (31 + shift)).div_ceil(u64::from(divisor)) as u32;
-        Self { divisor, multiplier, shift }
+        // With k = 32 + shift, 2^shift <= d < 2^(shift + 1), the multiplier m below 2^k / d lies in
+        // 2^31 ..= 2^32 - 1, and e = 2^k - m * d in 1 ..= d. So (n + 1) * m / 2^k is (n + 1) / d less
+        // (n + 1) * e / 2^k / d, which is above 0 and, for n + 1 <= 2^31, at most 1/d: at least n / d and
+        // below (n + 1) / d, between which no integer but the quotient lies.
+        let shift = 31 - divisor.leading_zeros();
+        let multiplier = (((1u64 << (32 + shift)) - 1) / u64::from(divisor)) as u32;
+        Self { minus_divisor: divisor.wrapping_neg(), multiplier, shift }
     }
 
     /// The kernels' arithmetic, for the test that holds it to `/`.
     #[cfg(test)]
     fn quotient(self, n: u32) -> u32 {
-        ((u64::from(2 * n) * u64::from(self.multiplier)) >> 32 >> self.shift) as u32
+        ((u64::from(n + 1) * u64::from(self.multiplier)) >> 32 >> self.shift) as u32
+    }
+
+    #[cfg(test)]
+    fn remainder(self, n: u32) -> u32 {
+        n.wrapping_add(self.quotient(n).wrapping_mul(self.minus_divisor))
     }
 }
 
@@ -131,6 +139,7 @@ fn parts_of(shape: Shape, octets: usize) -> impl Iterator<Item = Part> {
 #[repr(C)]
 pub(crate) struct Rows {
     pub list: u64,
+    /// Logical row of local row 0; where the map is contiguous, of the launch's row 0.
     pub first: u32,
     pub head_stride: u32,
     pub batch_stride: u32,
@@ -150,9 +159,9 @@ pub(crate) struct Mask {
     pub stream_pointer: u64,
     /// Stream number, low word first, where `stream_pointer` is null.
     pub stream: [u32; 2],
-    /// 0 ..= 65535; a lane below it is dropped.
-    pub threshold: u32,
-    /// 0: no random numbers are needed (threshold 0: all are kept; 1: all are dropped).
+    /// The threshold, 1 ..= 65535, in the upper half of a word: a lane below it is dropped.
+    pub high_threshold: u32,
+    /// 1; where no random numbers are needed, 2 (all are kept) or 0 (all are dropped).
     pub random: u32,
     pub scale: f32,
     /// Octet of the launch's column 0.
@@ -162,7 +171,7 @@ pub(crate) struct Mask {
     pub group_rows: Divisor,
     /// 1: lane 0 of octet 0 decides about all columns of a row.
     pub columns_together: u32,
-    /// 1: the logical row is `rows.first` + local row, and no thread divides.
+    /// 1: the logical row is `rows.first` + the launch's row, and no thread divides.
     pub contiguous: u32,
     /// 1: contiguous, random, not in groups, and the stream number not in device memory. The usual case, for which
     /// the streaming kernels have a path of their own.
@@ -186,9 +195,9 @@ impl Mask {
             ));
         }
         let (first, heads, queries, head_stride, batch_stride) = draw.rows.coefficients();
-        // 0 and 65536 need no random numbers; 65536 is one more than a 16-bit compare can express.
+        // 0 and 65536 need no random numbers, and the kernels' compare can express neither.
         let (threshold, random) = match draw.threshold {
-            0 => (0, 0),
+            0 => (1, 2),
             65536 => (1, 0),
             threshold => (threshold, 1),
         };
@@ -197,7 +206,7 @@ impl Mask {
             round_keys: round_keys(draw.key.philox_key()),
             stream_pointer,
             stream: [draw.key.stream as u32, (draw.key.stream >> 32) as u32],
-            threshold,
+            high_threshold: threshold << 16,
             random,
             scale: draw.scale,
             first_octet: draw.first_octet,
@@ -219,9 +228,17 @@ impl Mask {
         })
     }
 
+    /// The mask that keeps everything, as it is.
+    pub fn all_kept(self) -> Self {
+        Self { random: 2, scale: 1.0, plain: 0, ..self }
+    }
+
     /// The same mask for a part that starts `rows` rows and `octets` octets further on.
     pub fn advanced(mut self, rows: u32, octets: u32) -> Self {
         self.rows.offset += rows;
+        if self.contiguous != 0 {
+            self.rows.first = self.rows.first.wrapping_add(rows);
+        }
         self.first_octet += octets;
         self
     }
@@ -283,7 +300,12 @@ mod tests {
                 assert_eq!(Divisor::new(d).quotient(n), n / d, "{n} / {d}");
                 if d <= 1 << 31 {
                     let n = n & 0x7fff_ffff;
-                    assert_eq!(IndexDivisor::new(d).quotient(n), n / d, "{n} / {d}");
+                    let index = IndexDivisor::new(d);
+                    assert_eq!(
+                        (index.quotient(n), index.remainder(n)),
+                        (n / d, n % d),
+                        "{n} / {d}"
+                    );
                 }
             }
         }
@@ -296,8 +318,8 @@ mod tests {
             for part in parts_of(Shape::new(rows, cols), octets) {
                 assert!(part.octets.count as usize <= octets);
                 for index in 0..part.octets.count {
-                    let (row, octet) =
-                        (index / part.octets.per_row.divisor, index % part.octets.per_row.divisor);
+                    let per_row = part.octets.per_row;
+                    let (row, octet) = (per_row.quotient(index), per_row.remainder(index));
                     let (r, o) = (part.row + row, part.octet + octet);
                     let element = part.first_element + u64::from(row) * part.octets.cols;
                     assert_eq!(

@@ -284,7 +284,7 @@ pub mod raw {
         y: u64,
         report: u64,
     }
-    const _: () = assert!(size_of::<ForwardParams>() == 312);
+    const _: () = assert!(size_of::<ForwardParams>() == 328);
 
     /// y = D(token + position + segment).
     ///
@@ -423,7 +423,7 @@ pub mod raw {
         norm: RowNorm,
         rows: u32,
     }
-    const _: () = assert!(size_of::<NormParams>() == 360);
+    const _: () = assert!(size_of::<NormParams>() == 376);
 
     /// y = D(norm(token + position + segment)).
     ///
@@ -484,7 +484,7 @@ pub mod raw {
         };
         let forms = forms!(NAME, "embedding_dropout_norm_backward", T);
         // Everything is kept of what is a gradient already.
-        let kept = Mask { threshold: 0, random: 0, scale: 1.0, plain: 0, ..params.mask };
+        let kept = params.mask.all_kept();
         // SAFETY: the caller's promise; the kernels that read the workspace run behind the one that
         // writes it, and read no row that it left out.
         unsafe {
@@ -575,7 +575,7 @@ pub mod raw {
         log_width: u32,
         blocks: IndexDivisor,
     }
-    const _: () = assert!(size_of::<TableGradParams>() == 320);
+    const _: () = assert!(size_of::<TableGradParams>() == 336);
 
     /// Adds D(`dy`), with the mask `mask`, to the gradients of the tables.
     unsafe fn table_gradients<T: Dtype, D: Device>(
