@@ -12,15 +12,15 @@ pub(super) fn widen<T: Dtype>(value: T) -> f32 {
     }
 }
 
-/// The exact values, in memory of their own.
-pub(super) fn widened<T: Dtype>(from: &[T]) -> Vec<f32> {
-    from.iter().map(|&value| widen(value)).collect()
-}
-
 /// The exact values of `from`.
 #[inline(always)]
 pub(super) fn load<T: Dtype>(from: &[T], to: &mut [f32]) {
     from.iter().zip(to).for_each(|(&from, to)| *to = widen(from));
+}
+
+/// The exact values of `from`, on the heap: a parameter that every row takes.
+pub(super) fn widened<T: Dtype>(from: &[T]) -> Vec<f32> {
+    from.iter().map(|&value| widen(value)).collect()
 }
 
 /// The nearest values of the storage type, ties to even.

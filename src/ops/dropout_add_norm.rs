@@ -95,6 +95,7 @@ impl<A> Saved<A> {
         mapped
     }
 
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub(crate) fn as_ref(&self) -> Saved<&A> {
         match self {
             Saved::Sum(s) => Saved::Sum(s),

@@ -1,9 +1,9 @@
 //! The norm of `dropout_add_norm` and its gradients in f64, and how far an implementation in f32 may be from
 //! them. Its s is that of `dropout_add`, exactly.
 
-use super::norm::{SUBNORMAL, centred, deviation, levels};
+use super::norm::{RowGradient, centred, deviation, row_gradient};
 use super::*;
-use fused_dropout::{Affine, Norm, NormKind};
+use fused_dropout::{Affine, Norm};
 
 /// The norm of each row.
 pub struct Normalised {
@@ -53,13 +53,9 @@ pub struct Backward {
 
 /// The gradients at s, where `stats` are the exact mean and rstd of each row, rounded to f32.
 ///
-/// Errors, to first order, with e_c that of c around the saved mean:
-/// - xhat = c rstd: rstd e_c + 2u |xhat|;
-/// - g = dy w: u |g|; mean(g): (L + 3) u mean|g|;
-/// - mean(g xhat): mean(|g| e_xhat) + (L + 3) u mean|g xhat|, two roundings a term, one of the quotient;
-/// - (g - mean(g)) - xhat mean(g xhat): the parts' errors and a rounding for each operation;
-/// - rstd times that: 2u; the sum with ds: u; dx: one product more;
-/// - sums over rows: `sum_rows`.
+/// Errors beside those of `row_gradient`, where g = dy w is one rounding:
+/// - the sum with ds is one more, and the product of dx another;
+/// - dy xhat: one rounding, and |dy| e_xhat; sums over rows: `sum_rows`.
 #[allow(clippy::too_many_arguments)]
 pub fn dropout_add_norm_backward<T: Dtype>(
     dropout: &Dropout<'_>,
@@ -74,8 +70,7 @@ pub fn dropout_add_norm_backward<T: Dtype>(
     let (scale, _) = scale_and_threshold(dropout);
     let scale = f64::from(scale);
     let keep = keep_mask(dropout, shape);
-    let n = shape.cols as f64;
-    let levels = levels(shape.cols) + 3.0;
+    let weight: Vec<f64> = weight.iter().map(|w| f64::from(w.to_f32())).collect();
     let mut out = Backward {
         dresidual: Vec::with_capacity(s.len()),
         dx: Vec::with_capacity(s.len()),
@@ -85,35 +80,17 @@ pub fn dropout_add_norm_backward<T: Dtype>(
     };
     let [mut dbias, mut dweight] = [const { Vec::<Bounded>::new() }; 2];
     for r in 0..shape.rows {
-        let values = row(shape, s, r);
-        let row_c = centred(norm.kind, &values, f64::from(stats[2 * r]));
-        let (rstd, _) = deviation(norm, &row_c);
         let dy = row(shape, dy, r);
-        let ds = ds.map(|ds| row(shape, ds, r));
-        let weight: Vec<f64> = weight.iter().map(|w| f64::from(w.to_f32())).collect();
+        let ds = ds.map_or(vec![0.0; shape.cols], |ds| row(shape, ds, r));
         let g: Vec<f64> = dy.iter().zip(&weight).map(|(dy, w)| dy * w).collect();
-        let xhat: Vec<f64> = row_c.c.iter().map(|c| c * rstd).collect();
-        let xhat_error: Vec<f64> =
-            xhat.iter().zip(&row_c.error).map(|(x, e)| rstd * e + 2.0 * U * x.abs()).collect();
-        let mean = |term: &dyn Fn(usize) -> f64| (0..shape.cols).map(term).sum::<f64>() / n;
-        let (centre, centre_error) = match norm.kind {
-            NormKind::Layer => (mean(&|k| g[k]), levels * U * mean(&|k| g[k].abs())),
-            NormKind::Rms => (0.0, 0.0),
-        };
-        let slope = mean(&|k| g[k] * xhat[k]);
-        let slope_error = mean(&|k| g[k].abs() * (xhat_error[k] + levels * U * xhat[k].abs()));
+        let RowGradient { xhat, ds: dnorm } =
+            row_gradient(norm, &row(shape, s, r), stats[2 * r], &g, 1.0);
         for k in 0..shape.cols {
-            let inner = g[k] - centre - xhat[k] * slope;
-            let inner_error = U
-                * (g[k].abs() + (g[k] - centre).abs() + (xhat[k] * slope).abs() + inner.abs())
-                + centre_error
-                + xhat_error[k] * slope.abs()
-                + xhat[k].abs() * slope_error;
-            let value = rstd * inner + ds.as_ref().map_or(0.0, |ds| ds[k]);
-            let error = rstd * inner_error + 2.0 * U * (rstd * inner).abs() + U * value.abs();
+            let value = dnorm[k].value + ds[k];
+            let error = dnorm[k].error + U * value.abs();
             out.dresidual.push(stored::<T>(value, error + SUBNORMAL));
-            let dweight_error = dy[k].abs() * (xhat_error[k] + U * xhat[k].abs());
-            dweight.push(Bounded { value: dy[k] * xhat[k], error: dweight_error });
+            let dweight_error = dy[k].abs() * (xhat[k].error + U * xhat[k].value.abs());
+            dweight.push(Bounded { value: dy[k] * xhat[k].value, error: dweight_error });
             if !keep[r * shape.cols + k] {
                 out.dx.push(Bounded { value: 0.0, error: 0.0 });
                 dbias.push(Bounded { value: 0.0, error: 0.0 });

@@ -1,9 +1,9 @@
 //! `embedding_dropout`, exactly; with a norm in f64, and how far an implementation in f32 may be from it.
 
-use super::norm::{SUBNORMAL, centred, deviation, levels};
+use super::norm::{RowGradient, centred, deviation, row_gradient};
 use super::*;
 use fused_dropout::ops::embedding_dropout::{Ids, Lookup, Lookups, Tables};
-use fused_dropout::{Affine, Norm, NormKind};
+use fused_dropout::{Affine, Norm};
 
 /// The entry of a table that row r takes.
 fn entry(lookup: &Lookup<&[u32]>, r: usize) -> usize {
@@ -132,11 +132,7 @@ pub struct NormBackward {
 /// The gradients, each on top of `before(elements)`, where `stats` are the exact mean and rstd of each row,
 /// rounded to f32.
 ///
-/// Errors, to first order, with e_c that of c around the saved mean:
-/// - h = D(dy) is one rounding; xhat = c rstd: rstd e_c + 2u |xhat|;
-/// - g = h w: 2u |g|; mean(g): (L + 4) u mean|g|;
-/// - mean(g xhat): mean(|g| e_xhat) + (L + 4) u mean|g xhat|;
-/// - ds = rstd ((g - mean(g)) - xhat mean(g xhat)): the parts' errors and a rounding for each operation;
+/// Errors beside those of `row_gradient`, where g = D(dy) w is two roundings:
 /// - h xhat: two roundings and |h| e_xhat;
 /// - sums over n rows: their terms' errors, and 64 u for each level of the tree; u for the addition to
 ///   what was there.
@@ -153,44 +149,27 @@ pub fn embedding_norm_backward<T: Dtype>(
 ) -> NormBackward {
     let (scale, _) = scale_and_threshold(dropout);
     let keep = keep_mask(dropout, shape);
-    let n = shape.cols as f64;
-    let levels = levels(shape.cols) + 4.0;
     let weight: Vec<f64> = weight.iter().map(|w| f64::from(w.to_f32())).collect();
     let all = [Some(&lookups.token), lookups.position.as_ref(), lookups.segment.as_ref()];
     let mut sums = all.map(|lookup| lookup.map(|lookup| Sums::new(lookup.entries * shape.cols)));
     let mut slopes = Sums::new(shape.cols);
     let h = |i: usize| if keep[i] { dy[i].to_f32() * scale } else { 0.0 };
     for (r, row) in rows(shape, lookups, tables).into_iter().enumerate() {
-        let row = centred(norm.kind, &row, f64::from(stats[2 * r]));
-        let (rstd, _) = deviation(norm, &row);
         let h: Vec<f64> = (0..shape.cols).map(|k| f64::from(h(r * shape.cols + k))).collect();
         let g: Vec<f64> = h.iter().zip(&weight).map(|(h, w)| h * w).collect();
-        let xhat: Vec<f64> = row.c.iter().map(|c| c * rstd).collect();
-        let xhat_error: Vec<f64> =
-            xhat.iter().zip(&row.error).map(|(x, e)| rstd * e + 2.0 * U * x.abs()).collect();
-        let mean = |term: &dyn Fn(usize) -> f64| (0..shape.cols).map(term).sum::<f64>() / n;
-        let (centre, centre_error) = match norm.kind {
-            NormKind::Layer => (mean(&|k| g[k]), levels * U * mean(&|k| g[k].abs())),
-            NormKind::Rms => (0.0, 0.0),
-        };
-        let slope = mean(&|k| g[k] * xhat[k]);
-        let slope_error = mean(&|k| g[k].abs() * (xhat_error[k] + levels * U * xhat[k].abs()));
+        let RowGradient { xhat, ds } = row_gradient(norm, &row, stats[2 * r], &g, 2.0);
         for k in 0..shape.cols {
-            let inner = g[k] - centre - xhat[k] * slope;
-            let magnitude = 2.0 * g[k].abs() + (g[k] - centre).abs() + (xhat[k] * slope).abs();
-            let inner_error = U * (magnitude + inner.abs())
-                + centre_error
-                + xhat_error[k] * slope.abs()
-                + xhat[k].abs() * slope_error;
-            // rstd is a rounded one, and the product is rounded.
-            let error = rstd * inner_error + 2.0 * U * (rstd * inner).abs() + SUBNORMAL;
             for (lookup, sums) in all.iter().zip(&mut sums) {
                 if let (Some(lookup), Some(sums)) = (lookup, sums) {
-                    sums.add(entry(lookup, r) * shape.cols + k, rstd * inner, error);
+                    sums.add(
+                        entry(lookup, r) * shape.cols + k,
+                        ds[k].value,
+                        ds[k].error + SUBNORMAL,
+                    );
                 }
             }
-            let error = h[k].abs() * (xhat_error[k] + U * xhat[k].abs()) + SUBNORMAL;
-            slopes.add(k, h[k] * xhat[k], error);
+            let error = h[k].abs() * (xhat[k].error + U * xhat[k].value.abs()) + SUBNORMAL;
+            slopes.add(k, h[k] * xhat[k].value, error);
         }
     }
     let column = |c: usize| tree((0..shape.rows).map(|r| h(r * shape.cols + c)).collect());
@@ -201,23 +180,14 @@ pub fn embedding_norm_backward<T: Dtype>(
     }
     NormBackward {
         bias,
-        weight: onto(&before(shape.cols), slopes.bounded(shape, 1.0)),
+        weight: slopes.bounded(shape, &before(shape.cols)),
         tables: sums.map(|sums| {
             sums.map(|sums| {
-                let sums = sums.bounded(shape, 1.0);
-                onto(&before(sums.len()), sums)
+                let before = before(sums.0.len());
+                sums.bounded(shape, &before)
             })
         }),
     }
-}
-
-/// A sum on top of `before`: one addition more.
-fn onto(before: &[f32], sums: Vec<Bounded>) -> Vec<Bounded> {
-    let add = |(sum, before): (Bounded, &f32)| {
-        let value = sum.value + f64::from(*before);
-        Bounded { value, error: sum.error + U * value.abs() * 1.01 }
-    };
-    sums.into_iter().zip(before).map(add).collect()
 }
 
 /// Sums over rows: of values, of their magnitudes, and of their errors.
@@ -228,21 +198,22 @@ impl Sums {
         Self(vec![(0.0, 0.0, 0.0); len])
     }
 
-    fn add(&mut self, k: usize, value: f64, error: f64) {
-        let (sum, magnitude, errors) = &mut self.0[k];
+    fn add(&mut self, i: usize, value: f64, error: f64) {
+        let (sum, magnitude, errors) = &mut self.0[i];
         *sum += value;
         *magnitude += value.abs();
         *errors += error;
     }
 
-    /// A term goes through at most 64 additions a level of the tree; one rounding more for the factor.
-    fn bounded(self, shape: Shape, factor: f64) -> Vec<Bounded> {
+    /// On top of `before`. A term goes through at most 64 additions a level of the tree.
+    fn bounded(self, shape: Shape, before: &[f32]) -> Vec<Bounded> {
         let tree = (shape.rows as f64).log(64.0).ceil().max(1.0);
-        let levels = (64.0 * tree).min(shape.rows as f64) + 1.0;
-        let bound = |(sum, magnitude, errors): (f64, f64, f64)| Bounded {
-            value: factor * sum,
-            error: factor * (errors + levels * U * magnitude) * 1.01 + SUBNORMAL,
+        let levels = (64.0 * tree).min(shape.rows as f64);
+        let bound = |((sum, magnitude, errors), before): ((f64, f64, f64), &f32)| {
+            let value = sum + f64::from(*before);
+            let error = errors + levels * U * magnitude + U * value.abs();
+            Bounded { value, error: error * 1.01 + SUBNORMAL }
         };
-        self.0.into_iter().map(bound).collect()
+        self.0.into_iter().zip(before).map(bound).collect()
     }
 }

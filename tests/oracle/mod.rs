@@ -116,6 +116,9 @@ impl Bounded {
     }
 }
 
+/// What a product that is subnormal in f32 may lack.
+const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / 16_777_216.0;
 
@@ -129,9 +132,9 @@ fn rounding<T: Dtype>() -> (f64, f64) {
 }
 
 /// factor * the sum of `term(element)` over the rows, column by column.
-pub fn exact_sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
-    let column = |c: usize| (0..shape.rows).map(|r| term(r * shape.cols + c)).collect();
-    (0..shape.cols).map(|c| tree(column(c)) * factor).collect()
+fn exact_sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec<f32> {
+    let column = |c| tree((0..shape.rows).map(|r| term(r * shape.cols + c)).collect()) * factor;
+    (0..shape.cols).map(column).collect()
 }
 
 /// A value that was computed within `error`, as it is stored.

@@ -56,5 +56,48 @@ pub fn deviation(norm: &Norm, row: &Centred) -> (f64, f64) {
     (1.0 / total.sqrt(), (error / total + U) / 2.0 + 2.0 * U)
 }
 
-/// What a product that is subnormal in f32 may lack.
-pub const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+/// A row's xhat and the gradient at the row, rstd ((g - mean(g)) - xhat mean(g xhat)).
+pub struct RowGradient {
+    pub xhat: Vec<Bounded>,
+    pub ds: Vec<Bounded>,
+}
+
+/// From the gradient `g` of xhat, which took `roundings` roundings, and the mean and rstd that were saved: the
+/// exact ones rounded to f32.
+///
+/// Errors, to first order, with e_c that of c around the saved mean:
+/// - xhat = c rstd: rstd e_c + 2u |xhat|;
+/// - mean(g): (L + roundings + 2) u mean|g|;
+/// - mean(g xhat): mean(|g| e_xhat) + (L + roundings + 2) u mean|g xhat|, for a product and the quotient;
+/// - (g - mean(g)) - xhat mean(g xhat): the parts' errors and a rounding for each operation;
+/// - rstd times that: 2u.
+pub fn row_gradient(norm: &Norm, row: &[f64], mean: f32, g: &[f64], roundings: f64) -> RowGradient {
+    let row = centred(norm.kind, row, f64::from(mean));
+    let (rstd, _) = deviation(norm, &row);
+    let xhat_of = |(c, error): (&f64, &f64)| {
+        let value = c * rstd;
+        Bounded { value, error: rstd * error + 2.0 * U * value.abs() }
+    };
+    let xhat: Vec<Bounded> = row.c.iter().zip(&row.error).map(xhat_of).collect();
+    let levels = levels(g.len()) + roundings + 2.0;
+    let mean = |term: &dyn Fn(usize) -> f64| (0..g.len()).map(term).sum::<f64>() / g.len() as f64;
+    let (centre, centre_error) = match norm.kind {
+        NormKind::Layer => (mean(&|k| g[k]), levels * U * mean(&|k| g[k].abs())),
+        NormKind::Rms => (0.0, 0.0),
+    };
+    let slope = mean(&|k| g[k] * xhat[k].value);
+    let slope_error = mean(&|k| g[k].abs() * (xhat[k].error + levels * U * xhat[k].value.abs()));
+    let ds_of = |(g, xhat): (&f64, &Bounded)| {
+        let inner = g - centre - xhat.value * slope;
+        let magnitude = roundings * g.abs() + (g - centre).abs() + (xhat.value * slope).abs();
+        let error = U * (magnitude + inner.abs())
+            + centre_error
+            + xhat.error * slope.abs()
+            + xhat.value.abs() * slope_error;
+        // rstd is a rounded one, and the product is rounded.
+        let value = rstd * inner;
+        Bounded { value, error: rstd * error + 2.0 * U * value.abs() }
+    };
+    let ds = g.iter().zip(&xhat).map(ds_of).collect();
+    RowGradient { xhat, ds }
+}
