@@ -431,21 +431,20 @@ template <typename T, bool aligned>
 struct EmbeddingRow {
     const EmbeddingNormParams<T>& p;
     const Draws<false> draws;
-    unsigned logical;
-    unsigned local;
+    unsigned row;    // of the launch
+    unsigned local;  // local row
     Entries entries;
-    unsigned long long first;  // index of the row's first element
 
     __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
         : p(p),
           draws(p.mask),
-          logical(draws.logical(row)),
+          row(row),
           local(p.mask.rows.offset + row),
-          entries(p.embeddings.lookups, local),
-          first(local * p.embeddings.cols) {}
+          entries(p.embeddings.lookups, local) {}
 
+    /// Index of an octet's first element.
     __device__ __forceinline__ unsigned long long at(unsigned octet) const {
-        return first + 8ull * octet;
+        return local * p.embeddings.cols + 8ull * octet;
     }
 
     __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
@@ -461,7 +460,7 @@ struct EmbeddingRow {
 
     /// D of an octet.
     __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
-        const Kept keep = draws.kept(draws.lanes(logical, octet));
+        const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
         Values dropped = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -568,31 +567,36 @@ __device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParam
     const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
         return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
     };
-    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
-        NormPair pair = {sum_of(slot, octet, count), h_of(slot, octet, count)};
+    const auto weighed = [&](const Values& s, const Values& h, unsigned octet, unsigned count) {
+        NormPair pair = {s, h};
         const Values weight = row.parameter(p.weight, octet, count);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(pair.g.at[j], weight.at[j]);
+        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(h.at[j], weight.at[j]);
         return pair;
+    };
+    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
+        const Values h = h_of(slot, octet, count);
+        return weighed(sum_of(slot, octet, count), h, octet, count);
     };
     const Standard standard =
         standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
                        p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
     const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
     walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const NormPair pair = pair_of(slot, octet, count);
         const Values h = h_of(slot, octet, count);
-        Values ds;
-        Values slopes;
+        const NormPair pair = weighed(sum_of(slot, octet, count), h, octet, count);
+        Values out;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float xhat = standard.apply(pair.s.at[j]);
-            ds.at[j] = gradient.apply(standard, xhat, pair.g.at[j]);
-            slopes.at[j] = __fmul_rn(h.at[j], xhat);
+            out.at[j] = gradient.apply(standard, standard.apply(pair.s.at[j]), pair.g.at[j]);
         }
-        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(ds));
+        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(out));
         if (!p.slopes.present()) return;
-        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(slopes));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            out.at[j] = __fmul_rn(h.at[j], standard.apply(pair.s.at[j]));
+        }
+        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(out));
     });
 }
 

@@ -2,7 +2,7 @@
 
 use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
     Activation, Affine, AttentionMask, Dropout, Error, Groups, Key, Mode, Norm, Place, Probability,
     RowMap, Scaling, Scores, Shape,
@@ -295,6 +295,37 @@ proptest! {
         };
         let result = cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &dy, gradients);
         judge("embedding_dropout", result, &[token, position].concat())?;
+    }
+
+    #[test]
+    fn embedding_dropout_with_a_norm(
+        d in dropouts(),
+        (rows, cols) in (0..20usize, 0..20usize),
+        ids in proptest::collection::vec(0..6u32, 20),
+        lens in proptest::option::of((0..20usize, 0..20usize, 0..40usize, 0..400usize)),
+        epsilon in prop_oneof![Just(0.0f32), Just(1e-5), Just(-1e-5), Just(f32::NAN)],
+        bias in any::<bool>(),
+    ) {
+        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let (weight, gradient, stats, n) = lens.unwrap_or((cols, cols, 2 * rows, rows * cols));
+        let (ids, table, norm) = (&ids[..rows], vec![1.0f32; 5 * cols], Norm::layer(epsilon));
+        let lookups = Lookups::tokens(5, ids);
+        let tables = Tables { token: &table[..], position: None, segment: None };
+        let weight = vec![1.0f32; weight];
+        let affine = Affine { weight: &weight[..], bias: bias.then_some(&weight[..]) };
+        let (mut y, mut out_stats) = (vec![7.0f32; n], vec![7.0f32; stats]);
+        let result = cpu::embedding_dropout::forward_norm(
+            &cpu, &d, &norm, shape, &lookups, &tables, &affine, &mut y, Some(&mut out_stats),
+        );
+        judge("embedding_dropout", result, &[y, out_stats].concat())?;
+        let (dy, stats) = (vec![1.0f32; n], vec![1.0f32; stats]);
+        let (mut token, mut of_norm) = (vec![7.0f32; 5 * cols], vec![7.0f32; gradient]);
+        let gradients = Gradients { token: Some(&mut token[..]), ..Gradients::NONE };
+        let norm_gradients = NormGradients { weight: Some(&mut of_norm[..]), bias: None };
+        let result = cpu::embedding_dropout::backward_norm(
+            &cpu, &d, &norm, shape, &lookups, &tables, &weight, &stats, &dy, gradients, norm_gradients,
+        );
+        judge("embedding_dropout", result, &[token, of_norm].concat())?;
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
     Activation, Affine, AttentionMask, Dropout, Key, Norm, NormKind, Probability, Scores, Shape,
 };
@@ -105,6 +105,59 @@ fn embedding_dropout() {
     cpu::embedding_dropout::backward(&cpu, &drop(), shape, &lookups(), &dy, gradients).unwrap();
     gradient.iter_mut().for_each(|gradient| *gradient -= 1.0);
     compare(&|tables| dropped(&embeddings(tables), 11), tables, &weight, &gradient);
+}
+
+#[test]
+fn embedding_dropout_with_a_norm() {
+    // The three tables, then the weight and the bias.
+    let all = &[values(0.0), values(2.0)].concat()[..99];
+    let (weight, shape, cpu) = (values(5.0), Shape::new(6, 11), Cpu::new());
+    let narrowed = narrow(all);
+    let tables = Tables {
+        token: &narrowed[..33],
+        position: Some(&narrowed[33..55]),
+        segment: Some(&narrowed[55..77]),
+    };
+    let affine = Affine { weight: &narrowed[77..88], bias: Some(&narrowed[88..]) };
+    for norm in [Norm::layer(1e-3), Norm::rms(1e-3)] {
+        let (mut y, mut stats) = (vec![0.0; N], vec![0.0; 12]);
+        cpu::embedding_dropout::forward_norm(
+            &cpu,
+            &drop(),
+            &norm,
+            shape,
+            &lookups(),
+            &tables,
+            &affine,
+            &mut y,
+            Some(&mut stats),
+        )
+        .unwrap();
+        let mut gradient = vec![0.0f32; 99];
+        let (token, rest) = gradient.split_at_mut(33);
+        let (position, rest) = rest.split_at_mut(22);
+        let (segment, rest) = rest.split_at_mut(22);
+        let (of_weight, of_bias) = rest.split_at_mut(11);
+        cpu::embedding_dropout::backward_norm(
+            &cpu,
+            &drop(),
+            &norm,
+            shape,
+            &lookups(),
+            &tables,
+            affine.weight,
+            &stats,
+            &narrow(&weight),
+            Gradients { token: Some(token), position: Some(position), segment: Some(segment) },
+            NormGradients { weight: Some(of_weight), bias: Some(of_bias) },
+        )
+        .unwrap();
+        let forward = |all: &[f64]| {
+            let sums = embeddings(&all[..77]);
+            dropped(&normalised(&norm, &sums, &all[77..88], &all[88..]), 11)
+        };
+        compare(&forward, all, &weight, &gradient);
+    }
 }
 
 #[test]

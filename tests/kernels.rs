@@ -7,11 +7,14 @@ use fused_dropout::device::{
     Call, Readable, Writable, dropout, dropout_add, embedding_dropout, keep_mask,
 };
 use fused_dropout::emulator::Emulator;
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables, check_report};
+use fused_dropout::ops::embedding_dropout::{
+    Gradients, Ids, Lookups, NormGradients, Tables, check_report,
+};
 use fused_dropout::ops::keep_mask::bits_len;
 use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
-    AttentionMask, Dropout, Dtype, Key, Mode, Place, Probability, RowMap, Scaling, Scores, Shape,
+    Affine, AttentionMask, Dropout, Dtype, Key, Mode, Norm, Place, Probability, RowMap, Scaling,
+    Scores, Shape,
 };
 use half::{bf16, f16};
 
@@ -393,6 +396,77 @@ fn ids_outside_of_their_table_are_reported() {
         for (got, expected) in gradients.iter().zip(&expected) {
             assert_same(got, expected, "gradient");
         }
+    }
+}
+
+/// The same for the normalised form.
+#[test]
+fn ids_outside_of_their_table_are_reported_with_a_norm() {
+    let (rows, cols) = (70, 24);
+    let shape = Shape::new(rows, cols);
+    let (norm, drop) = (Norm::layer(1e-5), Dropout::new(Key::new(4, 5), Probability::ZERO));
+    let good: Vec<u32> = (0..rows as u32).map(|r| r % 5).collect();
+    let mut bad = good.clone();
+    (bad[66], bad[41]) = (u32::MAX, 5);
+    let numbers = |len, salt| (0..len).map(|i| finite(i, salt)).collect::<Vec<f32>>();
+    let (table, weight) = (numbers(5 * cols, 1), numbers(cols, 2));
+    let tables = Tables { token: &table as _, position: None, segment: None };
+    let affine = Affine { weight: &weight as &dyn Readable<f32, Emulator>, bias: None };
+    let run = |ids: &Vec<u32>, dy: &Vec<f32>| {
+        let gpu = Emulator::new().order(3);
+        let call = Call::on(&gpu);
+        let lookups = Lookups::tokens(5, ids as &dyn Readable<u32, Emulator>);
+        let (mut y, mut stats) = (vec![9f32; rows * cols], vec![9f32; 2 * rows]);
+        let (mut report, mut workspace) = ([u32::MAX], vec![f32::NAN; 2 * rows * cols]);
+        let out = Some(&mut stats as _);
+        embedding_dropout::forward_norm(
+            &call,
+            &drop,
+            &norm,
+            shape,
+            &lookups,
+            &tables,
+            &affine,
+            &mut y,
+            out,
+            &mut report,
+        )
+        .unwrap();
+        let mut gradients = [vec![0f32; 5 * cols], vec![0f32; cols], vec![0f32; cols]];
+        let [token, weight, bias] = &mut gradients;
+        embedding_dropout::backward_norm(
+            &call,
+            &drop,
+            &norm,
+            shape,
+            &lookups,
+            &tables,
+            affine.weight,
+            &stats,
+            dy,
+            Gradients { token: Some(token as _), ..Gradients::NONE },
+            NormGradients { weight: Some(weight as _), bias: Some(bias as _) },
+            &mut workspace,
+        )
+        .unwrap();
+        (y, stats, report[0], gradients)
+    };
+    let dy = numbers(rows * cols, 3);
+    let (y, stats, report, gradients) = run(&bad, &dy);
+    assert_eq!(report, 41);
+    // The same with good ids, and nothing to learn from these rows.
+    let mut quiet = dy.clone();
+    let (mut whole, mut whole_stats, report, _) = run(&good, &dy);
+    assert_eq!(report, u32::MAX);
+    for row in [41, 66] {
+        whole[row * cols..(row + 1) * cols].fill(0.0);
+        quiet[row * cols..(row + 1) * cols].fill(0.0);
+        whole_stats[2 * row..2 * row + 2].fill(0.0);
+    }
+    assert_same(&y, &whole, "y");
+    assert_same(&stats, &whole_stats, "stats");
+    for (got, expected) in gradients.iter().zip(&run(&good, &quiet).3) {
+        assert_same(got, expected, "gradient");
     }
 }
 

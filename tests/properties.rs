@@ -6,7 +6,7 @@
 
 use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
 use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
 use fused_dropout::{
     Activation, Affine, AttentionMask, Dropout, Groups, Key, Norm, Place, Probability, RowMap,
     Scores, Shape,
@@ -84,6 +84,14 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     let tokens = Lookups::tokens(1, &zeros[..]);
     cpu::embedding_dropout::forward(&cpu, &d, shape, &tokens, &table, &mut out).unwrap();
     same("embedding_dropout", &out, 0.0);
+    // The norm of a row of ones is its bias.
+    let affine = Affine { weight: &ones[..77], bias: Some(&ones[..77]) };
+    let norm = Norm::layer(1e-5);
+    cpu::embedding_dropout::forward_norm(
+        &cpu, &d, &norm, shape, &tokens, &table, &affine, &mut out, None,
+    )
+    .unwrap();
+    same("embedding_dropout with a norm", &out, 0.0);
     out.fill(0.0);
     let gradients = Gradients { token: Some(&mut out[..]), ..Gradients::NONE };
     let tokens = Lookups::tokens(30, &own[..]);
@@ -167,15 +175,6 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
     let (d, shape) = (drop(3, 4, 0.2), Shape::new(700, 999));
     let scores = Scores { batch: 7, heads: 10, queries: 10, keys: 999, scale: 0.3 };
     let x: Vec<f32> = (0..700 * 999).map(|i| (i % 1013) as f32 * 0.01 - 5.0).collect();
-    let tokens: Vec<u32> = (0..700).map(|r| r * r % 53).collect();
-    let segments: Vec<u32> = (0..700).map(|r| r / 9 % 2).collect();
-    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
-    let lookups = lookups.segments(2, &segments[..]);
-    let tables = Tables {
-        token: &x[..53 * 999],
-        position: Some(&x[999..91 * 999]),
-        segment: Some(&x[..2 * 999]),
-    };
     let run = |cpu: Cpu, threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
@@ -186,20 +185,9 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
             let causal = AttentionMask::causal(500);
             cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
             let norm = normalised(&cpu, &d, shape, &x);
-            let (mut e, mut token, mut position, mut segment) =
-                (x.clone(), x[..53 * 999].to_vec(), x[..90 * 999].to_vec(), x[..2 * 999].to_vec());
-            cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut e).unwrap();
-            let gradients = Gradients {
-                token: Some(&mut token[..]),
-                position: Some(&mut position[..]),
-                segment: Some(&mut segment[..]),
-            };
-            cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &x, gradients).unwrap();
-            [y, dx, dbias, s, e, token, position, segment, norm]
-                .concat()
-                .into_iter()
-                .map(f32::to_bits)
-                .collect::<Vec<_>>()
+            let embedded = embedded(&cpu, &d, shape, &x);
+            let all = [y, dx, dbias, s, norm, embedded].concat();
+            all.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         })
     };
     let first = run(Cpu::PORTABLE, 1);
@@ -250,6 +238,45 @@ fn normalised(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
     )
     .unwrap();
     [s, y, stats, dresidual, dx, sums].concat()
+}
+
+/// Everything that `embedding_dropout` gives, on tables cut out of `x`.
+fn embedded(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
+    use cpu::embedding_dropout::{backward, backward_norm, forward, forward_norm};
+    let (rows, cols) = (shape.rows as u32, shape.cols);
+    let tokens: Vec<u32> = (0..rows).map(|r| r * r % 53).collect();
+    let segments: Vec<u32> = (0..rows).map(|r| r / 9 % 2).collect();
+    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
+    let lookups = lookups.segments(2, &segments[..]);
+    let tables = Tables {
+        token: &x[..53 * cols],
+        position: Some(&x[cols..91 * cols]),
+        segment: Some(&x[..2 * cols]),
+    };
+    let (norm, weight) = (Norm::layer(1e-5), &x[..cols]);
+    let affine = Affine { weight, bias: None };
+    let (mut y, mut normed, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
+    forward(cpu, d, shape, &lookups, &tables, &mut y).unwrap();
+    let (out, saved) = (&mut normed, Some(&mut stats[..]));
+    forward_norm(cpu, d, &norm, shape, &lookups, &tables, &affine, out, saved).unwrap();
+
+    let mut sums = x[..147 * cols].to_vec();
+    let (token, rest) = sums.split_at_mut(53 * cols);
+    let (position, rest) = rest.split_at_mut(90 * cols);
+    let (segment, rest) = rest.split_at_mut(2 * cols);
+    let (of_weight, of_bias) = rest.split_at_mut(cols);
+    let mut gradients =
+        Gradients { token: Some(token), position: Some(position), segment: Some(segment) };
+    let again = Gradients {
+        token: gradients.token.as_deref_mut(),
+        position: gradients.position.as_deref_mut(),
+        segment: gradients.segment.as_deref_mut(),
+    };
+    backward(cpu, d, shape, &lookups, x, again).unwrap();
+    let of_norm = NormGradients { weight: Some(of_weight), bias: Some(of_bias) };
+    backward_norm(cpu, d, &norm, shape, &lookups, &tables, weight, &stats, x, gradients, of_norm)
+        .unwrap();
+    [y, normed, stats, sums].concat()
 }
 
 #[test]

@@ -373,7 +373,7 @@ impl Rows {
         };
         let positions = || {
             let (entries, ids) = ids(11, 2);
-            (entries, (kind.is_multiple_of(2)).then_some(ids))
+            (entries, kind.is_multiple_of(2).then_some(ids))
         };
         Self {
             tokens: ids([1, 37, 2, 300][kind % 4], 1),
@@ -445,8 +445,9 @@ struct Normed<T> {
 impl<T: Dtype> Normed<T> {
     fn new(call: &Call) -> Self {
         let Shape { rows, cols } = call.shape;
-        let norm = if (rows + cols) % 3 == 0 { Norm::rms(1e-5) } else { Norm::layer(1e-12) };
-        let bias = (rows % 2 == 0).then(|| values::<T>(cols, 17, false));
+        let norm =
+            if (rows + cols).is_multiple_of(3) { Norm::rms(1e-5) } else { Norm::layer(1e-12) };
+        let bias = rows.is_multiple_of(2).then(|| values::<T>(cols, 17, false));
         Self { norm, weight: Guarded::new(&values::<T>(cols, 16, false), call.offset), bias }
     }
 }
