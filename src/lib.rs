@@ -62,6 +62,8 @@ pub mod emulator;
 mod error;
 mod mask;
 pub mod ops;
+#[cfg(feature = "transformer")]
+pub mod transformer;
 
 pub use dtype::{Dtype, DtypeId};
 pub use error::Error;

@@ -1,0 +1,92 @@
+//! Which stream of random numbers each application of dropout takes.
+
+use crate::mask::{Key, Probability};
+use crate::ops::{Dropout, Mode};
+
+/// A place in a layer where a model drops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Site {
+    /// After the sum of the embeddings (layer 0).
+    Embedding = 0,
+    /// Attention probabilities, after the softmax.
+    Attention = 1,
+    /// After attention's output projection, before the residual add.
+    AttentionOutput = 2,
+    /// After the second projection of the feed-forward part, before the residual add.
+    MlpOutput = 3,
+    /// After BERT's pooler, before the classification head (the layer behind the last block).
+    Pooler = 4,
+    /// GPT's sequence summary, before its projection (the layer behind the last block).
+    Summary = 5,
+}
+
+/// Bits of a stream number below the step: layer and site.
+pub const STEP_SHIFT: u32 = 20;
+
+/// Layers that stream numbers tell apart: 0 is the embedding, l + 1 is block l, the next one is the head.
+pub const MAX_LAYERS: usize = 1 << 16;
+
+/// Training steps that stream numbers tell apart.
+pub const MAX_STEPS: u64 = 1 << 44;
+
+/// The stream of `site` in `layer` at `step`: `step · 2^20 + layer · 2^4 + site`.
+///
+/// It depends on nothing else, neither on the number of layers nor on what ran before: a layer that is
+/// computed again draws its mask again.
+pub fn stream(step: u64, layer: usize, site: Site) -> u64 {
+    debug_assert!(step < MAX_STEPS && layer < MAX_LAYERS);
+    (step << STEP_SHIFT) | ((layer as u64) << 4) | site as u64
+}
+
+/// What a pass through a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Training step `step` of the run with this seed: dropout acts.
+    Train {
+        /// The run's seed.
+        seed: u64,
+        /// The number of the step, below [`MAX_STEPS`].
+        step: u64,
+    },
+    /// Nothing is dropped.
+    Evaluate,
+}
+
+impl Pass {
+    /// The application of dropout at `site` of `layer`.
+    pub fn dropout(self, layer: usize, site: Site, p: Probability) -> Dropout<'static> {
+        match self {
+            Pass::Train { seed, step } => {
+                Dropout::new(Key::new(seed, stream(step, layer, site)), p)
+            }
+            Pass::Evaluate => Dropout::new(Key::new(0, 0), p).mode(Mode::Inference),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn every_step_layer_and_site_has_a_stream_of_its_own() {
+        let sites = [
+            Site::Embedding,
+            Site::Attention,
+            Site::AttentionOutput,
+            Site::MlpOutput,
+            Site::Pooler,
+            Site::Summary,
+        ];
+        let mut seen = HashSet::new();
+        for step in [0, 1, 2, MAX_STEPS - 1] {
+            for layer in (0..40).chain([MAX_LAYERS - 1]) {
+                for site in sites {
+                    assert!(seen.insert(stream(step, layer, site)));
+                }
+            }
+        }
+        assert_eq!(stream(3, 2, Site::MlpOutput), (3 << 20) + 35);
+    }
+}
