@@ -1,6 +1,8 @@
 //! Functions of one f32, without branches, so that loops over them are vectorised. They do the same
 //! operations at every level, so their results are the same bits.
 
+use super::dropout::select_of;
+use crate::ops::Draw;
 use crate::ops::bias_act_dropout::Activation;
 
 /// e^x for x <= 0 (and up to 88), within 1.5 ulp; a NaN stays one. The same operations at every level.
@@ -138,15 +140,15 @@ fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
 }
 
 impl Activation {
-    /// act(x) in place of x.
+    /// D(act(x)) in place of x.
     #[inline(always)]
-    pub(super) fn apply(self, x: &mut [f32]) {
+    pub(super) fn select(self, draw: &Draw<'_>, lanes: &[u16], x: &mut [f32]) {
         match self {
-            Self::Gelu => map(x, gelu),
-            Self::GeluTanh => map(x, gelu_tanh),
-            Self::Relu => map(x, relu),
-            Self::Silu => map(x, silu),
-            Self::Identity => {}
+            Self::Gelu => select_of(draw, lanes, x, gelu),
+            Self::GeluTanh => select_of(draw, lanes, x, gelu_tanh),
+            Self::Relu => select_of(draw, lanes, x, relu),
+            Self::Silu => select_of(draw, lanes, x, silu),
+            Self::Identity => select_of(draw, lanes, x, |x| x),
         }
     }
 
