@@ -5,6 +5,7 @@
 
 use super::math::exp;
 use super::reduce::{largest, sum};
+use super::split::Line;
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -142,7 +143,7 @@ impl<T: Dtype> Task<'_, T> {
             // No keys: nothing to normalise over.
             return lse.into_iter().flatten().for_each(|lse| *lse = f32::NEG_INFINITY);
         }
-        let streaming = x.is_some() && split::streaming(self.cpu, y);
+        let streaming = x.and_then(|_| split::streaming(self.cpu, y));
         let row = |scratch: &mut Scratch, row: usize, y: &mut [T]| {
             self.cpu.run(
                 #[inline(always)]
@@ -179,7 +180,7 @@ impl<T: Dtype> Task<'_, T> {
         if cols == 0 {
             return;
         }
-        let streaming = dy.is_some() && split::streaming(self.cpu, dx);
+        let streaming = dy.and_then(|_| split::streaming(self.cpu, dx));
         let row = |scratch: &mut Scratch, (row, dx): (usize, &mut [T])| {
             let elements = row * cols..(row + 1) * cols;
             self.cpu.run(
@@ -253,7 +254,7 @@ impl<T: Dtype> Task<'_, T> {
 
 /// Rounds a row into its output.
 #[inline(always)]
-fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
+fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: Option<Line>) {
     let parts = from.chunks(octets::ELEMENTS).zip(to.chunks_mut(octets::ELEMENTS));
     parts.for_each(|(from, to)| split::emit(from, to, streaming));
 }
