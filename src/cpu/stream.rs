@@ -2,6 +2,7 @@
 //! random lanes, and one way out.
 
 use super::octets::{self, Segment};
+use super::split::Line;
 use super::{Cpu, split, sum_rows};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
@@ -89,7 +90,7 @@ impl<T: Dtype> Stream<'_, T> {
         &self,
         range: Range<usize>,
         out: &mut [T],
-        streaming: bool,
+        streaming: Option<Line>,
         mut each: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
         let base = octets::first_element(self.shape, range.start);
@@ -120,7 +121,7 @@ impl<T: Dtype> Stream<'_, T> {
         );
     }
 
-    fn streaming(&self, out: &[T]) -> bool {
-        !self.in_place && split::streaming(self.cpu, out)
+    fn streaming(&self, out: &[T]) -> Option<Line> {
+        split::streaming(self.cpu, out).filter(|_| !self.in_place)
     }
 }
