@@ -25,13 +25,16 @@ pub enum Activation {
     Relu,
     /// x σ(x), σ the logistic function (the same paper); also named swish.
     Silu,
+    /// tanh x; of BERT's pooler and GPT-2's sequence summary.
+    Tanh,
     /// x.
     Identity,
 }
 
 impl Activation {
     /// Every activation.
-    pub const ALL: [Self; 5] = [Self::Gelu, Self::GeluTanh, Self::Relu, Self::Silu, Self::Identity];
+    pub const ALL: [Self; 6] =
+        [Self::Gelu, Self::GeluTanh, Self::Relu, Self::Silu, Self::Tanh, Self::Identity];
 }
 
 /// Lengths of the tensors of a call, in elements.
