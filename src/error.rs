@@ -37,6 +37,37 @@ pub enum Error {
         /// The driver's name and text for it.
         message: String,
     },
+    /// A model's configuration has a setting that is unknown, missing, or does not fit the others.
+    #[cfg(feature = "transformer")]
+    #[error("setting {name}: expected {expected}, got {given}")]
+    Setting {
+        /// The setting, as the file names it.
+        name: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What was found.
+        given: String,
+    },
+    /// A file of weights lacks a tensor, has one too many, or one of another shape.
+    #[cfg(feature = "transformer")]
+    #[error("tensor {name}: expected {expected}, got {given}")]
+    Tensor {
+        /// The tensor, as the file names it.
+        name: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What was found.
+        given: String,
+    },
+    /// A file cannot be read or written, or is not of its format.
+    #[cfg(feature = "transformer")]
+    #[error("{path}: {reason}")]
+    File {
+        /// The file, or what it was to hold.
+        path: String,
+        /// What the system or the format said.
+        reason: String,
+    },
     /// An emulated kernel did something that no kernel may do (an access outside of its buffers, a
     /// barrier that not all threads reached).
     #[error("emulated kernel {kernel}: {fault}")]
@@ -49,6 +80,34 @@ pub enum Error {
 }
 
 impl Error {
+    /// An [`Error::Setting`].
+    #[cfg(feature = "transformer")]
+    pub(crate) fn setting(
+        name: impl ToString,
+        expected: impl ToString,
+        given: impl ToString,
+    ) -> Self {
+        Error::Setting {
+            name: name.to_string(),
+            expected: expected.to_string(),
+            given: given.to_string(),
+        }
+    }
+
+    /// An [`Error::Tensor`].
+    #[cfg(feature = "transformer")]
+    pub(crate) fn tensor(
+        name: impl ToString,
+        expected: impl ToString,
+        given: impl ToString,
+    ) -> Self {
+        Error::Tensor {
+            name: name.to_string(),
+            expected: expected.to_string(),
+            given: given.to_string(),
+        }
+    }
+
     /// An [`Error::Argument`]; `expected` and `given` in words.
     pub(crate) fn argument(
         operator: &'static str,

@@ -85,6 +85,63 @@ pub struct MatMul {
     pub add: bool,
 }
 
+impl MatMul {
+    /// Checks that the matrices lie within buffers of `lens` = (a, b, c) elements, and that no two elements of c are
+    /// the same: what every backend needs before it writes through bare addresses.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] with the matrix.
+    pub fn check(&self, lens: [usize; 3]) -> Result<(), Error> {
+        let [m, n, k] = self.mnk;
+        let matrices = [("a", self.a, [m, k]), ("b", self.b, [k, n]), ("c", self.c, [m, n])];
+        for ((name, layout, size), len) in matrices.into_iter().zip(lens) {
+            let end = layout.end(size, self.batch);
+            if end.is_none_or(|end| end > len) {
+                let given = format!("{layout:?} of {size:?}, batch {:?}", self.batch);
+                return Err(Error::argument("matmul", name, format!("{len} elements"), given));
+            }
+            if ![layout.row, layout.col].contains(&1) {
+                return Err(Error::argument("matmul", name, "rows or columns without gaps", len));
+            }
+        }
+        if !self.c.distinct([m, n], self.batch) {
+            let given = format!("{:?}", self.c);
+            return Err(Error::argument("matmul", "c", "elements that do not overlap", given));
+        }
+        Ok(())
+    }
+}
+
+impl Layout {
+    /// Strides with the number of steps along each.
+    fn dimensions(&self, [rows, cols]: [usize; 2], batch: [usize; 2]) -> [(usize, usize); 4] {
+        [(self.row, rows), (self.col, cols), (self.batch[0], batch[0]), (self.batch[1], batch[1])]
+    }
+
+    /// One past the last element; `None` where it is no usize.
+    fn end(&self, size: [usize; 2], batch: [usize; 2]) -> Option<usize> {
+        let dimensions = self.dimensions(size, batch);
+        if dimensions.iter().any(|&(_, steps)| steps == 0) {
+            return Some(0);
+        }
+        dimensions.iter().try_fold(self.offset.checked_add(1)?, |end, &(stride, steps)| {
+            stride.checked_mul(steps - 1).and_then(|last| last.checked_add(end))
+        })
+    }
+
+    /// Whether each stride steps over all that the smaller ones reach.
+    fn distinct(&self, size: [usize; 2], batch: [usize; 2]) -> bool {
+        let mut dimensions = self.dimensions(size, batch);
+        dimensions.sort_unstable();
+        let mut reach = 1;
+        dimensions.iter().filter(|&&(_, steps)| steps > 1).all(|&(stride, steps)| {
+            let over = stride >= reach;
+            reach = stride.saturating_mul(steps);
+            over
+        })
+    }
+}
+
 /// The numbers of one AdamW step, in the order in which they lie in a buffer: the learning rate, beta1,
 /// beta2, epsilon, 1 / (1 - beta1^t), 1 / (1 - beta2^t).
 pub const ADAMW_NUMBERS: usize = 6;

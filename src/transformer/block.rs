@@ -1,0 +1,530 @@
+//! A transformer's block, attention and feed-forward part, forward and backward, pre-norm and post-norm.
+//!
+//! Both forms are the same two branches, each closed by one fused operator:
+//!
+//!     s1 = residual + D(attention(a)),  a1 = norm1(s1)
+//!     s2 = residual1 + D(mlp(a1)),      a2 = norm2(s1)
+//!
+//! Pre-norm (GPT): the residuals are the sums s and s1, and norm2 is the norm in front of whatever follows:
+//! the next block's first, or the model's last. Post-norm (BERT): the residuals are a and a1.
+
+use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
+use super::params::{Grads, Id, Init, Params, Specs};
+use super::streams::{Pass, Site};
+use crate::error::Error;
+use crate::mask::{Key, Probability};
+use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+use crate::ops::{Dropout, Shape};
+use crate::{Activation, Affine, AttentionMask, Norm, Scores};
+
+/// y = x · W, with W `[inputs, outputs]` (`input_major`, as in GPT-2) or `[outputs, inputs]`. The bias belongs to
+/// the operator that follows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Linear {
+    pub weight: Id,
+    pub bias: Id,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub input_major: bool,
+}
+
+impl Linear {
+    /// The weight as `[inputs, outputs]`.
+    fn layout(&self) -> Layout {
+        match self.input_major {
+            true => Layout::rows(self.outputs),
+            false => Layout::rows(self.inputs).transposed(),
+        }
+    }
+
+    /// y = x · W.
+    pub fn forward<B: Backend>(
+        &self,
+        backend: &B,
+        rows: usize,
+        params: &Params<B>,
+        x: &Act<B>,
+        y: &mut Act<B>,
+    ) -> Result<(), Error> {
+        let what = MatMul {
+            mnk: [rows, self.outputs, self.inputs],
+            batch: [1, 1],
+            a: Layout::rows(self.inputs),
+            b: self.layout(),
+            c: Layout::rows(self.outputs),
+            add: false,
+        };
+        backend.matmul(&what, x, &params[self.weight], y)
+    }
+
+    /// dW = xᵀ · dy, and dx = dy · Wᵀ or dx += dy · Wᵀ.
+    pub fn backward<B: Backend>(
+        &self,
+        backend: &B,
+        rows: usize,
+        params: &Params<B>,
+        x: &Act<B>,
+        dy: &Act<B>,
+        dx: &mut Act<B>,
+        add: bool,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let gradient = MatMul {
+            mnk: [self.inputs, self.outputs, rows],
+            batch: [1, 1],
+            a: Layout::rows(self.inputs).transposed(),
+            b: Layout::rows(self.outputs),
+            c: self.layout(),
+            add: false,
+        };
+        backend.matmul_f32(&gradient, x, dy, &mut grads[self.weight])?;
+        let through = MatMul {
+            mnk: [rows, self.inputs, self.outputs],
+            batch: [1, 1],
+            a: Layout::rows(self.outputs),
+            b: self.layout().transposed(),
+            c: Layout::rows(self.inputs),
+            add,
+        };
+        backend.matmul(&through, dy, &params[self.weight], dx)
+    }
+}
+
+/// A norm's parameters.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NormIds {
+    pub weight: Id,
+    pub bias: Id,
+}
+
+impl NormIds {
+    pub fn add(specs: &mut Specs, name: &str, width: usize) -> Self {
+        Self {
+            weight: specs.add(format!("{name}.weight"), &[width], Init::Ones),
+            bias: specs.add(format!("{name}.bias"), &[width], Init::Zeros),
+        }
+    }
+
+    pub fn affine<'a, B: Backend>(&self, params: &'a Params<B>) -> Affine<&'a Act<B>> {
+        Affine { weight: &params[self.weight], bias: Some(&params[self.bias]) }
+    }
+}
+
+/// A block of a model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block {
+    /// Its number for the streams, from 1.
+    pub layer: usize,
+    pub pre_norm: bool,
+    pub heads: usize,
+    /// Query, key and value together: `3 · width` outputs.
+    pub qkv: Linear,
+    pub out: Linear,
+    pub norm1: NormIds,
+    pub up: Linear,
+    pub activation: Activation,
+    pub down: Linear,
+    pub norm2: NormIds,
+    pub norm: Norm,
+    pub attention_p: Probability,
+    pub residual_p: Probability,
+}
+
+/// What a batch of sequences is to attention.
+pub(crate) struct Sequences<B: Backend> {
+    pub batch: usize,
+    pub length: usize,
+    pub causal: bool,
+    /// The keys that each row of the scores sees, where sequences are padded at their end.
+    pub lengths: Option<U32<B>>,
+    /// -infinity at padded keys, where they lie elsewhere.
+    pub additive: Option<Act<B>>,
+}
+
+impl<B: Backend> Sequences<B> {
+    pub fn rows(&self) -> usize {
+        self.batch * self.length
+    }
+
+    fn mask(&self) -> AttentionMask<&U32<B>, &Act<B>> {
+        AttentionMask {
+            causal: self.causal.then_some(0),
+            lengths: self.lengths.as_ref(),
+            additive: self.additive.as_ref(),
+        }
+    }
+}
+
+/// What flows from one block to the next: a, which is normed, and the sum s under it with the norm's statistics.
+/// `[rows, width]`, `[rows, 2]`.
+pub(crate) struct Boundary<B: Backend> {
+    pub s: Act<B>,
+    pub a: Act<B>,
+    pub stats: F32<B>,
+}
+
+impl<B: Backend> Boundary<B> {
+    pub fn new(backend: &B, rows: usize, width: usize) -> Result<Self, Error> {
+        Ok(Self {
+            s: backend.zeros(rows * width)?,
+            a: backend.zeros(rows * width)?,
+            stats: backend.zeros(2 * rows)?,
+        })
+    }
+}
+
+/// What the backward pass of a block needs of its forward pass.
+pub(crate) struct Activations<B: Backend> {
+    qkv: Act<B>,
+    /// Before the softmax, and after it and its dropout: `[batch, heads, length, length]`.
+    scores: Act<B>,
+    probs: Act<B>,
+    lse: F32<B>,
+    context: Act<B>,
+    middle: Boundary<B>,
+    /// Before the activation and its bias, and after.
+    up: Act<B>,
+    active: Act<B>,
+}
+
+impl<B: Backend> Activations<B> {
+    pub fn new(backend: &B, block: &Block, batch: usize, length: usize) -> Result<Self, Error> {
+        let rows = batch * length;
+        let (width, score_rows) = (block.out.outputs, rows * block.heads);
+        Ok(Self {
+            qkv: backend.zeros(rows * block.qkv.outputs)?,
+            scores: backend.zeros(score_rows * length)?,
+            probs: backend.zeros(score_rows * length)?,
+            lse: backend.zeros(score_rows)?,
+            context: backend.zeros(rows * width)?,
+            middle: Boundary::new(backend, rows, width)?,
+            up: backend.zeros(rows * block.up.outputs)?,
+            active: backend.zeros(rows * block.up.outputs)?,
+        })
+    }
+}
+
+/// Memory that the passes through all blocks share.
+pub(crate) struct Scratch<B: Backend> {
+    /// A branch before its dropout, `[rows, width]`; in the backward pass its gradient.
+    pub branch: Act<B>,
+    /// Gradients of a and s of the boundary that was reached, `[rows, width]`.
+    pub da: Act<B>,
+    pub ds: Act<B>,
+    /// Where the gradient of a residual is written.
+    pub dresidual: Act<B>,
+    /// Gradients within a block.
+    dup: Act<B>,
+    dqkv: Act<B>,
+    dprobs: Act<B>,
+}
+
+impl<B: Backend> Scratch<B> {
+    pub fn new(backend: &B, block: &Block, batch: usize, length: usize) -> Result<Self, Error> {
+        let rows = batch * length;
+        let wide = || backend.zeros(rows * block.out.outputs);
+        Ok(Self {
+            branch: wide()?,
+            da: wide()?,
+            ds: wide()?,
+            dresidual: wide()?,
+            dup: backend.zeros(rows * block.up.outputs)?,
+            dqkv: backend.zeros(rows * block.qkv.outputs)?,
+            dprobs: backend.zeros(rows * block.heads * length)?,
+        })
+    }
+}
+
+/// A pass over one batch.
+pub(crate) struct Context<'a, B: Backend> {
+    pub backend: &'a B,
+    pub params: &'a Params<B>,
+    pub sequences: &'a Sequences<B>,
+    pub pass: Pass,
+}
+
+/// Nothing is dropped here.
+pub(crate) fn kept() -> Dropout<'static> {
+    Pass::Evaluate.dropout(0, Site::Embedding, Probability::ZERO)
+}
+
+/// Everything is dropped.
+pub(crate) fn dropped() -> Dropout<'static> {
+    Dropout::new(Key::new(0, 0), Probability::ONE)
+}
+
+impl Block {
+    /// a2 and s2 from a and s, and what the backward pass needs.
+    pub fn forward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        input: &Boundary<B>,
+        saved: &mut Activations<B>,
+        scratch: &mut Scratch<B>,
+        output: &mut Boundary<B>,
+    ) -> Result<(), Error> {
+        self.attention(cx, &input.a, saved, &mut scratch.branch)?;
+        let residual = if self.pre_norm { &input.s } else { &input.a };
+        let (site, end) = (Site::AttentionOutput, (self.out.bias, self.norm1));
+        self.close(cx, site, end, &scratch.branch, residual, &mut saved.middle)?;
+        self.mlp(cx, saved, &mut scratch.branch)?;
+        let middle = &saved.middle;
+        let residual = if self.pre_norm { &middle.s } else { &middle.a };
+        let (site, end) = (Site::MlpOutput, (self.down.bias, self.norm2));
+        self.close(cx, site, end, &scratch.branch, residual, output)
+    }
+
+    /// Gradients of the block's parameters, and in `scratch` those of a and s: on entry of a2 and s2, at the end of
+    /// the input. (Post-norm models have no gradient of s.)
+    pub fn backward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        input: &Boundary<B>,
+        saved: &mut Activations<B>,
+        output: &Boundary<B>,
+        scratch: &mut Scratch<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let end = (self.down.bias, self.norm2);
+        self.open(cx, Site::MlpOutput, end, output, scratch, grads)?;
+        self.mlp_backward(cx, saved, scratch, grads)?;
+        let end = (self.out.bias, self.norm1);
+        self.open(cx, Site::AttentionOutput, end, &saved.middle, scratch, grads)?;
+        self.attention_backward(cx, &input.a, saved, scratch, grads)
+    }
+
+    /// s = residual + D(branch + bias), a = norm(s).
+    fn close<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        site: Site,
+        (bias, norm): (Id, NormIds),
+        branch: &Act<B>,
+        residual: &Act<B>,
+        to: &mut Boundary<B>,
+    ) -> Result<(), Error> {
+        cx.backend.dropout_add_norm(
+            &cx.pass.dropout(self.layer, site, self.residual_p),
+            &self.norm,
+            self.shape(cx),
+            &Inputs { x: branch, bias: Some(&cx.params[bias]), residual },
+            &norm.affine(cx.params),
+            Some(&mut to.s),
+            &mut to.a,
+            &mut to.stats,
+        )
+    }
+
+    /// From the gradients of a and s at `from`: that of the branch, and that of its residual, which in a pre-norm
+    /// model is the new gradient of s, in a post-norm one the first part of that of a.
+    fn open<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        site: Site,
+        (bias, norm): (Id, NormIds),
+        from: &Boundary<B>,
+        scratch: &mut Scratch<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let [dbias, dweight, dnorm_bias] = grads.several([bias, norm.weight, norm.bias]);
+        let grads =
+            ParamGrads { dbias: Some(dbias), dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) };
+        cx.backend.dropout_add_norm_backward(
+            &cx.pass.dropout(self.layer, site, self.residual_p),
+            &self.norm,
+            self.shape(cx),
+            &Saved::Sum(&from.s),
+            &cx.params[norm.weight],
+            &from.stats,
+            &scratch.da,
+            self.pre_norm.then_some(&scratch.ds),
+            &mut scratch.dresidual,
+            &mut scratch.branch,
+            grads,
+        )?;
+        let to = if self.pre_norm { &mut scratch.ds } else { &mut scratch.da };
+        std::mem::swap(to, &mut scratch.dresidual);
+        Ok(())
+    }
+
+    /// The feed-forward part up to its last bias: act(a1 · W + b) · W.
+    fn mlp<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        saved: &mut Activations<B>,
+        branch: &mut Act<B>,
+    ) -> Result<(), Error> {
+        let rows = cx.sequences.rows();
+        self.up.forward(cx.backend, rows, cx.params, &saved.middle.a, &mut saved.up)?;
+        cx.backend.bias_act_dropout(
+            &kept(),
+            Shape::new(rows, self.up.outputs),
+            self.activation,
+            &saved.up,
+            &cx.params[self.up.bias],
+            &mut saved.active,
+        )?;
+        self.down.forward(cx.backend, rows, cx.params, &saved.active, branch)
+    }
+
+    fn mlp_backward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        saved: &Activations<B>,
+        scratch: &mut Scratch<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let rows = cx.sequences.rows();
+        let Scratch { branch, da, dup, .. } = scratch;
+        self.down.backward(
+            cx.backend,
+            rows,
+            cx.params,
+            &saved.active,
+            branch,
+            dup,
+            false,
+            grads,
+        )?;
+        cx.backend.bias_act_dropout_backward(
+            &kept(),
+            Shape::new(rows, self.up.outputs),
+            self.activation,
+            &saved.up,
+            &cx.params[self.up.bias],
+            dup,
+            &mut grads[self.up.bias],
+        )?;
+        let add = !self.pre_norm;
+        self.up.backward(cx.backend, rows, cx.params, &saved.middle.a, dup, da, add, grads)
+    }
+
+    /// Attention up to its last bias: D(softmax(q · kᵀ / √d)) · v · W.
+    fn attention<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        a: &Act<B>,
+        saved: &mut Activations<B>,
+        branch: &mut Act<B>,
+    ) -> Result<(), Error> {
+        let rows = cx.sequences.rows();
+        let Activations { qkv, scores, probs, lse, context, .. } = saved;
+        self.qkv.forward(cx.backend, rows, cx.params, a, qkv)?;
+        let wide = Shape::new(rows, self.qkv.outputs);
+        cx.backend.add_bias(wide, qkv, &cx.params[self.qkv.bias])?;
+        let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
+        // q, k and v lie in one buffer; the product reads it twice.
+        cx.backend.matmul(&self.into_square(cx, q, k.transposed()), qkv, qkv, scores)?;
+        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
+        let mask = cx.sequences.mask();
+        cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, lse)?;
+        cx.backend.matmul(&self.from_square(cx, square, v, merged), probs, qkv, context)?;
+        self.out.forward(cx.backend, rows, cx.params, context, branch)
+    }
+
+    /// From the gradient of the branch to that of a.
+    fn attention_backward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        a: &Act<B>,
+        saved: &mut Activations<B>,
+        scratch: &mut Scratch<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let rows = cx.sequences.rows();
+        let Activations { qkv, scores, probs, lse, context, .. } = saved;
+        let Scratch { branch, da, dqkv, dprobs, dresidual, .. } = scratch;
+        let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
+        // dresidual is free until the next norm.
+        let dcontext = dresidual;
+        self.out.backward(cx.backend, rows, cx.params, context, branch, dcontext, false, grads)?;
+        cx.backend.matmul(&self.into_square(cx, merged, v.transposed()), dcontext, qkv, dprobs)?;
+        cx.backend.matmul(
+            &self.from_square(cx, square.transposed(), merged, v),
+            probs,
+            dcontext,
+            dqkv,
+        )?;
+        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
+        let mask = cx.sequences.mask();
+        cx.backend.softmax_dropout_backward(
+            &dropout,
+            &self.scores(cx),
+            &mask,
+            scores,
+            lse,
+            dprobs,
+        )?;
+        let dscores = dprobs;
+        cx.backend.matmul(&self.from_square(cx, square, k, q), dscores, qkv, dqkv)?;
+        cx.backend.matmul(&self.from_square(cx, square.transposed(), q, k), dscores, qkv, dqkv)?;
+        let wide = Shape::new(rows, self.qkv.outputs);
+        cx.backend.bias_grad(wide, dqkv, &mut grads[self.qkv.bias])?;
+        let add = !self.pre_norm;
+        self.qkv.backward(cx.backend, rows, cx.params, a, dqkv, da, add, grads)
+    }
+
+    fn shape<B: Backend>(&self, cx: &Context<'_, B>) -> Shape {
+        Shape::new(cx.sequences.rows(), self.out.outputs)
+    }
+
+    fn head_width(&self) -> usize {
+        self.out.inputs / self.heads
+    }
+
+    fn scores<B: Backend>(&self, cx: &Context<'_, B>) -> Scores {
+        Scores {
+            batch: cx.sequences.batch,
+            heads: self.heads,
+            queries: cx.sequences.length,
+            keys: cx.sequences.length,
+            scale: 1.0 / (self.head_width() as f32).sqrt(),
+        }
+    }
+
+    /// Where each head's matrices lie.
+    fn layouts<B: Backend>(&self, sequences: &Sequences<B>) -> Heads {
+        let (length, width, head) = (sequences.length, self.out.inputs, self.head_width());
+        let part =
+            |row: usize, offset: usize| Layout { offset, row, col: 1, batch: [length * row, head] };
+        let square = length * length;
+        Heads {
+            q: part(3 * width, 0),
+            k: part(3 * width, width),
+            v: part(3 * width, 2 * width),
+            square: Layout { batch: [self.heads * square, square], ..Layout::rows(length) },
+            merged: part(width, 0),
+        }
+    }
+
+    /// Every head's product into its square of scores: the sums run over the head's width.
+    fn into_square<B: Backend>(&self, cx: &Context<'_, B>, a: Layout, b: Layout) -> MatMul {
+        let length = cx.sequences.length;
+        let c = self.layouts(cx.sequences).square;
+        let batch = [cx.sequences.batch, self.heads];
+        MatMul { mnk: [length, length, self.head_width()], batch, a, b, c, add: false }
+    }
+
+    /// Every head's product from its square of scores: the sums run over the square.
+    fn from_square<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        square: Layout,
+        b: Layout,
+        c: Layout,
+    ) -> MatMul {
+        let length = cx.sequences.length;
+        let batch = [cx.sequences.batch, self.heads];
+        MatMul { mnk: [length, self.head_width(), length], batch, a: square, b, c, add: false }
+    }
+}
+
+/// Where the matrices of attention's heads lie: query, key and value, `[length, head width]` of the common buffer;
+/// scores or probabilities, `[length, length]`; and the heads' results beside each other.
+struct Heads {
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    square: Layout,
+    merged: Layout,
+}

@@ -1,0 +1,398 @@
+//! Configurations of models, from Hugging Face's `config.json`.
+
+use super::streams::MAX_LAYERS;
+use crate::error::Error;
+use crate::mask::Probability;
+use crate::ops::bias_act_dropout::Activation;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+/// A GPT-2: pre-norm, causal.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GptConfig {
+    /// Tokens.
+    pub vocab_size: usize,
+    /// Positions, the longest sequence.
+    pub n_positions: usize,
+    /// Width.
+    pub n_embd: usize,
+    /// Blocks.
+    pub n_layer: usize,
+    /// Attention heads.
+    pub n_head: usize,
+    /// Width of the feed-forward part.
+    pub n_inner: usize,
+    /// Activation of the feed-forward part.
+    pub activation_function: Activation,
+    /// Epsilon of the norms.
+    pub layer_norm_epsilon: f32,
+    /// Standard deviation of new weights.
+    pub initializer_range: f32,
+    /// Drop probability after the embeddings.
+    pub embd_pdrop: Probability,
+    /// Drop probability of attention probabilities.
+    pub attn_pdrop: Probability,
+    /// Drop probability of both residual branches.
+    pub resid_pdrop: Probability,
+    /// Drop probability before the projection of the sequence summary.
+    pub summary_first_dropout: Probability,
+    /// Activation of the sequence summary; none where it is the identity.
+    pub summary_activation: Activation,
+    /// Outputs of the sequence summary.
+    pub num_labels: usize,
+}
+
+/// A BERT: post-norm, bidirectional.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BertConfig {
+    /// Tokens.
+    pub vocab_size: usize,
+    /// Positions, the longest sequence.
+    pub max_position_embeddings: usize,
+    /// Segments.
+    pub type_vocab_size: usize,
+    /// Width.
+    pub hidden_size: usize,
+    /// Blocks.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// Width of the feed-forward part.
+    pub intermediate_size: usize,
+    /// Activation of the feed-forward part.
+    pub hidden_act: Activation,
+    /// Epsilon of the norms.
+    pub layer_norm_eps: f32,
+    /// Standard deviation of new weights.
+    pub initializer_range: f32,
+    /// Drop probability after the embeddings and in both residual branches.
+    pub hidden_dropout_prob: Probability,
+    /// Drop probability of attention probabilities.
+    pub attention_probs_dropout_prob: Probability,
+    /// Drop probability between pooler and classification head. `null` in the file: `hidden_dropout_prob`.
+    pub classifier_dropout: Probability,
+    /// Classes.
+    pub num_labels: usize,
+}
+
+impl GptConfig {
+    /// From the text of a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the setting that is unknown, missing, of another type, or does not fit.
+    pub fn from_json(text: &str) -> Result<Self, Error> {
+        let mut file = Settings::parse(text, "gpt2")?;
+        let n_embd = file.required("n_embd")?;
+        let summary_activation = match file.take::<Option<String>>("summary_activation", None)? {
+            Some(name) => activation("summary_activation", &name)?,
+            None => Activation::Identity,
+        };
+        let config = Self {
+            vocab_size: file.required("vocab_size")?,
+            n_positions: file.required("n_positions")?,
+            n_embd,
+            n_layer: file.required("n_layer")?,
+            n_head: file.required("n_head")?,
+            n_inner: file.take::<Option<usize>>("n_inner", None)?.unwrap_or(4 * n_embd),
+            activation_function: file.activation("activation_function", "gelu_new")?,
+            layer_norm_epsilon: file.take("layer_norm_epsilon", 1e-5)?,
+            initializer_range: file.take("initializer_range", 0.02)?,
+            embd_pdrop: file.probability("embd_pdrop", 0.1)?,
+            attn_pdrop: file.probability("attn_pdrop", 0.1)?,
+            resid_pdrop: file.probability("resid_pdrop", 0.1)?,
+            summary_first_dropout: file.probability("summary_first_dropout", 0.1)?,
+            summary_activation,
+            num_labels: file.labels(1)?,
+        };
+        file.only("scale_attn_weights", json!(true))?;
+        file.only("scale_attn_by_inverse_layer_idx", json!(false))?;
+        file.only("summary_type", json!("cls_index"))?;
+        file.only("summary_use_proj", json!(true))?;
+        file.only("summary_proj_to_labels", json!(true))?;
+        // Of no influence on the result in f32.
+        file.ignore(&["reorder_and_upcast_attn", "n_ctx"]);
+        file.finish()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The text of a `config.json`.
+    pub fn to_json(&self) -> String {
+        let labels: Map<String, Value> =
+            (0..self.num_labels).map(|i| (i.to_string(), json!(format!("LABEL_{i}")))).collect();
+        let value = json!({
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.n_positions,
+            "n_embd": self.n_embd,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_inner": self.n_inner,
+            "activation_function": activation_name(self.activation_function),
+            "layer_norm_epsilon": short(self.layer_norm_epsilon),
+            "initializer_range": short(self.initializer_range),
+            "embd_pdrop": self.embd_pdrop.effective(),
+            "attn_pdrop": self.attn_pdrop.effective(),
+            "resid_pdrop": self.resid_pdrop.effective(),
+            "summary_first_dropout": self.summary_first_dropout.effective(),
+            "summary_activation": match self.summary_activation {
+                Activation::Identity => Value::Null,
+                other => json!(activation_name(other)),
+            },
+            "id2label": labels,
+            "tie_word_embeddings": true,
+        });
+        format!("{value:#}\n")
+    }
+
+    /// Whether the sizes fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the one that does not.
+    pub fn check(&self) -> Result<(), Error> {
+        positive("vocab_size", self.vocab_size)?;
+        positive("n_positions", self.n_positions)?;
+        positive("n_inner", self.n_inner)?;
+        positive("num_labels", self.num_labels)?;
+        layers("n_layer", self.n_layer)?;
+        heads("n_embd", self.n_embd, self.n_head)?;
+        epsilon("layer_norm_epsilon", self.layer_norm_epsilon)
+    }
+}
+
+impl BertConfig {
+    /// From the text of a `config.json`.
+    ///
+    /// # Errors
+    /// As [`GptConfig::from_json`].
+    pub fn from_json(text: &str) -> Result<Self, Error> {
+        let mut file = Settings::parse(text, "bert")?;
+        let hidden_dropout_prob = file.probability("hidden_dropout_prob", 0.1)?;
+        let classifier_dropout = match file.take::<Option<f64>>("classifier_dropout", None)? {
+            Some(p) => probability("classifier_dropout", p)?,
+            None => hidden_dropout_prob,
+        };
+        let config = Self {
+            vocab_size: file.required("vocab_size")?,
+            max_position_embeddings: file.required("max_position_embeddings")?,
+            type_vocab_size: file.take("type_vocab_size", 2)?,
+            hidden_size: file.required("hidden_size")?,
+            num_hidden_layers: file.required("num_hidden_layers")?,
+            num_attention_heads: file.required("num_attention_heads")?,
+            intermediate_size: file.required("intermediate_size")?,
+            hidden_act: file.activation("hidden_act", "gelu")?,
+            layer_norm_eps: file.take("layer_norm_eps", 1e-12)?,
+            initializer_range: file.take("initializer_range", 0.02)?,
+            hidden_dropout_prob,
+            attention_probs_dropout_prob: file.probability("attention_probs_dropout_prob", 0.1)?,
+            classifier_dropout,
+            num_labels: file.labels(2)?,
+        };
+        file.only("is_decoder", json!(false))?;
+        file.only("position_embedding_type", json!("absolute"))?;
+        file.ignore(&["gradient_checkpointing"]);
+        file.finish()?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The text of a `config.json`.
+    pub fn to_json(&self) -> String {
+        let labels: Map<String, Value> =
+            (0..self.num_labels).map(|i| (i.to_string(), json!(format!("LABEL_{i}")))).collect();
+        let value = json!({
+            "model_type": "bert",
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "type_vocab_size": self.type_vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size,
+            "hidden_act": activation_name(self.hidden_act),
+            "layer_norm_eps": short(self.layer_norm_eps),
+            "initializer_range": short(self.initializer_range),
+            "hidden_dropout_prob": self.hidden_dropout_prob.effective(),
+            "attention_probs_dropout_prob": self.attention_probs_dropout_prob.effective(),
+            "classifier_dropout": self.classifier_dropout.effective(),
+            "id2label": labels,
+            "tie_word_embeddings": true,
+        });
+        format!("{value:#}\n")
+    }
+
+    /// Whether the sizes fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the one that does not.
+    pub fn check(&self) -> Result<(), Error> {
+        positive("vocab_size", self.vocab_size)?;
+        positive("max_position_embeddings", self.max_position_embeddings)?;
+        positive("type_vocab_size", self.type_vocab_size)?;
+        positive("intermediate_size", self.intermediate_size)?;
+        positive("num_labels", self.num_labels)?;
+        layers("num_hidden_layers", self.num_hidden_layers)?;
+        heads("hidden_size", self.hidden_size, self.num_attention_heads)?;
+        epsilon("layer_norm_eps", self.layer_norm_eps)
+    }
+}
+
+/// The settings of a file that have not been looked at yet.
+struct Settings(Map<String, Value>);
+
+/// Settings that say nothing about the arithmetic of these models.
+const WITHOUT_INFLUENCE: [&str; 24] = [
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
+    "use_return_dict",
+];
+
+impl Settings {
+    fn parse(text: &str, model_type: &str) -> Result<Self, Error> {
+        let map = serde_json::from_str(text).map_err(|error| Error::File {
+            path: "config.json".into(),
+            reason: error.to_string(),
+        })?;
+        let mut settings = Self(map);
+        settings.only("model_type", json!(model_type))?;
+        settings.only("tie_word_embeddings", json!(true))?;
+        settings.only("add_cross_attention", json!(false))?;
+        settings.only("is_encoder_decoder", json!(false))?;
+        Ok(settings)
+    }
+
+    fn required<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Error> {
+        let value = self.0.remove(name).ok_or_else(|| Error::setting(name, "a value", "none"))?;
+        read(name, value)
+    }
+
+    fn take<T: DeserializeOwned>(&mut self, name: &str, default: T) -> Result<T, Error> {
+        self.0.remove(name).map_or(Ok(default), |value| read(name, value))
+    }
+
+    fn probability(&mut self, name: &str, default: f64) -> Result<Probability, Error> {
+        let p = self.take(name, default)?;
+        probability(name, p)
+    }
+
+    fn activation(&mut self, name: &str, default: &str) -> Result<Activation, Error> {
+        let given = self.take(name, default.to_owned())?;
+        activation(name, &given)
+    }
+
+    fn labels(&self, default: usize) -> Result<usize, Error> {
+        let Some(labels) = self.0.get("id2label") else { return Ok(default) };
+        let labels =
+            labels.as_object().ok_or_else(|| Error::setting("id2label", "a map", labels))?;
+        Ok(labels.len())
+    }
+
+    /// A setting that these models have in one form only.
+    fn only(&mut self, name: &str, expected: Value) -> Result<(), Error> {
+        match self.0.remove(name) {
+            Some(given) if given != expected => Err(Error::setting(name, expected, given)),
+            _ => Ok(()),
+        }
+    }
+
+    fn ignore(&mut self, names: &[&str]) {
+        names.iter().for_each(|&name| _ = self.0.remove(name));
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        self.ignore(&WITHOUT_INFLUENCE);
+        match self.0.into_iter().next() {
+            Some((name, given)) => Err(Error::setting(name, "a setting that is known", given)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn read<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, Error> {
+    let given = value.to_string();
+    serde_json::from_value(value).map_err(|error| Error::setting(name, error, given))
+}
+
+fn probability(name: &str, p: f64) -> Result<Probability, Error> {
+    Probability::new(p).map_err(|_| Error::setting(name, "0 <= p <= 1", p))
+}
+
+/// The activations under Hugging Face's names.
+const ACTIVATIONS: [(&str, Activation); 7] = [
+    ("gelu", Activation::Gelu),
+    ("gelu_new", Activation::GeluTanh),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("relu", Activation::Relu),
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("tanh", Activation::Tanh),
+];
+
+fn activation(setting: &str, name: &str) -> Result<Activation, Error> {
+    ACTIVATIONS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|&(_, activation)| activation)
+        .ok_or_else(|| {
+            let known: Vec<_> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
+            Error::setting(setting, format!("one of {}", known.join(", ")), name)
+        })
+}
+
+fn activation_name(activation: Activation) -> &'static str {
+    let found = ACTIVATIONS.iter().find(|(_, known)| *known == activation);
+    found.map_or("linear", |(name, _)| name)
+}
+
+/// The f64 that is written as shortly as the f32.
+fn short(value: f32) -> f64 {
+    value.to_string().parse().expect("a number as Rust writes it")
+}
+
+fn positive(name: &str, value: usize) -> Result<(), Error> {
+    if value > 0 { Ok(()) } else { Err(Error::setting(name, "at least 1", value)) }
+}
+
+fn layers(name: &str, value: usize) -> Result<(), Error> {
+    // Layer 0 is the embedding, the last one the head.
+    let most = MAX_LAYERS - 2;
+    if (1..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::setting(name, format!("1 to {most}"), value))
+}
+
+fn heads(name: &str, width: usize, heads: usize) -> Result<(), Error> {
+    if heads > 0 && width > 0 && width.is_multiple_of(heads) {
+        return Ok(());
+    }
+    Err(Error::setting(name, format!("a multiple of the {heads} heads"), width))
+}
+
+fn epsilon(name: &str, value: f32) -> Result<(), Error> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::setting(name, "a finite number, at least 0", value))
+}

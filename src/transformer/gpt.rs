@@ -1,0 +1,617 @@
+//! GPT-2: pre-norm, causal, output weights tied to the token embeddings; as a language model, and with the
+//! sequence summary and its multiple-choice head beside that (GPT2DoubleHeadsModel).
+//!
+//! Where it drops: after the embeddings (`embd_pdrop`), attention probabilities (`attn_pdrop`), both residual branches
+//! (`resid_pdrop`), and before the summary's projection (`summary_first_dropout`).
+
+use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
+use super::block::{Block, Context, Linear, NormIds, Sequences, dropped, kept};
+use super::config::GptConfig;
+use super::params::{Grads, Id, Init, Params, Specs};
+use super::stack::Stack;
+use super::streams::{Pass, Site};
+use crate::Norm;
+use crate::error::Error;
+use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+use crate::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use crate::ops::{Shape, check_len};
+
+/// A GPT-2: its configuration and the names and shapes of its tensors. Weights and memory are arguments.
+#[derive(Clone, Debug)]
+pub struct Gpt {
+    config: GptConfig,
+    specs: Specs,
+    token: Id,
+    position: Id,
+    first_norm: NormIds,
+    blocks: Vec<Block>,
+    /// The projection of the sequence summary, in a model with two heads.
+    summary: Option<Linear>,
+}
+
+/// A label that stands for none.
+pub const IGNORED: i32 = -100;
+
+/// Sequences of one length on a backend, and what is to be predicted.
+pub struct GptBatch<B: Backend> {
+    ids: U32<B>,
+    /// The token to predict at each position; negative: none.
+    labels: B::Buffer<i32>,
+    /// Positions that have a label.
+    predicted: usize,
+    choice: Option<Choice<B>>,
+}
+
+/// What the multiple-choice head is given.
+struct Choice<B: Backend> {
+    /// The row of each sequence that is summed up.
+    rows: U32<B>,
+    /// The right one of each group of sequences.
+    labels: B::Buffer<i32>,
+    groups: usize,
+}
+
+/// Sequences and labels on the host. `rows = sequences · length`.
+#[derive(Clone, Copy, Debug)]
+pub struct GptInput<'a> {
+    /// `[sequences, length]`.
+    pub ids: &'a [u32],
+    /// The token to predict at each position, negative for none: `[sequences, length]`. [`shifted`] makes
+    /// them of ids.
+    pub labels: &'a [i32],
+    /// For a model with two heads: the token of each sequence that sums it up, `[sequences]`, and the number of the
+    /// right sequence of each group of choices, `[groups]`.
+    pub choice: Option<(&'a [u32], &'a [i32])>,
+}
+
+/// Memory for steps with batches of one shape.
+pub struct GptRun<B: Backend> {
+    batch: usize,
+    length: usize,
+    sequences: Sequences<B>,
+    stack: Stack<B>,
+    /// After the forward pass the logits, `[rows, vocab_size]`; after the loss their gradient.
+    logits: Act<B>,
+    loss: F32<B>,
+    summary: Option<Summary<B>>,
+}
+
+/// Memory of the sequence summary.
+struct Summary<B: Backend> {
+    /// What is summed up, after its dropout: `[sequences, n_embd]`.
+    taken: Act<B>,
+    projected: Act<B>,
+    /// The logits, `[sequences, num_labels]`, then their gradient.
+    logits: Act<B>,
+    loss: F32<B>,
+    /// Gradients: of `taken`, and of all rows.
+    dtaken: Act<B>,
+    drows: F32<B>,
+}
+
+/// Losses of a step, in nats.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GptLoss {
+    /// Mean cross-entropy of the predicted tokens.
+    pub tokens: f32,
+    /// Mean cross-entropy of the choices, in a model with two heads.
+    pub choices: Option<f32>,
+}
+
+impl GptLoss {
+    /// What is minimised: the sum.
+    pub fn total(&self) -> f32 {
+        self.tokens + self.choices.unwrap_or(0.0)
+    }
+}
+
+/// The labels of a language model: each position predicts the next token of its sequence, the last none.
+pub fn shifted(ids: &[u32], length: usize) -> Vec<i32> {
+    let next = |sequence: &[u32]| {
+        let next = sequence[1..].iter().map(|&id| id as i32);
+        next.chain([IGNORED]).collect::<Vec<_>>()
+    };
+    ids.chunks(length.max(1)).flat_map(next).collect()
+}
+
+impl Gpt {
+    /// A language model; with `double_heads` also the sequence summary.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where the configuration's sizes do not fit each other.
+    pub fn new(config: GptConfig, double_heads: bool) -> Result<Self, Error> {
+        config.check()?;
+        let mut specs = Specs::default();
+        let width = config.n_embd;
+        let normal = Init::Normal(config.initializer_range);
+        // The ends of the residual branches start smaller, so that the sum of all of them does not grow with their
+        // number (Radford et al., 2019).
+        let end = Init::Normal(config.initializer_range / (2.0 * config.n_layer as f32).sqrt());
+        let token = specs.add("transformer.wte.weight".into(), &[config.vocab_size, width], normal);
+        specs.alias("lm_head.weight", "transformer.wte.weight");
+        let position =
+            specs.add("transformer.wpe.weight".into(), &[config.n_positions, width], normal);
+        let mut norms = Vec::new();
+        let mut parts = Vec::new();
+        for l in 0..config.n_layer {
+            let name = |part: &str| format!("transformer.h.{l}.{part}");
+            norms.push(NormIds::add(&mut specs, &name("ln_1"), width));
+            let mut linear = |part: &str, inputs, outputs, init| Linear {
+                weight: specs.add(name(&format!("{part}.weight")), &[inputs, outputs], init),
+                bias: specs.add(name(&format!("{part}.bias")), &[outputs], Init::Zeros),
+                inputs,
+                outputs,
+                input_major: true,
+            };
+            let qkv = linear("attn.c_attn", width, 3 * width, normal);
+            let out = linear("attn.c_proj", width, width, end);
+            let up = linear("mlp.c_fc", width, config.n_inner, normal);
+            let down = linear("mlp.c_proj", config.n_inner, width, end);
+            parts.push((qkv, out, NormIds::add(&mut specs, &name("ln_2"), width), up, down));
+        }
+        norms.push(NormIds::add(&mut specs, "transformer.ln_f", width));
+        let summary = double_heads.then(|| Linear {
+            weight: specs.add(
+                "multiple_choice_head.summary.weight".into(),
+                &[config.num_labels, width],
+                normal,
+            ),
+            bias: specs.add(
+                "multiple_choice_head.summary.bias".into(),
+                &[config.num_labels],
+                Init::Zeros,
+            ),
+            inputs: width,
+            outputs: config.num_labels,
+            input_major: false,
+        });
+        let block = |(l, (qkv, out, norm1, up, down))| Block {
+            layer: l + 1,
+            pre_norm: true,
+            heads: config.n_head,
+            qkv,
+            out,
+            norm1,
+            up,
+            activation: config.activation_function,
+            down,
+            norm2: norms[l + 1],
+            norm: Norm::layer(config.layer_norm_epsilon),
+            attention_p: config.attn_pdrop,
+            residual_p: config.resid_pdrop,
+        };
+        let blocks = parts.into_iter().enumerate().map(block).collect();
+        let first_norm = norms[0];
+        Ok(Self { config, specs, token, position, first_norm, blocks, summary })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &GptConfig {
+        &self.config
+    }
+
+    /// The tensors.
+    pub fn specs(&self) -> &Specs {
+        &self.specs
+    }
+
+    /// Memory for `batch` sequences of `length` tokens. With `recompute` the backward pass computes each block again in
+    /// place of keeping its activations (activation checkpointing): less memory, the same bits.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where `length` exceeds the positions; what the backend says.
+    pub fn run<B: Backend>(
+        &self,
+        backend: &B,
+        batch: usize,
+        length: usize,
+        recompute: bool,
+    ) -> Result<GptRun<B>, Error> {
+        check_size("gpt", batch, length, self.config.n_positions)?;
+        let rows = batch * length;
+        let summary = match &self.summary {
+            Some(linear) => Some(Summary {
+                taken: backend.zeros(batch * linear.inputs)?,
+                projected: backend.zeros(batch * linear.outputs)?,
+                logits: backend.zeros(batch * linear.outputs)?,
+                loss: backend.zeros(1)?,
+                dtaken: backend.zeros(batch * linear.inputs)?,
+                drows: backend.zeros(rows * linear.inputs)?,
+            }),
+            None => None,
+        };
+        Ok(GptRun {
+            batch,
+            length,
+            sequences: Sequences { batch, length, causal: true, lengths: None, additive: None },
+            stack: Stack::new(backend, &self.blocks, batch, length, recompute)?,
+            logits: backend.zeros(rows * self.config.vocab_size)?,
+            loss: backend.zeros(1)?,
+            summary,
+        })
+    }
+
+    /// Puts a batch on a backend.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where a length does not fit or a token or label is out of range.
+    pub fn batch<B: Backend>(
+        &self,
+        backend: &B,
+        run: &GptRun<B>,
+        input: &GptInput<'_>,
+    ) -> Result<GptBatch<B>, Error> {
+        let vocab = self.config.vocab_size;
+        check_tokens("gpt", run.batch * run.length, vocab, input.ids, input.labels)?;
+        let choice = match (&self.summary, input.choice) {
+            (Some(linear), Some((tokens, labels))) => {
+                check_len("gpt", "summary tokens", run.batch, tokens.len())?;
+                let outputs = run.batch * linear.outputs;
+                if labels.is_empty() || !outputs.is_multiple_of(labels.len()) {
+                    let expected = format!("a divisor of the {outputs} logits");
+                    return Err(Error::argument("gpt", "choice labels", expected, labels.len()));
+                }
+                check_below("gpt", "choice labels", outputs / labels.len(), labels)?;
+                let row = |(sequence, &token): (usize, &u32)| {
+                    if token as usize >= run.length {
+                        let expected = format!("below {}", run.length);
+                        return Err(Error::argument("gpt", "summary tokens", expected, token));
+                    }
+                    Ok((sequence * run.length) as u32 + token)
+                };
+                let rows: Vec<u32> =
+                    tokens.iter().enumerate().map(row).collect::<Result<_, _>>()?;
+                Some(Choice {
+                    rows: backend.upload(&rows)?,
+                    labels: backend.upload(labels)?,
+                    groups: labels.len(),
+                })
+            }
+            (None, None) => None,
+            (wanted, _) => {
+                let words = |there| if there { "a choice" } else { "none" };
+                let (expected, given) = (words(wanted.is_some()), words(input.choice.is_some()));
+                return Err(Error::argument("gpt", "choice", expected, given));
+            }
+        };
+        Ok(GptBatch {
+            ids: backend.upload(input.ids)?,
+            labels: backend.upload(input.labels)?,
+            predicted: input.labels.iter().filter(|&&label| label >= 0).count(),
+            choice,
+        })
+    }
+
+    /// Replaces the tokens and labels of a batch, in its memory: for a captured graph too.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch); the batch is untouched then.
+    pub fn refill<B: Backend>(
+        &self,
+        backend: &B,
+        run: &GptRun<B>,
+        batch: &mut GptBatch<B>,
+        ids: &[u32],
+        labels: &[i32],
+    ) -> Result<(), Error> {
+        check_tokens("gpt", run.batch * run.length, self.config.vocab_size, ids, labels)?;
+        backend.write(&mut batch.ids, ids)?;
+        backend.write(&mut batch.labels, labels)?;
+        batch.predicted = labels.iter().filter(|&&label| label >= 0).count();
+        Ok(())
+    }
+
+    /// The logits of every position, and of the summary, in the memory of `run`.
+    ///
+    /// # Errors
+    /// What the operators or the backend say.
+    pub fn forward<B: Backend>(
+        &self,
+        backend: &B,
+        params: &Params<B>,
+        run: &mut GptRun<B>,
+        batch: &GptBatch<B>,
+        pass: Pass,
+    ) -> Result<(), Error> {
+        let cx = Context { backend, params, sequences: &run.sequences, pass };
+        self.embed(&cx, &mut run.stack, batch)?;
+        run.stack.forward(&cx, &self.blocks)?;
+        let (a, _) = run.stack.output();
+        backend.matmul(
+            &self.head(run.batch * run.length),
+            a,
+            &params[self.token],
+            &mut run.logits,
+        )?;
+        if let (Some(linear), Some(memory), Some(choice)) =
+            (&self.summary, &mut run.summary, &batch.choice)
+        {
+            self.summarise(&cx, linear, a, choice, memory)?;
+        }
+        Ok(())
+    }
+
+    /// The losses of the last forward pass, whose logits become their gradients.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn loss<B: Backend>(
+        &self,
+        backend: &B,
+        run: &mut GptRun<B>,
+        batch: &GptBatch<B>,
+    ) -> Result<(), Error> {
+        let shape = Shape::new(run.batch * run.length, self.config.vocab_size);
+        let factor = 1.0 / batch.predicted.max(1) as f32;
+        backend.cross_entropy(shape, factor, &batch.labels, &mut run.logits, &mut run.loss)?;
+        if let (Some(linear), Some(memory), Some(choice)) =
+            (&self.summary, &mut run.summary, &batch.choice)
+        {
+            let groups = choice.groups;
+            let shape = Shape::new(groups, run.batch * linear.outputs / groups);
+            let factor = 1.0 / groups as f32;
+            let (labels, logits) = (&choice.labels, &mut memory.logits);
+            backend.cross_entropy(shape, factor, labels, logits, &mut memory.loss)?;
+        }
+        Ok(())
+    }
+
+    /// The gradients of all weights, after [`forward`](Self::forward) and [`loss`](Self::loss) of the same pass.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn backward<B: Backend>(
+        &self,
+        backend: &B,
+        params: &Params<B>,
+        run: &mut GptRun<B>,
+        batch: &GptBatch<B>,
+        pass: Pass,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let cx = Context { backend, params, sequences: &run.sequences, pass };
+        let rows = run.batch * run.length;
+        let (vocab, width) = (self.config.vocab_size, self.config.n_embd);
+        let (a, scratch) = run.stack.output();
+        let table = MatMul {
+            mnk: [vocab, width, rows],
+            batch: [1, 1],
+            a: Layout::rows(vocab).transposed(),
+            b: Layout::rows(width),
+            c: Layout::rows(width),
+            add: false,
+        };
+        backend.matmul_f32(&table, &run.logits, a, &mut grads[self.token])?;
+        let through = MatMul {
+            mnk: [rows, width, vocab],
+            a: Layout::rows(vocab),
+            b: Layout::rows(width),
+            ..table
+        };
+        backend.matmul(&through, &run.logits, &params[self.token], &mut scratch.da)?;
+        // Nothing but the last norm reads the last sum.
+        backend.clear(&mut scratch.ds)?;
+        if let (Some(linear), Some(memory), Some(choice)) =
+            (&self.summary, &mut run.summary, &batch.choice)
+        {
+            self.summarise_backward(&cx, linear, choice, memory, &mut scratch.da, grads)?;
+        }
+        run.stack.backward(&cx, &self.blocks, grads)?;
+        self.embed_backward(&cx, &mut run.stack, batch, grads)
+    }
+
+    /// s = D(token + position), a = norm(s).
+    fn embed<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        stack: &mut Stack<B>,
+        batch: &GptBatch<B>,
+    ) -> Result<(), Error> {
+        let shape = Shape::new(cx.sequences.rows(), self.config.n_embd);
+        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop);
+        let tables = Tables {
+            token: &cx.params[self.token],
+            position: Some(&cx.params[self.position]),
+            segment: None,
+        };
+        let input = stack.input();
+        cx.backend.embedding(&dropout, shape, &self.lookups(cx, batch), &tables, &mut input.s)?;
+        // A norm alone is `dropout_add_norm` with a branch that is dropped as a whole.
+        cx.backend.dropout_add_norm(
+            &dropped(),
+            &self.blocks[0].norm,
+            shape,
+            &Inputs { x: &input.s, bias: None, residual: &input.s },
+            &self.first_norm.affine(cx.params),
+            None,
+            &mut input.a,
+            &mut input.stats,
+        )
+    }
+
+    fn embed_backward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        stack: &mut Stack<B>,
+        batch: &GptBatch<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let shape = Shape::new(cx.sequences.rows(), self.config.n_embd);
+        let (input, scratch) = stack.input_and_scratch();
+        let NormIds { weight, bias } = self.first_norm;
+        let [dweight, dnorm_bias] = grads.several([weight, bias]);
+        cx.backend.dropout_add_norm_backward(
+            &dropped(),
+            &self.blocks[0].norm,
+            shape,
+            &Saved::Sum(&input.s),
+            &cx.params[weight],
+            &input.stats,
+            &scratch.da,
+            Some(&scratch.ds),
+            &mut scratch.dresidual,
+            &mut scratch.branch,
+            ParamGrads { dbias: None, dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) },
+        )?;
+        // The table of tokens has the output layer's gradient already.
+        cx.backend.clear(&mut grads[self.position])?;
+        let [token, position] = grads.several([self.token, self.position]);
+        let gradients = Gradients { token: Some(token), position: Some(position), segment: None };
+        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop);
+        let lookups = self.lookups(cx, batch);
+        cx.backend.embedding_backward(&dropout, shape, &lookups, &scratch.dresidual, gradients)
+    }
+
+    /// act(D(a\[row\]) · W + b): the dropout is that of a lookup, whose table are the rows of a.
+    fn summarise<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        linear: &Linear,
+        a: &Act<B>,
+        choice: &Choice<B>,
+        memory: &mut Summary<B>,
+    ) -> Result<(), Error> {
+        let batch = cx.sequences.batch;
+        let lookups = Lookups::tokens(cx.sequences.rows(), &choice.rows);
+        let tables = Tables { token: a, position: None, segment: None };
+        let taken = Shape::new(batch, linear.inputs);
+        let dropout = self.summary_dropout(cx.pass);
+        cx.backend.embedding(&dropout, taken, &lookups, &tables, &mut memory.taken)?;
+        linear.forward(cx.backend, batch, cx.params, &memory.taken, &mut memory.projected)?;
+        cx.backend.bias_act_dropout(
+            &kept(),
+            Shape::new(batch, linear.outputs),
+            self.config.summary_activation,
+            &memory.projected,
+            &cx.params[linear.bias],
+            &mut memory.logits,
+        )
+    }
+
+    /// Adds to the gradient of a.
+    fn summarise_backward<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        linear: &Linear,
+        choice: &Choice<B>,
+        memory: &mut Summary<B>,
+        da: &mut Act<B>,
+        grads: &mut Grads<B>,
+    ) -> Result<(), Error> {
+        let batch = cx.sequences.batch;
+        let Summary { taken, projected, logits, dtaken, drows, .. } = memory;
+        cx.backend.bias_act_dropout_backward(
+            &kept(),
+            Shape::new(batch, linear.outputs),
+            self.config.summary_activation,
+            projected,
+            &cx.params[linear.bias],
+            logits,
+            &mut grads[linear.bias],
+        )?;
+        linear.backward(cx.backend, batch, cx.params, taken, logits, dtaken, false, grads)?;
+        cx.backend.clear(drows)?;
+        cx.backend.embedding_backward(
+            &self.summary_dropout(cx.pass),
+            Shape::new(batch, linear.inputs),
+            &Lookups::tokens(cx.sequences.rows(), &choice.rows),
+            dtaken,
+            Gradients { token: Some(drows), ..Gradients::NONE },
+        )?;
+        cx.backend.accumulate(drows, da)
+    }
+
+    fn summary_dropout(&self, pass: Pass) -> crate::Dropout<'static> {
+        let layer = self.blocks.len() + 1;
+        pass.dropout(layer, Site::Summary, self.config.summary_first_dropout)
+    }
+
+    fn lookups<'a, B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        batch: &'a GptBatch<B>,
+    ) -> Lookups<&'a U32<B>> {
+        Lookups::tokens(self.config.vocab_size, &batch.ids)
+            .positions(self.config.n_positions, Ids::Sequence(cx.sequences.length))
+    }
+
+    /// logits = a · tokensᵀ.
+    fn head(&self, rows: usize) -> MatMul {
+        let (vocab, width) = (self.config.vocab_size, self.config.n_embd);
+        MatMul {
+            mnk: [rows, vocab, width],
+            batch: [1, 1],
+            a: Layout::rows(width),
+            b: Layout::rows(width).transposed(),
+            c: Layout::rows(vocab),
+            add: false,
+        }
+    }
+}
+
+impl<B: Backend> GptRun<B> {
+    /// Before [`Gpt::loss`]: the logits, `[batch, length, vocab_size]`. After it: their gradient.
+    pub fn logits(&self) -> &Act<B> {
+        &self.logits
+    }
+
+    /// Before [`Gpt::loss`]: the summary's logits, `[batch, num_labels]`. After it: their gradient.
+    pub fn choice_logits(&self) -> Option<&Act<B>> {
+        self.summary.as_ref().map(|summary| &summary.logits)
+    }
+
+    /// The losses, once [`Gpt::loss`] has run. Waits for the backend.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn read_loss(&self, backend: &B) -> Result<GptLoss, Error> {
+        let read = |loss: &F32<B>| Ok(backend.read(loss)?[0]);
+        let choices = self.summary.as_ref().map(|summary| read(&summary.loss)).transpose()?;
+        Ok(GptLoss { tokens: read(&self.loss)?, choices })
+    }
+}
+
+/// Refuses batches of nothing and sequences longer than the table of positions.
+pub(crate) fn check_size(
+    model: &'static str,
+    batch: usize,
+    length: usize,
+    positions: usize,
+) -> Result<(), Error> {
+    if batch == 0 {
+        return Err(Error::argument(model, "batch", "at least one sequence", batch));
+    }
+    if length == 0 || length > positions {
+        return Err(Error::argument(model, "length", format!("1 to {positions} tokens"), length));
+    }
+    Ok(())
+}
+
+/// Refuses tokens and labels of another number, or out of range.
+pub(crate) fn check_tokens(
+    model: &'static str,
+    rows: usize,
+    vocab: usize,
+    ids: &[u32],
+    labels: &[i32],
+) -> Result<(), Error> {
+    check_len(model, "ids", rows, ids.len())?;
+    check_len(model, "labels", rows, labels.len())?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::argument(model, "ids", format!("below {vocab}"), id));
+    }
+    check_below(model, "labels", vocab, labels)
+}
+
+/// Refuses labels that are no class.
+pub(crate) fn check_below(
+    model: &'static str,
+    name: &'static str,
+    classes: usize,
+    labels: &[i32],
+) -> Result<(), Error> {
+    match labels.iter().find(|&&label| label >= 0 && label as usize >= classes) {
+        Some(label) => Err(Error::argument(model, name, format!("below {classes}"), label)),
+        None => Ok(()),
+    }
+}
