@@ -51,6 +51,8 @@ pub(super) struct Segment {
     pub elements: Range<usize>,
     /// The local column of the first element.
     pub col: usize,
+    /// Whether the block ends with it.
+    pub last: bool,
 }
 
 /// Octets of `shape`, a row's last one counted whole.
@@ -134,7 +136,8 @@ pub(super) fn walk(
             let octets = (a_row - octet).min(count - done);
             let col = octet * OCTET;
             let end = (col + octets * OCTET).min(shape.cols);
-            let segment = Segment { elements: row * shape.cols + col..row * shape.cols + end, col };
+            let elements = row * shape.cols + col..row * shape.cols + end;
+            let segment = Segment { elements, col, last: done + octets == count };
             each(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
             done += octets;
             octet += octets;
