@@ -4,17 +4,17 @@ use crate::mask::OCTET;
 use crate::ops::{Draw, Shape};
 use std::ops::Range;
 
-/// Philox blocks that are computed together: two AVX-512 vectors of each counter word, so that the
-/// multiplications of one fill the latency of the other.
+/// Lanes are drawn for a multiple of so many octets, which every vector width divides: the loop over them has
+/// no rest.
 const LANES: usize = 16;
 
 /// Octets of a block: what is drawn, and then used, while it lies in L1. Dropout on 2^24 f32, two cores of a
-/// Zen 4: 6.5 ms with 2 or 4 steps, 6.1 to 6.8 with 8; 9.6 with 1.
+/// Zen 4: 6.5 ms with 32 or 64, 6.1 to 6.8 with 128; 9.6 with 16.
 ///
-/// Refuted, each on a Zen 4 in bias + ReLU + dropout, best of three alternating runs: a block that ends with
-/// its row, so that counters come from one row, gained in bf16 rows of 768 (8.8 to 6.7 ms) and lost at 1024
-/// (5.3 to 6.7 ms; f32 5.6 to 6.5); asking for elements a block earlier changed nothing beyond that. In
-/// dropout_add_norm the same cost 0.5 to 1.8 ms of 11.
+/// A block takes no notice of rows: its counters are written first, then drawn in one loop. Before, 16 blocks
+/// of Philox were unrolled, with counters from one row or across rows, and on a Zen 2 dropout in L2 took 15 %
+/// longer. Refuted there, times in µs for 2^17 elements against 117: the body for two octets an iteration, which
+/// the compiler vectorises badly (154).
 const BLOCK: usize = 4 * LANES;
 
 /// Elements of a block.
@@ -51,6 +51,8 @@ pub(super) struct Segment {
     pub elements: Range<usize>,
     /// The local column of the first element.
     pub col: usize,
+    /// Whether the block ends with it.
+    pub last: bool,
 }
 
 /// Octets of `shape`, a row's last one counted whole.
@@ -180,7 +182,8 @@ pub(super) fn walk(
             let octets = (a_row - octet).min(count - done);
             let col = octet * OCTET;
             let end = (col + octets * OCTET).min(shape.cols);
-            let segment = Segment { elements: row * shape.cols + col..row * shape.cols + end, col };
+            let elements = row * shape.cols + col..row * shape.cols + end;
+            let segment = Segment { elements, col, last: done + octets == count };
             each(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
             done += octets;
             octet += octets;

@@ -97,7 +97,7 @@ impl<T: Dtype> Stream<'_, T> {
         self.cpu.run(
             #[inline(always)]
             || {
-                let mut block = Block::new();
+                let (mut block, mut filled) = (Block::new(), 0);
                 octets::walk(
                     self.draw,
                     self.shape,
@@ -109,11 +109,20 @@ impl<T: Dtype> Stream<'_, T> {
                     },
                     #[inline(always)]
                     |segment, lanes| {
-                        let values = &mut block.0[..lanes.len()];
-                        let elements = &segment.elements;
-                        let out = &mut out[elements.start - base..elements.end - base];
-                        each(&segment, lanes, out, values);
-                        split::emit(values, out, streaming);
+                        let values = &mut block.0[filled..filled + lanes.len()];
+                        let elements = segment.elements.start - base..segment.elements.end - base;
+                        each(&segment, lanes, &out[elements.clone()], values);
+                        filled += lanes.len();
+                        // Not each segment: a line that two of them share is read before it is written.
+                        if segment.last {
+                            let values = &block.0[..filled];
+                            split::emit(
+                                values,
+                                &mut out[elements.end - filled..elements.end],
+                                streaming,
+                            );
+                            filled = 0;
+                        }
                     },
                 );
                 split::fence();
