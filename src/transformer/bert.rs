@@ -7,7 +7,7 @@
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
 use super::block::{Block, Context, Linear, NormIds, Sequences, dropped, kept};
 use super::config::BertConfig;
-use super::gpt::{check_below, check_size, check_tokens};
+use super::gpt::{check_below, check_size, check_tokens, predicted};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
 use super::stack::Stack;
 use super::streams::{Pass, Site};
@@ -258,7 +258,7 @@ impl Bert {
             ids: backend.upload(input.ids)?,
             segments: backend.upload(input.segments)?,
             labels: backend.upload(input.labels)?,
-            predicted: input.labels.iter().filter(|&&label| label >= 0).count(),
+            predicted: predicted(input.labels),
             sequences: sequences(backend, batch, length, config.num_attention_heads, input.tokens)?,
         })
     }
