@@ -267,7 +267,10 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
         work: impl FnOnce(&Call<'_, D>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let resident = self.streams.borrow().is_some();
-        if !resident || dropout.mode == Mode::Inference {
+        // What draws nothing needs no number, and may have one that is no step's.
+        let certain = [Probability::ZERO, Probability::ONE].contains(&dropout.p);
+        let draws = dropout.mode == Mode::Training && !certain;
+        if !(resident && draws) {
             return work(&Call::on(&self.device));
         }
         let index = self.slot(dropout.key.stream)?;
