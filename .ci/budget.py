@@ -60,7 +60,7 @@ def compile_all(nvcc, archs, folder):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             (source.stem, arch): pool.submit(one, source, arch)
-            for source in sorted(KERNELS.glob("*.cu"))
+            for source in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("transformer/*.cu")])
             for arch in archs
         }
         return {key: job.result() for key, job in jobs.items()}

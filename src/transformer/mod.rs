@@ -54,6 +54,8 @@ mod bert;
 mod block;
 mod config;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod device;
 mod gpt;
 mod optim;
 mod params;
