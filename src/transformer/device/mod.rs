@@ -655,3 +655,50 @@ fn device_mask<'a, D: Memory, T: Element>(
         additive: mask.additive.map(|additive| additive as &dyn Readable<T, D>),
     }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::emulator::Emulator;
+    use crate::transformer::{
+        AdamW, Gpt, GptConfig, GptInput, Grads, Optimizer, Params, Pass, shifted,
+    };
+
+    /// What a graph's capture relies on, without a GPU: a step that ran once copies and allocates nothing when it
+    /// runs again, with layers kept or computed again; and what would is refused.
+    #[test]
+    fn a_step_allocates_and_copies_nothing_the_second_time() {
+        let text = r#"{"model_type": "gpt2", "vocab_size": 9, "n_positions": 5, "n_embd": 8, "n_layer": 2,
+            "n_head": 2, "embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}"#;
+        let gpt = Gpt::new(GptConfig::from_json(text).unwrap(), true).unwrap();
+        let ids = [1, 2, 3, 4, 5, 6, 7, 8, 0, 1];
+        let (labels, choice) = (shifted(&ids, 5), Some((&[4, 4][..], &[1][..])));
+        for recompute in [false, true] {
+            let backend = Accelerator::<_, half::bf16>::new(Emulator::new()).unwrap();
+            let mut params = Params::upload(&backend, &gpt.specs().init(1)).unwrap();
+            let mut optimizer = Optimizer::new(&backend, gpt.specs(), AdamW::default()).unwrap();
+            let mut grads = Grads::zeros(&backend, gpt.specs()).unwrap();
+            let mut run = gpt.run(&backend, 2, 5, recompute).unwrap();
+            let input = GptInput { ids: &ids, labels: &labels, choice };
+            let batch = gpt.batch(&backend, &run, &input).unwrap();
+            optimizer.advance(&backend, 1e-3).unwrap();
+            let mut step = || {
+                let pass = Pass::Train { seed: 1, step: 3 };
+                gpt.forward(&backend, &params, &mut run, &batch, pass)?;
+                gpt.loss(&backend, &mut run, &batch)?;
+                gpt.backward(&backend, &params, &mut run, &batch, pass, &mut grads)?;
+                optimizer.apply(&backend, gpt.specs(), &mut params, &grads)
+            };
+            backend.resident(3).unwrap();
+            backend.capturing.set(true);
+            let first = step();
+            assert!(matches!(first, Err(Error::Argument { operator: "graph", .. })), "{first:?}");
+            backend.capturing.set(false);
+            step().unwrap();
+            backend.capturing.set(true);
+            step().unwrap();
+            assert!(backend.zeros::<f32>(1).is_err());
+            assert!(backend.check().is_err() && backend.advance(4).is_err());
+        }
+    }
+}
