@@ -11,6 +11,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use std::cell::RefCell;
 use std::ffi::c_void;
+use std::ops::Range;
 
 /// Products of a batch that needs a list of addresses.
 const MOST_LISTED: usize = 1 << 16;
@@ -131,6 +132,18 @@ impl Memory for CudaDevice {
 
     fn clear<E: Element>(&self, buffer: &mut CudaBuffer<E>) -> Result<(), Error> {
         self.gpu.stream().memset_zeros(&mut buffer.memory).map_err(driver("clearing memory"))
+    }
+
+    fn clear_part(&self, buffer: &mut CudaBuffer<f32>, part: Range<usize>) -> Result<(), Error> {
+        if part.start > part.end || part.end > buffer.len {
+            let expected = format!("a part of {} elements", buffer.len);
+            return Err(Error::argument("clear_part", "part", expected, format!("{part:?}")));
+        }
+        if part.is_empty() {
+            return Ok(());
+        }
+        let mut part = buffer.memory.slice_mut(part);
+        self.gpu.stream().memset_zeros(&mut part).map_err(driver("clearing memory"))
     }
 
     fn matmul<T: Dtype + Element, C: Dtype + Element>(

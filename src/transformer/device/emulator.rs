@@ -5,6 +5,7 @@ use crate::dtype::Dtype;
 use crate::emulator::Emulator;
 use crate::error::Error;
 use crate::transformer::backend::{Element, Layout, MatMul};
+use std::ops::Range;
 
 impl Memory for Emulator {
     type Buffer<E: Element> = Vec<E>;
@@ -33,6 +34,15 @@ impl Memory for Emulator {
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
         buffer.fill(E::default());
+        Ok(())
+    }
+
+    fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
+        let (len, given) = (buffer.len(), format!("{part:?}"));
+        let part = buffer.get_mut(part).ok_or_else(|| {
+            Error::argument("clear_part", "part", format!("a part of {len} elements"), given)
+        })?;
+        part.fill(0.0);
         Ok(())
     }
 

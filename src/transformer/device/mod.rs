@@ -38,6 +38,7 @@ use crate::{Activation, Affine, AttentionMask, Key, Norm, Probability, Scores};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 #[cfg(feature = "cuda")]
 mod cublas;
@@ -78,6 +79,12 @@ pub trait Memory: Device + Sized {
     /// # Errors
     /// What the device says.
     fn clear<E: Element>(&self, buffer: &mut Self::Buffer<E>) -> Result<(), Error>;
+
+    /// Sets a part of a buffer to zero.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the buffer has no such part; otherwise what the device says.
+    fn clear_part(&self, buffer: &mut Self::Buffer<f32>, part: Range<usize>) -> Result<(), Error>;
 
     /// c = a · b or c += a · b, accumulated in f32 and rounded once into `C`.
     ///
@@ -345,6 +352,10 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
 
     fn clear<E: Element>(&self, buffer: &mut D::Buffer<E>) -> Result<(), Error> {
         self.device.clear(buffer)
+    }
+
+    fn clear_part(&self, buffer: &mut D::Buffer<f32>, part: Range<usize>) -> Result<(), Error> {
+        self.device.clear_part(buffer, part)
     }
 
     fn matmul(
