@@ -1,6 +1,6 @@
 //! A GPT on a text: its training steps, its evaluations, and the text that it writes.
 
-use super::common::draws::{Purpose, draws};
+use super::common::draws::draws;
 use super::common::trainer::{Scores, Task};
 use super::text::{Text, even_windows, random_windows};
 use fused_dropout::transformer::backend::Backend;
@@ -12,6 +12,10 @@ use rand_philox::u32_to_unit_f32;
 
 /// Tokens of either part of the text that an evaluation looks at, at most.
 const EVALUATED: usize = 48 << 10;
+
+/// What random numbers are drawn for.
+const BATCH: u64 = 0;
+const SAMPLE: u64 = 1;
 
 /// A model, its text, and the memory for its steps.
 pub struct LanguageModel<'a, B: Backend> {
@@ -86,7 +90,7 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
         const TEMPERATURE: f32 = 0.8;
         let context = self.context();
         let vocabulary = self.gpt.config().vocab_size;
-        let mut philox = draws(self.seed, 0, Purpose::Sample);
+        let mut philox = draws(self.seed, 0, SAMPLE);
         let mut run = self.gpt.run(backend, 1, context, false)?;
         let labels = vec![IGNORED; context];
         // It begins as the text does.
@@ -137,7 +141,7 @@ impl<B: Backend> Task<B> for LanguageModel<'_, B> {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         let text = self.text;
-        let mut philox = draws(self.seed, step, Purpose::Batch);
+        let mut philox = draws(self.seed, step, BATCH);
         let windows = random_windows(text.train.len(), self.context(), self.sequences, &mut philox);
         self.load(backend, &text.train, &windows)?;
         // Seed and step say what is dropped; the backward pass draws the same masks again.
