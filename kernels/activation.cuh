@@ -7,7 +7,7 @@
 #include "vector.cuh"
 
 /// `Activation` of src/ops/bias_act_dropout.rs, in its order.
-enum class Activation : unsigned { gelu, gelu_tanh, relu, silu, identity };
+enum class Activation : unsigned { gelu, gelu_tanh, relu, silu, tanh, identity };
 
 /// 1 / x for x >= 1, within 2 ulp, and 0 beyond 2^126. Not __frcp_rn, which adds a branch a value for
 /// numbers that do not come here.
@@ -52,6 +52,29 @@ struct Logistic {
     }
 };
 
+/// tanh x within 10 units of 2^-24, relatively: with z = |x|, z + z^3 P(z^2) below 0.625, then (1 - e) / (1 + e)
+/// with e = e^(-2z).
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+    const float z = fabsf(x);
+    const float t = __fmul_rn(z, z);
+    float p = -0.0057057787f;
+    p = __fmaf_rn(p, t, 0.020639767f);
+    p = __fmaf_rn(p, t, -0.053739914f);
+    p = __fmaf_rn(p, t, 0.13331445f);
+    p = __fmaf_rn(p, t, -0.33333282f);
+    const float small = __fmaf_rn(z, __fmul_rn(t, p), z);
+    const float e = expf(__fmul_rn(-2.0f, z));
+    const float large = __fmul_rn(__fsub_rn(1.0f, e), reciprocal(__fadd_rn(1.0f, e)));
+    return copysignf(z < 0.625f ? small : large, x);
+}
+
+/// 1 - tanh^2 x = 4e / (1 + e)^2, e = e^(-2|x|): nothing cancels.
+__device__ __forceinline__ float hyperbolic_tangent_slope(float x) {
+    const float e = expf(__fmul_rn(-2.0f, fabsf(x)));
+    const float r = reciprocal(__fadd_rn(1.0f, e));
+    return __fmul_rn(__fmul_rn(__fmul_rn(4.0f, e), r), r);
+}
+
 /// 2u of the approximate GELU, sqrt(8 / pi) (x + 0.044715 x^3). Beyond 20 on either side sigma(2u) is 0 or
 /// 1 in f32: the limit keeps the cube finite.
 struct TwiceU {
@@ -74,6 +97,7 @@ __device__ __forceinline__ float activate(float x) {
         case Activation::gelu_tanh: return __fmul_rn(x, Logistic(TwiceU(x).value).value);
         case Activation::relu: return x < 0.0f ? 0.0f : x;  // a NaN stays one
         case Activation::silu: return __fmul_rn(x, Logistic(x).value);
+        case Activation::tanh: return hyperbolic_tangent(x);
         default: return x;
     }
 }
@@ -96,6 +120,7 @@ __device__ __forceinline__ float slope(float x) {
             const Logistic s(x);
             return __fmaf_rn(__fmul_rn(x, s.value), s.rest, s.value);
         }
+        case Activation::tanh: return hyperbolic_tangent_slope(x);
         default: return 1.0f;
     }
 }
@@ -117,6 +142,7 @@ __device__ __forceinline__ void apply(Activation activation, Values& x) {
         case Activation::gelu_tanh: return apply<Activation::gelu_tanh, derivative>(x);
         case Activation::relu: return apply<Activation::relu, derivative>(x);
         case Activation::silu: return apply<Activation::silu, derivative>(x);
+        case Activation::tanh: return apply<Activation::tanh, derivative>(x);
         default: return apply<Activation::identity, derivative>(x);
     }
 }

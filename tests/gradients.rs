@@ -195,6 +195,7 @@ fn act(activation: Activation, x: f64) -> f64 {
         Activation::GeluTanh => 0.5 * x * (1.0 + u.tanh()),
         Activation::Relu => x.max(0.0),
         Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Tanh => x.tanh(),
         Activation::Identity => x,
     }
 }

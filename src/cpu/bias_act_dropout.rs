@@ -129,8 +129,7 @@ impl<T: Dtype> Task<'_, T> {
             #[inline(always)]
             |segment, lanes, y, values| {
                 self.biased(segment.col, x.map_or(y, |x| &x[segment.elements.clone()]), values);
-                self.activation.apply(values);
-                dropout::select(draw, lanes, values);
+                self.activation.select(draw, lanes, values);
             },
         );
     }
@@ -180,10 +179,9 @@ impl<T: Dtype> Task<'_, T> {
     /// x + bias in f32, from column `col` on.
     #[inline(always)]
     fn biased(&self, col: usize, x: &[T], sum: &mut [f32]) {
-        convert::load(x, sum);
-        let Some(bias) = self.bias else { return };
-        for (sum, &bias) in sum.iter_mut().zip(&bias[col..]) {
-            *sum += convert::widen(bias);
+        let Some(bias) = self.bias else { return convert::load(x, sum) };
+        for (sum, (&x, &bias)) in sum.iter_mut().zip(x.iter().zip(&bias[col..])) {
+            *sum = convert::widen(x) + convert::widen(bias);
         }
     }
 }

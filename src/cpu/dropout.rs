@@ -91,12 +91,29 @@ pub(super) fn apply<T: Dtype>(
 /// Scales what is kept, and makes +0 of the rest.
 #[inline(always)]
 pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
+    select_of(
+        draw,
+        lanes,
+        values,
+        #[inline(always)]
+        |value| value,
+    );
+}
+
+/// Scales `function` of what is kept, and makes +0 of the rest.
+#[inline(always)]
+pub(super) fn select_of(
+    draw: &Draw<'_>,
+    lanes: &[u16],
+    values: &mut [f32],
+    function: impl Fn(f32) -> f32,
+) {
     if draw.threshold == 65536 {
         return values.fill(0.0);
     }
     // At threshold 0 the lanes mean nothing, and each of them is kept.
     let (scale, threshold) = (draw.scale, draw.threshold as u16);
     for (value, &lane) in values.iter_mut().zip(lanes) {
-        *value = if lane >= threshold { *value * scale } else { 0.0 };
+        *value = if lane >= threshold { function(*value) * scale } else { 0.0 };
     }
 }

@@ -6,6 +6,7 @@
 use super::dropout_add::select_add;
 use super::norm::Standard;
 use super::octets::Segment;
+use super::split::Line;
 use super::{Cpu, convert, dropout, octets, split, sum_rows};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -187,7 +188,7 @@ impl Task<'_> {
         let (part, group) = (self.part(), self.group());
         let streaming = split::streaming(self.cpu, y);
         // In place, the residual's lines are in the caches anyway.
-        let streaming_s = streaming && add.residual.is_some();
+        let streaming_s = streaming.filter(|_| add.residual.is_some());
         let s = split::optional_chunks(s, part * cols, rows.div_ceil(part)).into_par_iter();
         let stats = split::optional_chunks(stats, part * 2, rows.div_ceil(part)).into_par_iter();
         y.par_chunks_mut(part * cols).zip(s).zip(stats).enumerate().for_each_init(
@@ -360,7 +361,7 @@ impl Task<'_> {
         g: &mut [f32],
         dx: &mut [T],
         dbias: &mut Option<&mut [f32]>,
-        streaming: bool,
+        streaming: Option<Line>,
     ) {
         let base = rows.start * self.shape.cols;
         let unscaled = Draw { scale: 1.0, ..self.draw };

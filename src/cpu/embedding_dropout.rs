@@ -353,12 +353,12 @@ fn add_gradient<T: Dtype>(
             || {
                 let mut values = [0.0; octets::ELEMENTS];
                 let values = &mut values[..gradient.len()];
-                tree.clear(values.len());
+                split::prefetch(gradient, 0..gradient.len());
                 for &(_, row) in group {
                     load_dropped(draw, shape, dy, row as usize, col, values);
                     tree.add(row as usize, values);
                 }
-                gradient.iter_mut().zip(tree.finish()).for_each(|(g, sum)| *g += sum);
+                tree.finish(gradient);
             },
         )
     });
@@ -387,7 +387,7 @@ fn load_dropped<T: Dtype>(
         shape,
         first..first + values.len().div_ceil(OCTET),
         #[inline(always)]
-        |_| {},
+        |elements| split::prefetch(dy, elements),
         #[inline(always)]
         |segment, lanes| {
             convert::load(&dy[segment.elements], values);

@@ -1,75 +1,73 @@
 //! Functions of one f32, without branches, so that loops over them are vectorised. They do the same
 //! operations at every level, so their results are the same bits.
 
+use super::dropout::select_of;
+use crate::ops::Draw;
 use crate::ops::bias_act_dropout::Activation;
 
-/// e^x for x <= 0 (and up to 88), within 1.5 ulp; a NaN stays one. The same operations at every level.
-///
-/// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, whose remainder,
-/// r^8 / 8!, is below 0.1 ulp; the power of two in two factors, so that subnormal results are rounded
-/// once.
+/// e^x for x <= 0 (and up to 44), within 1.5 ulp; a NaN stays one.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the sum's last bits hold.
-    const ROUND: f32 = 12_582_912.0;
+    // Below -104 the result is 0 all the same. Not f32::max, which would lose a NaN.
+    scaled_exp(if x < -104.0 { -104.0 } else { x }) * (1.0 / SCALE)
+}
+
+/// What [`scaled_exp`] is multiplied by: no result for x >= -106 is subnormal, so what it is used in rounds
+/// once where the scale is taken out again.
+const SCALE: f32 = 18_446_744_073_709_551_616.0;
+
+/// e^x times [`SCALE`] for -106 <= x <= 44.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r² q(r) with q of degree 4, within 0.1 u of it relatively;
+/// the power of two from bits: the sum below holds n + 64 and an exponent's offset in its last ones.
+#[inline(always)]
+fn scaled_exp(x: f32) -> f32 {
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer.
+    const ROUND: f32 = 12_582_912.0 + 127.0 + 64.0;
     // ln 2 in two parts; the first has few bits, so its products with n are exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Below -104 the result is 0 all the same. Not f32::max, which would lose a NaN.
-    let x = if x < -104.0 { -104.0 } else { x };
+    const Q: [f32; 5] = [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_745, 0.001_381_453_9];
     let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
-    let mut p = 1.0 / 5040.0;
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = r.mul_add(p, c);
-    }
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = n >> 1;
-    p * power_of_two(half) * power_of_two(n - half)
+    // By pairs, which waits for fewer results than a sum from one end.
+    let square = r * r;
+    let low = r.mul_add(Q[1], Q[0]);
+    let high = square.mul_add(Q[4], r.mul_add(Q[3], Q[2]));
+    let p = square.mul_add(square.mul_add(high, low), 1.0 + r);
+    p * f32::from_bits(shifted.to_bits() << 23)
 }
 
-/// 2^n for a normal result.
+/// The polynomial with these coefficients, that of the constant first.
 #[inline(always)]
-fn power_of_two(n: i32) -> f32 {
-    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+fn polynomial<const N: usize>(coefficients: [f32; N], x: f32) -> f32 {
+    coefficients.into_iter().rev().reduce(|p, c| p.mul_add(x, c)).unwrap_or(0.0)
 }
 
 /// The standard normal distribution: Φ(x), and the density φ(x).
 ///
-/// With z = |x|: φ = e^(-z²/2) / √(2π), and Φ(-z) = e^(-z²/2) t P(t) with t = 1 / (1 + 0.35 z), where P is
-/// the polynomial of degree 8 that is relatively closest to Mills' ratio over t for z up to 13.5, beyond
-/// which both are 0 in f32: 4e-8 with these coefficients. So Φ is right in relative terms on both sides.
+/// With z = |x|: φ = e^(-z²/2) / √(2π), and Φ(-z) = e^(-z²/2) A(z) / B(z), where A / B is within 0.7 u of Mills'
+/// ratio over √(2π), relatively, for z up to 14.5, beyond which both are 0 in f32. The coefficients are positive, so
+/// nothing cancels, and Φ is right in relative terms on both sides.
 #[inline(always)]
 fn normal(x: f32) -> (f32, f32) {
-    const P: [f32; 9] = [
-        0.139_621_57,
-        0.139_859_08,
-        0.119_852_4,
-        0.105_433_084,
-        -0.022_937_51,
-        0.158_929_87,
-        -0.255_505_08,
-        0.143_872_5,
-        -0.029_125_92,
-    ];
+    const A: [f32; 5] = [0.5, 0.438_294_65, 0.183_234_9, 0.040_633_146, 0.004_116_297];
+    const B: [f32; 6] = [1.0, 1.674_474_2, 1.202_502_1, 0.469_47, 0.101_858_64, 0.010_317_907];
     let z = x.abs();
-    let e = exp(-0.5 * z * z);
-    let t = 1.0 / z.mul_add(0.35, 1.0);
-    let mut p = P[8];
-    for c in P[..8].iter().rev() {
-        p = p.mul_add(t, *c);
-    }
-    let below = e * (t * p);
-    (if x < 0.0 { below } else { 1.0 - below }, e * 0.398_942_3)
+    let z = if z > 14.5 { 14.5 } else { z };
+    let e = scaled_exp(-0.5 * z * z);
+    let tail = e * (polynomial(A, z) / polynomial(B.map(|b| b * SCALE), z));
+    (if x < 0.0 { tail } else { 1.0 - tail }, e * (0.398_942_3 / SCALE))
 }
 
 /// The logistic function σ(x) = 1 / (1 + e^-x), and 1 - σ(x), each right in relative terms.
 #[inline(always)]
 fn logistic(x: f32) -> (f32, f32) {
-    let e = exp(-x.abs());
-    let large = 1.0 / (1.0 + e);
-    let small = e * large;
+    let z = x.abs();
+    let e = scaled_exp(if z > 104.0 { -104.0 } else { -z });
+    let reciprocal = 1.0 / (SCALE + e);
+    let (large, small) = (SCALE * reciprocal, e * reciprocal);
     if x < 0.0 { (small, large) } else { (large, small) }
 }
 
@@ -166,16 +164,16 @@ fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
 }
 
 impl Activation {
-    /// act(x) in place of x.
+    /// D(act(x)) in place of x.
     #[inline(always)]
-    pub(super) fn apply(self, x: &mut [f32]) {
+    pub(super) fn select(self, draw: &Draw<'_>, lanes: &[u16], x: &mut [f32]) {
         match self {
-            Self::Gelu => map(x, gelu),
-            Self::GeluTanh => map(x, gelu_tanh),
-            Self::Relu => map(x, relu),
-            Self::Silu => map(x, silu),
-            Self::Tanh => map(x, tanh),
-            Self::Identity => {}
+            Self::Gelu => select_of(draw, lanes, x, gelu),
+            Self::GeluTanh => select_of(draw, lanes, x, gelu_tanh),
+            Self::Relu => select_of(draw, lanes, x, relu),
+            Self::Silu => select_of(draw, lanes, x, silu),
+            Self::Tanh => select_of(draw, lanes, x, tanh),
+            Self::Identity => select_of(draw, lanes, x, |x| x),
         }
     }
 

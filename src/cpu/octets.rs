@@ -1,49 +1,36 @@
 //! Random lanes, several octets at a time, and the walk over a tensor octet by octet.
 
-use crate::mask::{OCTET, RowMap};
+use crate::mask::OCTET;
 use crate::ops::{Draw, Shape};
 use std::ops::Range;
 
-/// Philox blocks that are computed together: two AVX-512 vectors of each counter word, so that the
-/// multiplications of one fill the latency of the other.
+/// Lanes are drawn for a multiple of so many octets, which every vector width divides: the loop over them has
+/// no rest.
 const LANES: usize = 16;
 
 /// Octets of a block: what is drawn, and then used, while it lies in L1. Dropout on 2^24 f32, two cores of a
-/// Zen 4: 6.5 ms with 2 or 4 steps, 6.1 to 6.8 with 8; 9.6 with 1.
+/// Zen 4: 6.5 ms with 32 or 64, 6.1 to 6.8 with 128; 9.6 with 16.
 ///
-/// Refuted, each on a Zen 4 in bias + ReLU + dropout, best of three alternating runs: a block that ends with
-/// its row, so that counters come from one row, gained in bf16 rows of 768 (8.8 to 6.7 ms) and lost at 1024
-/// (5.3 to 6.7 ms; f32 5.6 to 6.5); asking for elements a block earlier changed nothing beyond that. In
-/// dropout_add_norm the same cost 0.5 to 1.8 ms of 11.
+/// A block takes no notice of rows: its counters are written first, then drawn in one loop. Before, 16 blocks
+/// of Philox were unrolled, with counters from one row or across rows, and on a Zen 2 dropout in L2 took 15 %
+/// longer. Refuted there, times in µs for 2^17 elements against 117: the body for two octets an iteration, which
+/// the compiler vectorises badly (154).
 const BLOCK: usize = 4 * LANES;
 
 /// Elements of a block.
 pub(super) const ELEMENTS: usize = BLOCK * OCTET;
 
-/// A counter word of each block. A vector that crosses a cache line costs two accesses, and is not
-/// forwarded from a store to the next load.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Words([u64; LANES]);
-
-/// Ten rounds of Philox4x32 (Salmon et al., SC'11) on `LANES` counters at once.
+/// Ten rounds of Philox4x32 (Salmon et al., SC'11), for a loop over counters that the compiler vectorises.
 ///
-/// A word lies in the low half of a 64-bit lane, where the widening multiplication wants it; what is in
+/// A word lies in the low half of a 64-bit one, where the widening multiplication wants it; what is in
 /// the high half is left there and means nothing, which saves every instruction that would clear it.
 #[inline(always)]
-fn philox(mut c: [Words; 4], mut key: [u32; 2]) -> [Words; 4] {
+fn philox(mut c: [u64; 4], mut key: [u32; 2]) -> [u64; 4] {
     const LOW: u64 = 0xffff_ffff;
     for _ in 0..10 {
-        let mut next = [Words([0; LANES]); 4];
-        for l in 0..LANES {
-            let a = (c[0].0[l] & LOW) * 0xD251_1F53;
-            let b = (c[2].0[l] & LOW) * 0xCD9E_8D57;
-            next[0].0[l] = (b >> 32) ^ c[1].0[l] ^ u64::from(key[0]);
-            next[1].0[l] = b;
-            next[2].0[l] = (a >> 32) ^ c[3].0[l] ^ u64::from(key[1]);
-            next[3].0[l] = a;
-        }
-        c = next;
+        let a = (c[0] & LOW) * 0xD251_1F53;
+        let b = (c[2] & LOW) * 0xCD9E_8D57;
+        c = [(b >> 32) ^ c[1] ^ u64::from(key[0]), b, (a >> 32) ^ c[3] ^ u64::from(key[1]), a];
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     c
@@ -53,6 +40,9 @@ fn philox(mut c: [Words; 4], mut key: [u32; 2]) -> [Words; 4] {
 #[repr(align(64))]
 pub(super) struct Lanes {
     words: [u64; BLOCK * 2],
+    /// The counters that they are drawn from.
+    octets: [u32; BLOCK],
+    rows: [u32; BLOCK],
 }
 
 /// A contiguous piece of one row.
@@ -61,6 +51,8 @@ pub(super) struct Segment {
     pub elements: Range<usize>,
     /// The local column of the first element.
     pub col: usize,
+    /// Whether the block ends with it.
+    pub last: bool,
 }
 
 /// Octets of `shape`, a row's last one counted whole.
@@ -77,7 +69,7 @@ pub(super) fn first_element(shape: Shape, octet: usize) -> usize {
 
 impl Lanes {
     pub fn new() -> Self {
-        Self { words: [0; BLOCK * 2] }
+        Self { words: [0; BLOCK * 2], octets: [0; BLOCK], rows: [0; BLOCK] }
     }
 
     /// The lanes, four in a word, lowest first.
@@ -86,30 +78,71 @@ impl Lanes {
         bytemuck::cast_slice(&self.words)
     }
 
-    /// Draws the lanes of octets (row, octet) `at(0) ..= at(count - 1)`.
+    /// Counters `at` are those of a row's octets from `octet` on.
     #[inline(always)]
-    fn draw(&mut self, draw: &Draw<'_>, count: usize, mut at: impl FnMut(usize) -> (u32, u32)) {
+    fn count(&mut self, draw: &Draw<'_>, row: usize, octet: usize, at: Range<usize>) {
+        self.rows[at.clone()].fill(draw.row(row));
+        self.octets[at].iter_mut().zip(octet..).for_each(|(c, octet)| *c = draw.octet(octet));
+    }
+
+    /// Draws the lanes of the first `count` counters.
+    #[inline(always)]
+    fn draw(&mut self, draw: &Draw<'_>, count: usize) {
         let key = draw.key.philox_key();
         let stream = draw.key.stream;
-        for start in (0..count).step_by(LANES) {
-            let mut c = [[0; LANES], [0; LANES], [stream; LANES], [stream >> 32; LANES]].map(Words);
-            let [octets, rows, ..] = &mut c;
-            for (i, (octet, row)) in (start..count).zip(octets.0.iter_mut().zip(&mut rows.0)) {
-                let (r, o) = at(i);
-                (*row, *octet) = (u64::from(r), u64::from(o));
-            }
-            let c = philox(c, key);
-            let words = &mut self.words[2 * start..2 * (start + LANES)];
-            for l in 0..LANES {
-                words[2 * l] = (c[0].0[l] & 0xffff_ffff) | (c[1].0[l] << 32);
-                words[2 * l + 1] = (c[2].0[l] & 0xffff_ffff) | (c[3].0[l] << 32);
-            }
+        let count = count.next_multiple_of(LANES);
+        let (words, _) = self.words.as_chunks_mut::<2>();
+        let counters = self.octets[..count].iter().zip(&self.rows[..count]);
+        for (words, (&octet, &row)) in words[..count].iter_mut().zip(counters) {
+            let c = philox([u64::from(octet), u64::from(row), stream, stream >> 32], key);
+            *words = [(c[0] & 0xffff_ffff) | (c[1] << 32), (c[2] & 0xffff_ffff) | (c[3] << 32)];
         }
         if draw.groups.columns_together {
             // Lane 0 for all of its octet.
             let lanes: &mut [[u16; OCTET]] = bytemuck::cast_slice_mut(&mut self.words);
             lanes.iter_mut().for_each(|octet| *octet = [octet[0]; OCTET]);
         }
+    }
+}
+
+/// The lanes of several short rows, drawn together: those of one do not fill the vectors of a draw.
+pub(super) struct RowLanes {
+    lanes: Lanes,
+    first_row: usize,
+    /// The first octet of each row.
+    starts: [usize; BLOCK],
+}
+
+impl RowLanes {
+    pub fn new() -> Self {
+        Self { lanes: Lanes::new(), first_row: 0, starts: [0; BLOCK] }
+    }
+
+    /// How many rows are drawn together; 1: rows so long that [`walk`] draws them.
+    pub fn rows(shape: Shape) -> usize {
+        (BLOCK / shape.cols.div_ceil(OCTET).max(1)).max(1)
+    }
+
+    /// Draws `cols(row)` lanes of every one of `rows`, at most as many as [`rows`](Self::rows) says.
+    #[inline(always)]
+    pub fn draw(&mut self, draw: &Draw<'_>, rows: Range<usize>, cols: impl Fn(usize) -> usize) {
+        self.first_row = rows.start;
+        let mut count = 0;
+        for (row, start) in rows.zip(&mut self.starts) {
+            let octets = cols(row).div_ceil(OCTET);
+            self.lanes.count(draw, row, 0, count..count + octets);
+            *start = count;
+            count += octets;
+        }
+        if draw.threshold != 0 && draw.threshold != 65536 {
+            self.lanes.draw(draw, count);
+        }
+    }
+
+    /// The lanes of a row, from its first column on.
+    #[inline(always)]
+    pub fn of(&self, row: usize) -> &[u16] {
+        &self.lanes.lanes()[self.starts[row - self.first_row] * OCTET..]
     }
 }
 
@@ -134,37 +167,23 @@ pub(super) fn walk(
         // The block's elements travel while its lanes are computed.
         let first = row * shape.cols + octet * OCTET;
         prefetch(first..(first + count * OCTET).min(shape.rows * shape.cols));
-        if random && octet + count <= a_row {
-            let logical = draw.row(row);
-            lanes.draw(
-                draw,
-                count,
-                #[inline(always)]
-                |i| (logical, draw.octet(octet + i)),
-            );
-        } else if random {
-            let (mut row, mut octet) = (row, octet);
-            let mut logical = draw.row(row);
-            lanes.draw(
-                draw,
-                count,
-                #[inline(always)]
-                |_| {
-                    if octet == a_row {
-                        (row, octet) = (row + 1, 0);
-                        logical = next_row(draw, row, logical);
-                    }
-                    octet += 1;
-                    (logical, draw.octet(octet - 1))
-                },
-            );
+        if random {
+            let (mut row, mut octet, mut done) = (row, octet, 0);
+            while done < count {
+                let octets = (a_row - octet).min(count - done);
+                lanes.count(draw, row, octet, done..done + octets);
+                done += octets;
+                (row, octet) = (row + 1, 0);
+            }
+            lanes.draw(draw, count);
         }
         let mut done = 0;
         while done < count {
             let octets = (a_row - octet).min(count - done);
             let col = octet * OCTET;
             let end = (col + octets * OCTET).min(shape.cols);
-            let segment = Segment { elements: row * shape.cols + col..row * shape.cols + end, col };
+            let elements = row * shape.cols + col..row * shape.cols + end;
+            let segment = Segment { elements, col, last: done + octets == count };
             each(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
             done += octets;
             octet += octets;
@@ -173,14 +192,5 @@ pub(super) fn walk(
             }
         }
         start += count;
-    }
-}
-
-/// `draw.row(row)`, where that of the row before is `previous`: no division where rows follow each other.
-#[inline(always)]
-fn next_row(draw: &Draw<'_>, row: usize, previous: u32) -> u32 {
-    match draw.rows {
-        RowMap::Contiguous { .. } if draw.groups.rows == 1 => previous + 1,
-        _ => draw.row(row),
     }
 }

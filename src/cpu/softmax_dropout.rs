@@ -1,10 +1,12 @@
 //! `softmax_dropout` on the CPU: y = D(softmax(scale * x + mask)) and its gradient.
 //!
 //! A thread takes a row, which stays in its caches in f32 between the passes: two for the largest
-//! score and the sum, one for the result.
+//! score and the sum, one for the result. The lanes of short rows are drawn for a few of them together.
 
 use super::math::exp;
+use super::octets::RowLanes;
 use super::reduce::{largest, sum};
+use super::split::Line;
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -125,53 +127,53 @@ struct Task<'a, T> {
     shape: Shape,
 }
 
-/// What a thread needs for one row at a time.
+/// What a thread needs for a few rows.
 struct Scratch {
     z: Vec<f32>,
     g: Vec<f32>,
+    lanes: RowLanes,
 }
 
 impl<T: Dtype> Task<'_, T> {
     fn scratch(&self) -> Scratch {
-        Scratch { z: vec![0.0; self.shape.cols], g: vec![0.0; self.shape.cols] }
+        let cols = self.shape.cols;
+        Scratch { z: vec![0.0; cols], g: vec![0.0; cols], lanes: RowLanes::new() }
     }
 
     fn forward(&self, x: Option<&[T]>, y: &mut [T], lse: Option<&mut [f32]>) {
-        let cols = self.shape.cols;
+        let Shape { rows, cols } = self.shape;
         if cols == 0 {
             // No keys: nothing to normalise over.
             return lse.into_iter().flatten().for_each(|lse| *lse = f32::NEG_INFINITY);
         }
-        let streaming = x.is_some() && split::streaming(self.cpu, y);
-        let row = |scratch: &mut Scratch, row: usize, y: &mut [T]| {
-            self.cpu.run(
-                #[inline(always)]
-                || {
-                    let x = x.map_or(&*y, |x| &x[row * cols..(row + 1) * cols]);
-                    let z = self.logits(&mut scratch.z, row, x);
-                    let statistics = exponentials(z);
-                    self.dropped(row, z, 1.0 / statistics.sum);
-                    let (seen, hidden) = y.split_at_mut(z.len());
-                    emit(z, seen, streaming);
-                    hidden.fill(T::from_f32(0.0));
-                    split::fence();
-                    statistics.lse()
-                },
-            )
-        };
-        let rows = y.par_chunks_mut(cols).enumerate();
-        match lse {
-            Some(lse) => rows.zip(lse.par_iter_mut()).for_each_init(
-                || self.scratch(),
-                |scratch, ((r, y), lse)| *lse = row(scratch, r, y),
-            ),
-            None => rows.for_each_init(
-                || self.scratch(),
-                |scratch, (r, y)| {
-                    row(scratch, r, y);
-                },
-            ),
-        }
+        let streaming = x.and_then(|_| split::streaming(self.cpu, y));
+        let group = RowLanes::rows(self.shape);
+        let lse = split::optional_chunks(lse, group, rows.div_ceil(group)).into_par_iter();
+        let groups = y.par_chunks_mut(group * cols).zip(lse).enumerate();
+        groups.for_each_init(
+            || self.scratch(),
+            |scratch, (index, (y, lse))| {
+                let first = index * group;
+                let mut lse = lse.into_iter().flatten();
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        self.draw(&mut scratch.lanes, first, y.len() / cols);
+                        for (row, y) in (first..).zip(y.chunks_mut(cols)) {
+                            let x = x.map_or(&*y, |x| &x[row * cols..(row + 1) * cols]);
+                            let z = self.logits(&mut scratch.z, row, x);
+                            let statistics = exponentials(z);
+                            self.dropped(&scratch.lanes, row, z, 1.0 / statistics.sum);
+                            let (seen, hidden) = y.split_at_mut(z.len());
+                            emit(z, seen, streaming);
+                            hidden.fill(T::from_f32(0.0));
+                            lse.by_ref().take(1).for_each(|lse| *lse = statistics.lse());
+                        }
+                        split::fence();
+                    },
+                );
+            },
+        );
     }
 
     fn backward(&self, x: &[T], lse: Option<&[f32]>, dy: Option<&[T]>, dx: &mut [T]) {
@@ -179,31 +181,63 @@ impl<T: Dtype> Task<'_, T> {
         if cols == 0 {
             return;
         }
-        let streaming = dy.is_some() && split::streaming(self.cpu, dx);
-        let row = |scratch: &mut Scratch, (row, dx): (usize, &mut [T])| {
-            let elements = row * cols..(row + 1) * cols;
-            self.cpu.run(
+        let streaming = dy.and_then(|_| split::streaming(self.cpu, dx));
+        let group = RowLanes::rows(self.shape);
+        dx.par_chunks_mut(group * cols).enumerate().for_each_init(
+            || self.scratch(),
+            |scratch, (index, dx)| {
+                let first = index * group;
+                self.cpu.run(
+                    #[inline(always)]
+                    || {
+                        self.draw(&mut scratch.lanes, first, dx.len() / cols);
+                        for (row, dx) in (first..).zip(dx.chunks_mut(cols)) {
+                            let elements = row * cols..(row + 1) * cols;
+                            let dy = dy.map_or(&*dx, |dy| &dy[elements.clone()]);
+                            let p = self.logits(&mut scratch.z, row, &x[elements]);
+                            probabilities(p, lse.map(|lse| lse[row]));
+                            let g = &mut scratch.g[..p.len()];
+                            convert::load(&dy[..p.len()], g);
+                            self.dropped(&scratch.lanes, row, g, 1.0);
+                            self.gradient(p, g);
+                            let (seen, hidden) = dx.split_at_mut(p.len());
+                            emit(g, seen, streaming);
+                            hidden.fill(T::from_f32(0.0));
+                        }
+                        split::fence();
+                    },
+                );
+            },
+        );
+    }
+
+    /// scale * p * (g - sum p g) in place of g.
+    #[inline(always)]
+    fn gradient(&self, p: &[f32], g: &mut [f32]) {
+        let dot = sum(p, g, |p, g| p * g);
+        let scale = self.scores.scale;
+        g.iter_mut().zip(p).for_each(|(g, &p)| *g = scale * (p * (*g - dot)));
+    }
+
+    /// Draws the lanes of `rows` rows from `first` on, where rows are drawn together.
+    #[inline(always)]
+    fn draw(&self, lanes: &mut RowLanes, first: usize, rows: usize) {
+        if RowLanes::rows(self.shape) > 1 {
+            lanes.draw(
+                &self.draw,
+                first..first + rows,
                 #[inline(always)]
-                || {
-                    let dy = dy.map_or(&*dx, |dy| &dy[elements.clone()]);
-                    let p = self.logits(&mut scratch.z, row, &x[elements]);
-                    probabilities(p, lse.map(|lse| lse[row]));
-                    let g = &mut scratch.g[..p.len()];
-                    convert::load(&dy[..p.len()], g);
-                    self.dropped(row, g, 1.0);
-                    let dot = sum(p, g, |p, g| p * g);
-                    let scale = self.scores.scale;
-                    for (g, &p) in g.iter_mut().zip(&*p) {
-                        *g = scale * (p * (*g - dot));
-                    }
-                    let (seen, hidden) = dx.split_at_mut(p.len());
-                    emit(g, seen, streaming);
-                    hidden.fill(T::from_f32(0.0));
-                    split::fence();
-                },
-            )
-        };
-        dx.par_chunks_mut(cols).enumerate().for_each_init(|| self.scratch(), row);
+                |row| self.seen(row),
+            );
+        }
+    }
+
+    /// How many keys, from the first, a row can see.
+    #[inline(always)]
+    fn seen(&self, row: usize) -> usize {
+        let (_, query) = self.scores.batch_and_query(row);
+        let length = self.mask.lengths.map(|lengths| lengths[row]);
+        visible(self.shape.cols, self.mask.causal, query, length)
     }
 
     /// scale * x + mask of the keys that the row sees. What comes back is shorter than the row where
@@ -211,8 +245,7 @@ impl<T: Dtype> Task<'_, T> {
     #[inline(always)]
     fn logits<'s>(&self, z: &'s mut [f32], row: usize, x: &[T]) -> &'s mut [f32] {
         let (batch, query) = self.scores.batch_and_query(row);
-        let length = self.mask.lengths.map(|lengths| lengths[row]);
-        let seen = visible(self.shape.cols, self.mask.causal, query, length);
+        let seen = self.seen(row);
         let z = &mut z[..seen];
         convert::load(&x[..seen], z);
         z.iter_mut().for_each(|z| *z *= self.scores.scale);
@@ -230,9 +263,12 @@ impl<T: Dtype> Task<'_, T> {
 
     /// Multiplies `values`, the start of a row, by `factor`, then drops.
     #[inline(always)]
-    fn dropped(&self, row: usize, values: &mut [f32], factor: f32) {
+    fn dropped(&self, lanes: &RowLanes, row: usize, values: &mut [f32], factor: f32) {
         if factor != 1.0 {
             values.iter_mut().for_each(|value| *value *= factor);
+        }
+        if RowLanes::rows(self.shape) > 1 {
+            return dropout::select(&self.draw, lanes.of(row), values);
         }
         let first = row * self.shape.cols.div_ceil(OCTET);
         let range = first..first + values.len().div_ceil(OCTET);
@@ -253,7 +289,7 @@ impl<T: Dtype> Task<'_, T> {
 
 /// Rounds a row into its output.
 #[inline(always)]
-fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
+fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: Option<Line>) {
     let parts = from.chunks(octets::ELEMENTS).zip(to.chunks_mut(octets::ELEMENTS));
     parts.for_each(|(from, to)| split::emit(from, to, streaming));
 }

@@ -52,65 +52,114 @@ pub(super) fn optional_chunks<T>(
     }
 }
 
-/// Whether `out` is written past the caches: it is large, and there are stores of a whole line. Two cores
-/// of a Zen 4, dropout on 2^24 elements, ms past the caches and through them: with stores of 32 bytes (AVX2)
-/// 7.7 and 6.0 in f32, 11.3 and 5.6 in bf16; with stores of 16 bytes (portable) 10.0 and 8.8 in f32. A line
-/// that is not written at once leaves its buffer in parts.
-pub(super) fn streaming<T>(cpu: Cpu, out: &[T]) -> bool {
-    cpu.level() == Level::Avx512 && size_of_val(out) >= STREAMING_BYTES
+/// Stores of a line that go past the caches.
+#[derive(Clone, Copy)]
+pub(super) enum Line {
+    /// Two stores of 32 bytes.
+    Halves,
+    /// One store.
+    Whole,
+}
+
+/// How `out` is written past the caches, where it is: it is large, and the stores pay. 2^24 elements, ms past
+/// the caches and through them:
+/// - Zen 4, two threads, dropout: 32 bytes (AVX2) 7.7 and 6.0 in f32, 11.3 and 5.6 in bf16; 16 bytes (portable)
+///   10.0 and 8.8 in f32: a line that is not written at once leaves its buffer in parts;
+/// - Zen 2, one thread: 32 bytes 13.9 and 16.9 in f32, dropout_add_norm 23.5 and 30.5; bias + ReLU + dropout in
+///   bf16 17.1 and 16.3.
+pub(super) fn streaming<T: Dtype>(cpu: Cpu, out: &[T]) -> Option<Line> {
+    let line = match cpu.level() {
+        Level::Avx512 => Some(Line::Whole),
+        // A processor without AVX-512 is more like a Zen 2 than like a Zen 4.
+        Level::Avx2 if T::ID == DtypeId::F32 => Some(Line::Halves),
+        _ => None,
+    };
+    line.filter(|_| size_of_val(out) >= STREAMING_BYTES)
 }
 
 /// Rounds `from` into the storage type of `to`; past the caches where `streaming` said so of all of the
 /// output.
 #[inline(always)]
-pub(super) fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: bool) {
-    if !streaming {
+pub(super) fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: Option<Line>) {
+    let Some(line) = streaming else {
         return super::convert::store(from, to);
-    }
+    };
     if T::ID == DtypeId::F32 {
-        return copy_past_caches(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        return copy_past_caches(bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to), line);
     }
     const CHUNK: usize = 256;
     let mut rounded = [T::from_f32(0.0); CHUNK];
     for (from, to) in from.chunks(CHUNK).zip(to.chunks_mut(CHUNK)) {
         let rounded = &mut rounded[..from.len()];
         super::convert::store(from, rounded);
-        copy_past_caches(bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to));
+        copy_past_caches(bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(to), line);
     }
 }
 
-/// Copies `from` to `to`, of the same length, leaving no line in a cache: only where [`streaming`] said so.
+/// Copies `from` to `to`, of the same length, whole lines of it past the caches. `line` comes from
+/// [`streaming`].
 #[inline(always)]
-fn copy_past_caches(from: &[u8], to: &mut [u8]) {
+fn copy_past_caches(from: &[u8], to: &mut [u8], line: Line) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: `streaming` asks for the level Avx512 of a `Cpu`, which found its features on this machine.
-    unsafe {
-        copy_lines(from, to)
+    match line {
+        // SAFETY: `streaming` asks for the level Avx2 of a `Cpu`, which found its features on this machine.
+        Line::Halves => copy_lines(from, to, |from, to| unsafe { store_halves(from, to) }),
+        // SAFETY: as above, for Avx512.
+        Line::Whole => copy_lines(from, to, |from, to| unsafe { store_whole(from, to) }),
     }
     #[cfg(not(target_arch = "x86_64"))]
-    to.copy_from_slice(from);
+    {
+        let _ = line;
+        to.copy_from_slice(from);
+    }
 }
 
-/// Copies `from` to `to`, whole lines of it with non-temporal stores.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn copy_lines(from: &[u8], to: &mut [u8]) {
-    use std::arch::x86_64::{_mm512_loadu_si512, _mm512_stream_si512};
-    const LINE: usize = 64;
-    let head = to.as_ptr().align_offset(LINE).min(to.len());
-    let (first, from) = from.split_at(head);
-    to[..head].copy_from_slice(first);
-    let to = &mut to[head..];
-    let body = to.len() / LINE * LINE;
-    for i in (0..body).step_by(LINE) {
-        // SAFETY: `i + LINE <= body`, which is at most the length of both; `align_offset` made `to` aligned
-        // where there is a body.
+const LINE: usize = 64;
+
+/// A line of memory.
+#[cfg(target_arch = "x86_64")]
+#[repr(align(64))]
+struct Aligned([u8; LINE]);
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_halves(from: &[u8; LINE], to: &mut Aligned) {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm256_stream_si256};
+    let (from, to) = (from.as_ptr(), to.0.as_mut_ptr());
+    for half in [0, 32] {
+        // SAFETY: both halves lie within the line, and those of `to` are aligned.
         unsafe {
-            let line = _mm512_loadu_si512(from.as_ptr().add(i).cast());
-            _mm512_stream_si512(to.as_mut_ptr().add(i).cast(), line);
+            let value = _mm256_loadu_si256(from.add(half).cast());
+            _mm256_stream_si256(to.add(half).cast(), value);
         }
     }
-    to[body..].copy_from_slice(&from[body..]);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store_whole(from: &[u8; LINE], to: &mut Aligned) {
+    use std::arch::x86_64::{_mm512_loadu_si512, _mm512_stream_si512};
+    // SAFETY: both are a line, and `to` is aligned.
+    unsafe {
+        let value = _mm512_loadu_si512(from.as_ptr().cast());
+        _mm512_stream_si512(to.0.as_mut_ptr().cast(), value);
+    }
+}
+
+/// Copies `from` to `to`, whole lines of it by `store`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn copy_lines(from: &[u8], to: &mut [u8], store: impl Fn(&[u8; LINE], &mut Aligned)) {
+    // SAFETY: `Aligned` is bytes: any are valid.
+    let (head, body, tail) = unsafe { to.align_to_mut::<Aligned>() };
+    let (first, from) = from.split_at(head.len());
+    head.copy_from_slice(first);
+    let (lines, last) = from.split_at(size_of_val(body));
+    lines.as_chunks().0.iter().zip(body).for_each(|(from, to)| store(from, to));
+    tail.copy_from_slice(last);
 }
 
 /// Asks for a tensor's elements ahead of their use. Without it, dropout on 2^24 f32 takes 9.4 ms, the

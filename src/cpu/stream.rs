@@ -2,6 +2,7 @@
 //! random lanes, and one way out.
 
 use super::octets::{self, Segment};
+use super::split::Line;
 use super::{Cpu, split, sum_rows};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
@@ -89,14 +90,14 @@ impl<T: Dtype> Stream<'_, T> {
         &self,
         range: Range<usize>,
         out: &mut [T],
-        streaming: bool,
+        streaming: Option<Line>,
         mut each: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
         let base = octets::first_element(self.shape, range.start);
         self.cpu.run(
             #[inline(always)]
             || {
-                let mut block = Block::new();
+                let (mut block, mut filled) = (Block::new(), 0);
                 octets::walk(
                     self.draw,
                     self.shape,
@@ -108,11 +109,20 @@ impl<T: Dtype> Stream<'_, T> {
                     },
                     #[inline(always)]
                     |segment, lanes| {
-                        let values = &mut block.0[..lanes.len()];
-                        let elements = &segment.elements;
-                        let out = &mut out[elements.start - base..elements.end - base];
-                        each(&segment, lanes, out, values);
-                        split::emit(values, out, streaming);
+                        let values = &mut block.0[filled..filled + lanes.len()];
+                        let elements = segment.elements.start - base..segment.elements.end - base;
+                        each(&segment, lanes, &out[elements.clone()], values);
+                        filled += lanes.len();
+                        // Not each segment: a line that two of them share is read before it is written.
+                        if segment.last {
+                            let values = &block.0[..filled];
+                            split::emit(
+                                values,
+                                &mut out[elements.end - filled..elements.end],
+                                streaming,
+                            );
+                            filled = 0;
+                        }
                     },
                 );
                 split::fence();
@@ -120,7 +130,7 @@ impl<T: Dtype> Stream<'_, T> {
         );
     }
 
-    fn streaming(&self, out: &[T]) -> bool {
-        !self.in_place && split::streaming(self.cpu, out)
+    fn streaming(&self, out: &[T]) -> Option<Line> {
+        split::streaming(self.cpu, out).filter(|_| !self.in_place)
     }
 }

@@ -35,25 +35,16 @@ const LEVELS: usize = 6;
 /// ascending order. What is +0 changes no sum, since a sum that starts from +0 is never -0; for the same
 /// reason a level with one sum in it is that sum.
 pub(super) struct SparseTree {
-    /// The sum that is being added up on each level.
+    /// The sum that is being added up on each level, where there is one.
     sums: [[f32; ELEMENTS]; LEVELS],
-    cols: usize,
-    /// The highest level that has a sum.
-    top: usize,
+    started: [bool; LEVELS],
     /// The tile of the last row.
     tile: usize,
 }
 
 impl SparseTree {
     pub fn new() -> Self {
-        Self { sums: [[0.0; ELEMENTS]; LEVELS], cols: 0, top: 0, tile: 0 }
-    }
-
-    /// Starts anew, with `cols` columns.
-    #[inline(always)]
-    pub fn clear(&mut self, cols: usize) {
-        self.sums[0][..cols].fill(0.0);
-        (self.cols, self.top, self.tile) = (cols, 0, 0);
+        Self { sums: [[0.0; ELEMENTS]; LEVELS], started: [false; LEVELS], tile: 0 }
     }
 
     /// Adds a row, beyond those before.
@@ -62,31 +53,36 @@ impl SparseTree {
         let (mut last, mut next, mut level) = (self.tile, row / TILE_ROWS, 0);
         self.tile = next;
         while last != next {
-            self.close(level);
+            self.close(level, values.len());
             (last, next, level) = (last / TILE_ROWS, next / TILE_ROWS, level + 1);
         }
-        self.sums[0].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-    }
-
-    /// The sum over all rows.
-    #[inline(always)]
-    pub fn finish(&mut self) -> &[f32] {
-        let top = self.top;
-        (0..top).for_each(|level| self.close(level));
-        &self.sums[top][..self.cols]
-    }
-
-    /// Adds a level's sum to the one above, and starts the next one.
-    #[inline(always)]
-    fn close(&mut self, level: usize) {
-        let (below, above) = self.sums.split_at_mut(level + 1);
-        let (below, above) = (&mut below[level][..self.cols], &mut above[0][..self.cols]);
-        if level == self.top {
-            self.top += 1;
-            above.copy_from_slice(below);
-        } else {
-            above.iter_mut().zip(&*below).for_each(|(above, sum)| *above += sum);
+        let sums = self.sums[0].iter_mut().zip(values);
+        match std::mem::replace(&mut self.started[0], true) {
+            true => sums.for_each(|(sum, value)| *sum += value),
+            false => sums.for_each(|(sum, value)| *sum = 0.0 + value),
         }
-        below.fill(0.0);
+    }
+
+    /// Adds the sum over all rows to `total`, and starts anew.
+    #[inline(always)]
+    pub fn finish(&mut self, total: &mut [f32]) {
+        let Some(top) = self.started.iter().rposition(|&started| started) else { return };
+        (0..top).for_each(|level| self.close(level, total.len()));
+        self.started[top] = false;
+        total.iter_mut().zip(&self.sums[top]).for_each(|(total, sum)| *total += sum);
+    }
+
+    /// Adds a level's sum to the one above, where it was started.
+    #[inline(always)]
+    fn close(&mut self, level: usize, cols: usize) {
+        if !std::mem::replace(&mut self.started[level], false) {
+            return;
+        }
+        let (below, above) = self.sums.split_at_mut(level + 1);
+        let (below, above) = (&below[level][..cols], &mut above[0][..cols]);
+        match std::mem::replace(&mut self.started[level + 1], true) {
+            true => above.iter_mut().zip(below).for_each(|(above, sum)| *above += sum),
+            false => above.copy_from_slice(below),
+        }
     }
 }

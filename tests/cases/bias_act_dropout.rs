@@ -119,8 +119,9 @@ impl<L: Lab> BiasActDropoutCalls for Kernels<L> {
 /// Runs the checks of one row of the table.
 pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
     // Two activations a row, so that neighbours in the table go through all of them.
-    let first = call.shape.rows + call.shape.cols + call.dropout.p.threshold() as usize % 5;
-    for activation in [first, first + 2].map(|i| Activation::ALL[i % 5]) {
+    let count = Activation::ALL.len();
+    let first = call.shape.rows + call.shape.cols + call.dropout.p.threshold() as usize % count;
+    for activation in [first, first + 3].map(|i| Activation::ALL[i % count]) {
         let name = |pass: &str| format!("bias_act_dropout {activation:?} {pass}");
         let result = forward::<T, B>(backend, call, activation);
         tally.count::<T, B>(backend, &name("y"), call, result);

@@ -12,6 +12,11 @@
 //! - σ(v) from e^(-|v|), where v is off by dv: (1 - σ) (dv + 4u), a sum's rounding, a reciprocal within 2
 //!   ulp and a product, 6u, relative; 1 - σ likewise with σ for 1 - σ.
 //! - 2u of the approximate GELU has five roundings and constants: dv = 5u |v|; its derivative 5u, relative.
+//! - tanh z from e = e^(-2z), z >= 0.625: 4u of e come into it 2e / (1 - e²)-fold, 2.5u; 1 - e, 1 + e, the
+//!   reciprocal and a product are 7u, relative: 10u. Below 0.625 z (1 + z² P): a tenth of what z² P has, 4u, a
+//!   rounding, and 0.1u of the polynomial's fit.
+//! - 1 - tanh² = 4e / (1 + e)²: at most the exponential's 4u, twice the sum's and the reciprocal's 5u, two
+//!   products, 16u, relative.
 //!
 //! An exponential below the normal numbers is off by 2^-148 instead, times what it is multiplied by.
 
@@ -32,6 +37,7 @@ fn activation(activation: Activation, x: f64) -> Bounded {
             x.abs() * sigma(v) * (sigma_error(v, 5.0 * U * v.abs()) + U)
         }
         Activation::Silu => x.abs() * sigma(x) * (sigma_error(x, 0.0) + U),
+        Activation::Tanh => 10.0 * U * x.tanh().abs(),
         Activation::Relu | Activation::Identity => 0.0,
     };
     let value = match activation {
@@ -40,6 +46,7 @@ fn activation(activation: Activation, x: f64) -> Bounded {
         Activation::Relu if x < 0.0 => 0.0,
         Activation::Relu | Activation::Identity => x,
         Activation::Silu => x * sigma(x),
+        Activation::Tanh => x.tanh(),
     };
     bounded(value, error, x)
 }
@@ -67,6 +74,11 @@ fn slope(activation: Activation, x: f64) -> Bounded {
             logistic(v, 5.0 * U * v.abs(), slope, 5.0 * U)
         }
         Activation::Silu => logistic(x, 0.0, 1.0, 0.0),
+        Activation::Tanh => {
+            let e = (-2.0 * x.abs()).exp();
+            let value = 4.0 * e / (1.0 + e).powi(2);
+            bounded(value, 16.0 * U * value, 4.0)
+        }
         Activation::Relu => bounded(if x <= 0.0 { 0.0 } else { 1.0 }, 0.0, 0.0),
         Activation::Identity => bounded(1.0, 0.0, 0.0),
     }
