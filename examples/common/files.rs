@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use fused_dropout::transformer::Specs;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use std::fmt;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,12 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// A folder that a run writes to.
 #[derive(Clone)]
 pub struct Folder(PathBuf);
+
+impl fmt::Display for Folder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
 
 impl Folder {
     /// The name of a checkpoint.

@@ -4,6 +4,7 @@
 
 pub mod device;
 pub mod draws;
+pub mod epochs;
 pub mod files;
 pub mod interrupt;
 pub mod plot;

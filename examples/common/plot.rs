@@ -32,13 +32,14 @@ fn draw(
     let steps = points().map(|point| point.0).fold(1.0, f64::max);
     let low = points().map(|point| point.1).fold(f64::INFINITY, f64::min);
     let high = points().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
+    // Room above for the legend.
     let margin = 0.05 * (high - low).max(0.1);
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 20))
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(60)
-        .build_cartesian_2d(0.0..steps, low - margin..high + margin)?;
+        .build_cartesian_2d(0.0..steps, low - margin..high + 4.0 * margin)?;
     chart
         .configure_mesh()
         .x_desc("step")

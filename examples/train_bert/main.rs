@@ -12,7 +12,7 @@ mod report;
 mod reviews;
 mod tokenizer;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Parser;
 use common::device::Job;
 use common::files::{Folder, read, to_text};
@@ -23,7 +23,7 @@ use common::trainer::{Plan, Record};
 use fused_dropout::transformer::{Backend, Bert, BertTask};
 use model::{Model, inherit};
 use options::{Arguments, Settings};
-use reviews::{Epochs, Reviews};
+use reviews::Reviews;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -52,8 +52,7 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     let settings = settings.with_texts(&negative, &positive)?;
     let (negative, positive) = (to_text(negative), to_text(positive));
     let reviews = Reviews::new(&negative, &positive, settings.size.length, settings.seed)?;
-    let epoch = Epochs::steps(reviews.train.len(), settings.size.batch);
-    ensure!(epoch > 0, "expected {} texts to train on at least", settings.size.batch);
+    let epoch = reviews.train.len().div_ceil(settings.size.batch) as u64;
     let resume = arguments.resume;
     settings.device.run(Training { folders, resume, settings: settings.clone(), reviews, epoch })
 }
@@ -156,7 +155,7 @@ impl Training {
     fn how_to_resume(&self) -> String {
         format!(
             "\nstopped; to continue: cargo run --release --features transformer --example train_bert -- --resume --out {}",
-            self.folders[1].path("").display()
+            self.folders[1]
         )
     }
 }

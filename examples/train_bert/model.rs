@@ -1,8 +1,9 @@
 //! A BERT on texts: as a masked language model, and as a classifier.
 
 use super::common::draws::draws;
+use super::common::epochs::Epochs;
 use super::common::trainer::{Scores, Task};
-use super::reviews::{Epochs, Review, Reviews, Sequences};
+use super::reviews::{Review, Reviews, Sequences};
 use super::tokenizer::{MASK, SPECIAL};
 use anyhow::Result;
 use fused_dropout::transformer::backend::Backend;
@@ -13,7 +14,7 @@ use fused_dropout::{Dtype, Error};
 use rand_philox::Philox;
 use std::collections::HashMap;
 
-/// What random numbers are drawn for. (`reviews` has 0 and 1.)
+/// What random numbers are drawn for. (`Epochs` has 0, `reviews` 1.)
 const WORDS: u64 = 2;
 const WORDS_OF_EVALUATION: u64 = 3;
 
@@ -44,7 +45,7 @@ impl<'a, B: Backend> Model<'a, B> {
         let bert = Bert::new(config, task)?;
         let length = bert.config().max_position_embeddings;
         let run = bert.run(backend, batch, length, false)?;
-        let epochs = Epochs::new(reviews.train.len(), batch, seed);
+        let epochs = Epochs::new(reviews.train.len(), seed);
         Ok(Self { bert, task, reviews, epochs, seed, first_step, batch, length, run })
     }
 
@@ -135,7 +136,8 @@ impl<B: Backend> Task<B> for Model<'_, B> {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         let reviews = self.reviews;
-        let texts = self.epochs.texts(step).iter().map(|&text| &reviews.train[text]);
+        let texts = self.epochs.batch(step, self.batch);
+        let texts = texts.iter().map(|&(_, text)| &reviews.train[text]);
         let sequences = Sequences::new(texts, self.batch, self.length);
         // Seed and step say what is dropped: no two steps of the whole training have the same number.
         let step = self.first_step + step;

@@ -1,13 +1,12 @@
 //! Two files of texts as sequences of tokens with a class, a tenth of them held out, and the batches of a step.
 
-use super::common::draws::draws;
+use super::common::epochs::shuffled;
 use super::tokenizer::{FIRST, LAST, PAD, Tokenizer};
 use anyhow::{Result, ensure};
 use fused_dropout::transformer::IGNORED;
 
-/// What random numbers are drawn for.
-const SPLIT: u64 = 0;
-const ORDER: u64 = 1;
+/// What random numbers are drawn for. (`Epochs` has 0.)
+const SPLIT: u64 = 1;
 
 /// A text as tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,48 +52,6 @@ impl Reviews {
         let (train, held_out) = (encode(train), encode(held_out));
         Ok(Self { tokenizer, train, held_out })
     }
-}
-
-/// Numbers of texts as a step takes them: every text once an epoch, in another order each time.
-pub struct Epochs {
-    texts: usize,
-    batch: usize,
-    seed: u64,
-    /// The epoch whose order is at hand.
-    epoch: u64,
-    order: Vec<usize>,
-}
-
-impl Epochs {
-    pub fn new(texts: usize, batch: usize, seed: u64) -> Self {
-        Self { texts, batch, seed, epoch: 0, order: shuffled(texts, seed, 0, ORDER) }
-    }
-
-    /// Steps of an epoch; the texts that would not fill a batch are left out.
-    pub fn steps(texts: usize, batch: usize) -> u64 {
-        (texts / batch) as u64
-    }
-
-    /// The texts of a step.
-    pub fn texts(&mut self, step: u64) -> &[usize] {
-        let steps = Self::steps(self.texts, self.batch);
-        let (epoch, within) = (step / steps, (step % steps) as usize);
-        if epoch != self.epoch {
-            self.epoch = epoch;
-            self.order = shuffled(self.texts, self.seed, epoch, ORDER);
-        }
-        &self.order[within * self.batch..][..self.batch]
-    }
-}
-
-/// The numbers below `count` in a random order (Fisher and Yates).
-fn shuffled(count: usize, seed: u64, step: u64, purpose: u64) -> Vec<usize> {
-    let mut philox = draws(seed, step, purpose);
-    let mut order: Vec<usize> = (0..count).collect();
-    for last in (1..count).rev() {
-        order.swap(last, philox.bounded(last as u32 + 1) as usize);
-    }
-    order
 }
 
 /// Sequences of one length, padded at their ends.
@@ -146,21 +103,6 @@ mod tests {
         assert!(Reviews::new("", &lines("good"), 8, 1).is_err());
         let same = Reviews::new(&lines("bad"), &lines("good"), 8, 1).unwrap();
         assert_eq!(same.train, reviews.train);
-    }
-
-    #[test]
-    fn an_epoch_has_every_text_once() {
-        let mut epochs = Epochs::new(12, 4, 7);
-        let mut epoch = |first: u64| -> Vec<usize> {
-            (first..first + 3).flat_map(|step| epochs.texts(step).to_vec()).collect()
-        };
-        let (first, second, again) = (epoch(0), epoch(3), epoch(0));
-        assert_eq!(first, again);
-        assert_ne!(first, second);
-        for mut order in [first, second] {
-            order.sort_unstable();
-            assert_eq!(order, (0..12).collect::<Vec<_>>());
-        }
     }
 
     #[test]

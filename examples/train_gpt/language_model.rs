@@ -1,8 +1,9 @@
 //! A GPT on a text: its training steps, its evaluations, and the text that it writes.
 
 use super::common::draws::draws;
+use super::common::epochs::Epochs;
 use super::common::trainer::{Scores, Task};
-use super::text::{Text, even_windows, random_windows};
+use super::text::{Text, even_windows};
 use fused_dropout::transformer::backend::Backend;
 use fused_dropout::transformer::{
     Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, IGNORED, Params, Pass, Specs,
@@ -13,9 +14,9 @@ use rand_philox::u32_to_unit_f32;
 /// Tokens of either part of the text that an evaluation looks at, at most.
 const EVALUATED: usize = 48 << 10;
 
-/// What random numbers are drawn for.
-const BATCH: u64 = 0;
-const SAMPLE: u64 = 1;
+/// What random numbers are drawn for. (`Epochs` has 0.)
+const OFFSET: u64 = 1;
+const SAMPLE: u64 = 2;
 
 /// A model, its text, and the memory for its steps.
 pub struct LanguageModel<'a, B: Backend> {
@@ -24,6 +25,7 @@ pub struct LanguageModel<'a, B: Backend> {
     seed: u64,
     /// Sequences of a step.
     sequences: usize,
+    epochs: Epochs,
     run: GptRun<B>,
     batch: GptBatch<B>,
 }
@@ -43,7 +45,9 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
         let nothing =
             GptInput { ids: &vec![0; tokens], labels: &vec![IGNORED; tokens], choice: None };
         let batch = gpt.batch(backend, &run, &nothing)?;
-        Ok(Self { gpt, text, seed, sequences, run, batch })
+        // One window less than the text has, so that each epoch may begin elsewhere.
+        let epochs = Epochs::new(text.train.len() / context - 1, seed);
+        Ok(Self { gpt, text, seed, sequences, epochs, run, batch })
     }
 
     pub fn gpt(&self) -> &Gpt {
@@ -52,6 +56,16 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
 
     fn context(&self) -> usize {
         self.gpt.config().n_positions
+    }
+
+    /// Where the windows of a step begin: each epoch goes through the text in windows that do not overlap.
+    fn windows(&mut self, step: u64) -> Vec<usize> {
+        let (context, seed) = (self.context(), self.seed);
+        let window = |(epoch, number)| {
+            let offset = draws(seed, epoch, OFFSET).bounded(context as u32) as usize;
+            offset + number * context
+        };
+        self.epochs.batch(step, self.sequences).into_iter().map(window).collect()
     }
 
     /// Puts windows of a part of the text into the batch. Sequences without a window predict nothing. Says how many
@@ -141,8 +155,7 @@ impl<B: Backend> Task<B> for LanguageModel<'_, B> {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         let text = self.text;
-        let mut philox = draws(self.seed, step, BATCH);
-        let windows = random_windows(text.train.len(), self.context(), self.sequences, &mut philox);
+        let windows = self.windows(step);
         self.load(backend, &text.train, &windows)?;
         // Seed and step say what is dropped; the backward pass draws the same masks again.
         let pass = Pass::Train { seed: self.seed, step };

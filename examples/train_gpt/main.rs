@@ -126,7 +126,7 @@ impl Training {
     fn how_to_resume(&self) -> String {
         format!(
             "\nstopped; to continue: cargo run --release --features transformer --example train_gpt -- --resume --out {}",
-            self.out.path("").display()
+            self.out
         )
     }
 }

@@ -1,7 +1,6 @@
 //! A text as tokens, a character each, and the windows of it that a model is shown.
 
 use anyhow::{Context, Result, ensure};
-use rand_philox::Philox;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +21,7 @@ impl Text {
         let token = |c| vocabulary.binary_search(&c).expect("a character of the text") as u32;
         let mut train: Vec<u32> = text.chars().map(token).collect();
         let characters = train.len();
-        let validation = train.split_off(characters / 10 * 9);
+        let validation = train.split_off(characters * 9 / 10);
         ensure!(
             train.len() > context && validation.len() > context,
             "a text of {characters} characters: a tenth of it must be longer than the context, {context}"
@@ -82,18 +81,7 @@ fn files_below(folder: &Path, endings: &[&str]) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// Where windows of `context` tokens begin that each have a next token: at random places.
-pub fn random_windows(
-    tokens: usize,
-    context: usize,
-    count: usize,
-    philox: &mut Philox,
-) -> Vec<usize> {
-    let places = (tokens - context) as u32;
-    (0..count).map(|_| philox.bounded(places) as usize).collect()
-}
-
-/// The same evenly over the text: windows that do not overlap, at most `count`.
+/// Where windows of `context` tokens that each have a next one begin, evenly over the text: at most `count`, none overlapping.
 pub fn even_windows(tokens: usize, context: usize, count: usize) -> Vec<usize> {
     let count = count.min((tokens - 1) / context).max(1);
     let last = tokens - 1 - context;
