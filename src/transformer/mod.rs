@@ -52,6 +52,7 @@
 pub mod backend;
 mod bert;
 mod block;
+mod checkpoint;
 mod config;
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -64,6 +65,7 @@ pub mod streams;
 
 pub use backend::Backend;
 pub use bert::{Bert, BertBatch, BertInput, BertRun, BertTask};
+pub use checkpoint::Checkpoint;
 pub use config::{BertConfig, GptConfig};
 pub use cpu::CpuBackend;
 pub use gpt::{Gpt, GptBatch, GptInput, GptLoss, GptRun, IGNORED, shifted};

@@ -1,0 +1,43 @@
+//! Where a run takes place: the only lines that know more than `Backend` does.
+
+use anyhow::Result;
+use clap::ValueEnum;
+use fused_dropout::transformer::{Backend, CpuBackend};
+use serde::{Deserialize, Serialize};
+
+/// A kind of backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// All cores of this machine (RAYON_NUM_THREADS for fewer)
+    Cpu,
+    /// The first NVIDIA GPU; a build with the feature cuda
+    Cuda,
+}
+
+/// What runs on a backend, whichever it is.
+pub trait Job {
+    type Output;
+    fn run<B: Backend>(self, backend: &B) -> Result<Self::Output>;
+}
+
+impl Device {
+    /// Runs a job on this device.
+    pub fn run<J: Job>(self, job: J) -> Result<J::Output> {
+        match self {
+            Device::Cpu => job.run(&CpuBackend::new()),
+            Device::Cuda => cuda(job),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda<J: Job>(_job: J) -> Result<J::Output> {
+    fused_dropout::cuda::context(0)?;
+    anyhow::bail!("--device cuda: the models do not run there yet")
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda<J: Job>(_job: J) -> Result<J::Output> {
+    anyhow::bail!("--device cuda: this build has no CUDA (cargo run --features transformer,cuda)")
+}

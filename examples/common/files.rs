@@ -1,0 +1,107 @@
+//! Files in and out.
+
+use anyhow::{Context, Result};
+use fused_dropout::transformer::Specs;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A file's bytes.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The text of a file: UTF-8 where the bytes are that, otherwise Latin-1, in which each byte is the character of its number.
+pub fn to_text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes)
+        .unwrap_or_else(|error| error.as_bytes().iter().map(|&byte| char::from(byte)).collect())
+}
+
+/// SHA-256 in hexadecimal digits.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A folder that a run writes to.
+#[derive(Clone)]
+pub struct Folder(PathBuf);
+
+impl fmt::Display for Folder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.display().fmt(f)
+    }
+}
+
+impl Folder {
+    /// The name of a checkpoint.
+    pub const CHECKPOINT: &str = "checkpoint.safetensors";
+
+    pub fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// One in it.
+    pub fn inner(&self, name: &str) -> Self {
+        Self(self.path(name))
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The checkpoint of the run.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.path(Self::CHECKPOINT)
+    }
+
+    /// Makes it, with those above it.
+    pub fn create(&self) -> Result<()> {
+        fs::create_dir_all(&self.0).with_context(|| format!("cannot make {}", self.0.display()))
+    }
+
+    /// Writes a file as a whole or not at all: under another name first, which then replaces it.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (path, part) = (self.path(name), self.path(&format!("{name}.part")));
+        let write = || {
+            let mut file = File::create(&part)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&part, &path)
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Writes a value as JSON.
+    pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
+        self.write(name, (serde_json::to_string_pretty(value)? + "\n").as_bytes())
+    }
+
+    /// Writes what Hugging Face's `from_pretrained` reads.
+    pub fn write_model(&self, config: &str, specs: &Specs, weights: &[Vec<f32>]) -> Result<()> {
+        self.write("config.json", config.as_bytes())?;
+        self.write("model.safetensors", &specs.serialize(weights)?)
+    }
+
+    /// Removes the checkpoint of an earlier run, if there is one.
+    pub fn remove_checkpoint(&self) -> Result<()> {
+        let path = self.checkpoint();
+        if !path.exists() {
+            return Ok(());
+        }
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::to_text;
+
+    #[test]
+    fn utf_8_is_taken_as_such_and_everything_else_as_latin_1() {
+        assert_eq!(to_text("café".into()), "café");
+        assert_eq!(to_text(b"caf\xe9".to_vec()), "café");
+    }
+}

@@ -1,0 +1,161 @@
+//! Trains a small BERT on texts of two classes: as a masked language model first, then as a classifier.
+//!
+//!     cargo run --release --features transformer --example train_bert -- --positive FILE --negative FILE
+//!
+//! `model.rs` has the calls of a training step, `../common/trainer.rs` those around it.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod model;
+mod options;
+mod report;
+mod reviews;
+mod tokenizer;
+
+use anyhow::Result;
+use clap::Parser;
+use common::device::Job;
+use common::files::{Folder, read, to_text};
+use common::interrupt;
+use common::session::{Outcome, Session};
+use common::settings::{check_same, of_saved_run};
+use common::trainer::{Plan, Record};
+use fused_dropout::transformer::{Backend, Bert, BertTask};
+use model::{Model, inherit};
+use options::{Arguments, Settings};
+use reviews::Reviews;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(Outcome::Finished) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => ExitCode::from(interrupt::STATUS),
+        Err(error) => {
+            eprintln!("train_bert: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Looks at everything that can be refused, and then trains.
+fn run(arguments: &Arguments) -> Result<Outcome> {
+    let folders = options::folders(&arguments.out);
+    let settings = match arguments.resume {
+        true => {
+            let saved: Settings = of_saved_run(&folders)?;
+            check_same(&saved, &arguments.over(saved.clone())?)?;
+            saved
+        }
+        false => arguments.settings()?,
+    };
+    let (negative, positive) = (read(&settings.negative)?, read(&settings.positive)?);
+    let settings = settings.with_texts(&negative, &positive)?;
+    let (negative, positive) = (to_text(negative), to_text(positive));
+    let reviews = Reviews::new(&negative, &positive, settings.size.length, settings.seed)?;
+    let epoch = reviews.train.len().div_ceil(settings.size.batch) as u64;
+    let resume = arguments.resume;
+    settings.device.run(Training { folders, resume, settings: settings.clone(), reviews, epoch })
+}
+
+/// The training of both models.
+struct Training {
+    /// Of the masked language model, and of the classifier.
+    folders: [Folder; 2],
+    resume: bool,
+    settings: Settings,
+    reviews: Reviews,
+    /// Steps of an epoch.
+    epoch: u64,
+}
+
+/// What a model has become.
+struct Trained {
+    bert: Bert,
+    weights: Vec<Vec<f32>>,
+    record: Record,
+}
+
+impl Job for Training {
+    type Output = Outcome;
+
+    fn run<B: Backend>(self, backend: &B) -> Result<Outcome> {
+        interrupt::listen()?;
+        if !self.resume {
+            // Those of an earlier run are not this one's.
+            self.folders.iter().try_for_each(Folder::remove_checkpoint)?;
+        }
+        let masked = self.masked_language_model(backend)?;
+        let classifier = match &masked {
+            Some(masked) => self.classifier(backend, masked)?,
+            None => None,
+        };
+        let (Some(masked), Some(classifier)) = (masked, classifier) else {
+            println!("{}", self.how_to_resume());
+            return Ok(Outcome::Interrupted);
+        };
+        report::write(&self, &masked, &classifier)?;
+        Ok(Outcome::Finished)
+    }
+}
+
+impl Training {
+    fn masked_language_model<B: Backend>(&self, backend: &B) -> Result<Option<Trained>> {
+        let plan = self.settings.masked_plan(self.epoch);
+        let title = "Masked language model";
+        self.train(backend, title, BertTask::MaskedLanguageModel, plan, 0, None)
+    }
+
+    fn classifier<B: Backend>(&self, backend: &B, masked: &Trained) -> Result<Option<Trained>> {
+        let plan = self.settings.plan(self.epoch);
+        let first = masked.record.steps();
+        self.train(backend, "Classifier", BertTask::Classification, plan, first, Some(masked))
+    }
+
+    /// Trains a model, from new weights but for those that `from` has, and keeps it; `None` where Ctrl-C came in between.
+    fn train<B: Backend>(
+        &self,
+        backend: &B,
+        name: &str,
+        task: BertTask,
+        plan: Plan,
+        first_step: u64,
+        from: Option<&Trained>,
+    ) -> Result<Option<Trained>> {
+        let Self { settings, reviews, .. } = self;
+        let (size, seed) = (settings.size, settings.seed);
+        let config = settings.config(reviews.tokenizer.vocabulary.len())?;
+        let model = Model::new(backend, config, task, reviews, size.batch, seed, first_step)?;
+        let [masked, classifier] = &self.folders;
+        let folder = if task == BertTask::Classification { classifier } else { masked };
+        folder.create()?;
+        let session = Session {
+            folder: folder.clone(),
+            settings: settings.clone(),
+            title: report::title(name, self, model.bert()),
+            tokens: size.batch * size.length,
+            deadline: None,
+        };
+        let init = |model: &Model<'_, B>| {
+            let mut weights = model.bert().specs().init(seed);
+            if let Some(from) = from {
+                inherit(from.bert.specs(), &from.weights, model.bert().specs(), &mut weights);
+            }
+            Ok(weights)
+        };
+        let mut trainer = session.open(backend, model, plan, self.resume, init)?;
+        if session.train(&mut trainer)? == Outcome::Interrupted {
+            return Ok(None);
+        }
+        let bert = trainer.task.bert().clone();
+        let weights = trainer.params.download(backend)?;
+        folder.write_model(&bert.config().to_json(), bert.specs(), &weights)?;
+        Ok(Some(Trained { bert, weights, record: trainer.record }))
+    }
+
+    fn how_to_resume(&self) -> String {
+        format!(
+            "\nstopped; to continue: cargo run --release --features transformer --example train_bert -- --resume --out {}",
+            self.folders[1]
+        )
+    }
+}

@@ -1,0 +1,226 @@
+//! The command line, and the settings of a run that follow from it.
+
+use super::common::device::Device;
+use super::common::files::{Folder, sha256};
+use super::common::trainer::Plan;
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use fused_dropout::transformer::{AdamW, GptConfig, Schedule};
+use fused_dropout::{Activation, Probability};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Trains a small GPT on a text, every character a token, and lets it write some.
+///
+/// Without --data, --preset and --dropout: twice on this project's own sources, without dropout and with dropout 0.2,
+/// in at most three minutes.
+///
+/// The last tenth of the text is for validation. OUT gets metrics.json, curves.svg, model.safetensors and config.json
+/// (as Hugging Face's GPT2LMHeadModel reads them), vocabulary.json (the character of each token), and at every
+/// evaluation and on Ctrl-C checkpoint.safetensors, from which --resume continues as if nothing had happened: the
+/// same options and number of threads give the same losses, bit for bit.
+#[derive(Parser)]
+#[command(name = "train_gpt", version)]
+pub struct Arguments {
+    /// The text: UTF-8, otherwise taken as Latin-1 [default: this project's sources]
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// The model's size and the length of the training [default: nanogpt-cpu]
+    #[arg(long)]
+    preset: Option<Preset>,
+    /// Drop probability at every site, 0 to 1 [default: nanogpt-cpu 0.0, nanogpt 0.2, as in nanoGPT]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    dropout: Option<f64>,
+    /// Training steps; the learning rate falls over all of them [default: the preset's]
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// What weights, batches, masks and the sample follow from [default: 1337]
+    #[arg(long, value_name = "U64")]
+    seed: Option<u64>,
+    /// Where to train [default: cpu]
+    #[arg(long)]
+    device: Option<Device>,
+    /// Steps from one evaluation, and checkpoint, to the next [default: 250]
+    #[arg(long, value_name = "N")]
+    eval_interval: Option<u64>,
+    /// Characters that the trained model writes
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub sample: usize,
+    /// The folder for whatever is written
+    #[arg(long, value_name = "DIR", default_value = "target/train_gpt")]
+    pub out: PathBuf,
+    /// Continue the run that OUT has a checkpoint of; other options are not needed, and must not differ
+    #[arg(long)]
+    pub resume: bool,
+}
+
+/// Sizes of nanoGPT's examples.
+#[derive(Clone, Copy, ValueEnum)]
+enum Preset {
+    /// 4 layers, 4 heads, width 128, context 64, batch 12; 2000 steps
+    NanogptCpu,
+    /// 6 layers, 6 heads, width 384, context 256, batch 64; 5000 steps
+    Nanogpt,
+}
+
+/// Everything that a run follows from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The text's file; none: this project's sources.
+    pub data: Option<PathBuf>,
+    pub data_sha256: String,
+    pub size: Size,
+    /// The drop probability of each run.
+    pub dropouts: Vec<f64>,
+    pub steps: u64,
+    pub seed: u64,
+    pub device: Device,
+    pub eval_interval: u64,
+    /// Seconds after which a run ends even if steps are left.
+    pub seconds: Option<u64>,
+}
+
+/// Of the model and its batches.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Size {
+    pub layers: usize,
+    pub heads: usize,
+    pub width: usize,
+    pub context: usize,
+    pub batch: usize,
+}
+
+impl Preset {
+    fn size(self) -> Size {
+        match self {
+            Preset::NanogptCpu => Size { layers: 4, heads: 4, width: 128, context: 64, batch: 12 },
+            Preset::Nanogpt => Size { layers: 6, heads: 6, width: 384, context: 256, batch: 64 },
+        }
+    }
+
+    fn steps(self) -> u64 {
+        match self {
+            Preset::NanogptCpu => 2000,
+            Preset::Nanogpt => 5000,
+        }
+    }
+
+    fn dropout(self) -> f64 {
+        match self {
+            Preset::NanogptCpu => 0.0,
+            Preset::Nanogpt => 0.2,
+        }
+    }
+}
+
+/// Of each of the two runs without options: both, their evaluations and the sample take less than three minutes.
+const COMPARISON_STEPS: u64 = 1000;
+const COMPARISON_SECONDS: u64 = 82;
+
+impl Arguments {
+    /// The settings of a new run.
+    pub fn settings(&self) -> Result<Settings> {
+        let preset = self.preset.unwrap_or(Preset::NanogptCpu);
+        let comparison = self.data.is_none() && self.preset.is_none() && self.dropout.is_none();
+        let mut settings = Settings {
+            data: None,
+            data_sha256: String::new(),
+            size: preset.size(),
+            dropouts: vec![preset.dropout()],
+            steps: preset.steps(),
+            seed: 1337,
+            device: Device::Cpu,
+            eval_interval: 250,
+            seconds: None,
+        };
+        if comparison {
+            settings.dropouts = vec![0.0, 0.2];
+            settings.steps = COMPARISON_STEPS;
+            settings.seconds = Some(COMPARISON_SECONDS);
+        }
+        self.over(settings)
+    }
+
+    /// These settings but for what was given.
+    pub fn over(&self, base: Settings) -> Result<Settings> {
+        let data = self.data.as_ref().map(|path| {
+            path.canonicalize().with_context(|| format!("cannot read {}", path.display()))
+        });
+        let settings = Settings {
+            data: data.transpose()?.or(base.data),
+            size: self.preset.map_or(base.size, Preset::size),
+            dropouts: self.dropout.map_or(base.dropouts, |p| vec![p]),
+            steps: self.steps.unwrap_or(base.steps),
+            seed: self.seed.unwrap_or(base.seed),
+            device: self.device.unwrap_or(base.device),
+            eval_interval: self.eval_interval.unwrap_or(base.eval_interval),
+            // Whoever asks for steps gets them.
+            seconds: if self.steps.is_some() { None } else { base.seconds },
+            ..base
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+}
+
+impl Settings {
+    fn check(&self) -> Result<()> {
+        self.dropouts.iter().try_for_each(|&p| Probability::new(p).map(drop))?;
+        ensure!(self.eval_interval > 0, "--eval-interval: expected at least 1, got 0");
+        Ok(())
+    }
+
+    /// The folder of each run, below OUT: the last one's is OUT itself.
+    pub fn folders(&self, out: &Folder) -> Vec<Folder> {
+        match self.dropouts.len() {
+            2 => vec![out.inner(WITHOUT_DROPOUT), out.clone()],
+            _ => vec![out.clone()],
+        }
+    }
+
+    /// Of a run on the text with these bytes: refuses another one than before.
+    pub fn with_text(self, bytes: &[u8]) -> Result<Self> {
+        let data_sha256 = sha256(bytes);
+        ensure!(
+            self.data_sha256.is_empty() || self.data_sha256 == data_sha256,
+            "cannot resume: the text has changed"
+        );
+        Ok(Self { data_sha256, ..self })
+    }
+
+    /// A model with this drop probability at every site.
+    pub fn config(&self, vocab_size: usize, dropout: f64) -> Result<GptConfig> {
+        let p = Probability::new(dropout)?;
+        Ok(GptConfig {
+            vocab_size,
+            n_positions: self.size.context,
+            n_embd: self.size.width,
+            n_layer: self.size.layers,
+            n_head: self.size.heads,
+            n_inner: 4 * self.size.width,
+            activation_function: Activation::GeluTanh,
+            layer_norm_epsilon: 1e-5,
+            initializer_range: 0.02,
+            embd_pdrop: p,
+            attn_pdrop: p,
+            resid_pdrop: p,
+            // Of the multiple-choice head, which this model has not.
+            summary_first_dropout: Probability::ZERO,
+            summary_activation: Activation::Identity,
+            num_labels: 1,
+        })
+    }
+
+    /// nanoGPT's optimiser and rates.
+    pub fn plan(&self) -> Plan {
+        let schedule = Schedule { peak: 1e-3, floor: 1e-4, warmup: 100, steps: self.steps };
+        Plan { optimizer: AdamW::default(), schedule, eval_interval: self.eval_interval }
+    }
+}
+
+const WITHOUT_DROPOUT: &str = "without-dropout";
+
+/// The folders below OUT that may hold a run.
+pub fn folders(out: &Folder) -> [Folder; 2] {
+    [out.inner(WITHOUT_DROPOUT), out.clone()]
+}
