@@ -372,8 +372,10 @@ pub trait Backend {
 
     /// One step of AdamW (Loshchilov and Hutter, ICLR 2019) with g = grad · norm\[1\]:
     ///
+    /// ```text
     ///     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g²
     ///     w = w - lr · decay · w - lr · (m / (1 - beta1^t)) / (√(v / (1 - beta2^t)) + epsilon)
+    /// ```
     ///
     /// `numbers` as [`ADAMW_NUMBERS`] says.
     fn adamw(

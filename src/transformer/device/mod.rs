@@ -17,7 +17,7 @@
 //!
 //! # Ids
 //! A device cannot refuse a token that is in no table: such a row is zeros, and
-//! [`Backend::read`](super::Backend::read) and [`Accelerator::check`] return the error.
+//! [`Backend::read`] and [`Accelerator::check`] return the error.
 //!
 //! # Stream numbers in device memory
 //! A captured graph has its parameters fixed. [`Accelerator::resident`] makes every call read its stream number
