@@ -224,11 +224,12 @@ impl Fixture {
         assert_eq!(ours.len(), theirs.len(), "{}: {name}", self.name);
         let distance = norm(ours.iter().zip(&theirs).map(|(&a, &b)| f64::from(a) - f64::from(b)));
         let mut size = norm(theirs.iter().map(|&value| f64::from(value)));
-        if let Some(layer) = name.strip_suffix("attention.self.key.bias") {
-            // A bias of all keys moves each row of scores as a whole, which no softmax sees: the gradient is 0 but for
-            // rounding, and is held to what it is a sum of, that of the keys' weights.
-            let terms = self.values(&format!("{layer}attention.self.key.weight"));
-            size = norm(terms.into_iter().map(f64::from));
+        let unseen = ["attention.self.key.bias", "multiple_choice_head.summary.bias"];
+        if unseen.iter().any(|bias| name.ends_with(bias)) {
+            // A bias of all keys, or of all choices, moves what a softmax is taken of as a whole, which it does not see: the
+            // gradient is 0 but for rounding, and is held to what it is a sum of, that of the weights beside it.
+            let terms = self.values(&name.replace(".bias", ".weight"));
+            size = size.max(norm(terms.into_iter().map(f64::from)));
         }
         assert!(
             distance <= BOUND * size,
