@@ -1,5 +1,6 @@
-//! Compiles `kernels/<operator>.cu`: with nvcc to one fatbin each (feature `cuda`), with the machine's
-//! C++ compiler for the host (feature `emulator`). Without features it does nothing.
+//! Compiles `kernels/<operator>.cu` and, with feature `transformer`, `kernels/transformer/*.cu`: with nvcc to
+//! one fatbin each (feature `cuda`), with the machine's C++ compiler for the host (feature `emulator`).
+//! Without these features it does nothing.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -24,7 +25,7 @@ mod emulator {
     use std::path::{Path, PathBuf};
     use std::{env, fs};
 
-    /// Compiles every `kernels/*.cu`, the tests' faulty kernels and the emulator's runtime with the
+    /// Compiles every kernel, the tests' faulty ones and the emulator's runtime with the
     /// machine's C++ compiler into one static library.
     pub fn compile() {
         let kernels = Path::new(&env::var("CARGO_MANIFEST_DIR").unwrap()).join("kernels");
@@ -77,9 +78,13 @@ mod emulator {
         std::process::exit(1)
     }
 
-    /// `kernels/*.cu`, and the kernels that only the emulator's tests use.
+    /// `kernels/*.cu`, the transformer's where it is asked for, and those that only the emulator's tests use.
     fn sources(kernels: &Path) -> Vec<PathBuf> {
-        let mut sources: Vec<_> = [kernels.to_owned(), kernels.join("emulator")]
+        let mut folders = vec![kernels.to_owned(), kernels.join("emulator")];
+        if cfg!(feature = "transformer") {
+            folders.push(kernels.join("transformer"));
+        }
+        let mut sources: Vec<_> = folders
             .iter()
             .flat_map(|folder| fs::read_dir(folder).expect("a folder of kernels"))
             .map(|entry| entry.expect("an entry of a folder of kernels").path())

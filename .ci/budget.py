@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Holds the kernels' registers and shared memory to kernels/budget.txt, and forbids spills.
+"""Holds the kernels' registers and shared memory to kernels/budget.txt, and forbids spills; holds the loads of
+their sm_90 machine code to kernels/loads.txt.
 
   budget.py            compile every kernel for every chip of the table and compare
-  budget.py --write    compile, and write the table anew
+  budget.py --write    compile, and write both tables anew
   budget.py --sass     print what the sm_90 machine code is made of, kernel by kernel
 
 nvcc: $FUSED_DROPOUT_NVCC, else the first on PATH, else the wheels' in $VIRTUAL_ENV or this Python.
---sass needs cuobjdump and nvdisasm beside it (nvidia-cuda-cuobjdump, nvidia-nvdisasm).
+cuobjdump and nvdisasm stand beside it (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 
 KERNELS = pathlib.Path(__file__).resolve().parent.parent / "kernels"
 BUDGET = KERNELS / "budget.txt"
+LOADS = KERNELS / "loads.txt"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -58,7 +60,7 @@ def compile_all(nvcc, archs, folder):
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             (source.stem, arch): pool.submit(one, source, arch)
-            for source in sorted(KERNELS.glob("*.cu"))
+            for source in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("transformer/*.cu")])
             for arch in archs
         }
         return {key: job.result() for key, job in jobs.items()}
@@ -128,8 +130,8 @@ def spills(measured):
     ]
 
 
-def compare(measured, budget):
-    wrong = spills(measured)
+def compare(measured, budget, wrong):
+    wrong += spills(measured)
     wrong += [f"{kernel}: not in {BUDGET.name}" for kernel in sorted(measured.keys() - budget.keys())]
     wrong += [f"{kernel}: no such kernel" for kernel in sorted(budget.keys() - measured.keys())]
     for kernel in sorted(measured.keys() & budget.keys()):
@@ -183,18 +185,62 @@ COLUMNS = {
 }
 
 
-def print_sass(nvcc, folder):
-    """Counts over a kernel's whole code, all its paths together, without NOPs."""
-    compile_all(nvcc, ["sm_90"], folder)
-    rows = []
-    for cubin in sorted(folder.glob("*.cubin")):
+def machine_code(nvcc, folder):
+    """{kernel: [(predicate, name, operands)]} of the sm_90 cubins in a folder, without NOPs."""
+    kernels = {}
+    for cubin in sorted(folder.glob("*.sm_90.cubin")):
         text = run([nvcc.parent / "cuobjdump", "-sass", cubin])
         for part in text.split("Function : ")[1:]:
-            kernel = part.split()[0]
             code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*([^;]*);", part)
-            code = [instruction for instruction in code if instruction[1] != "NOP"]
-            names = [name for _, name, _ in code]
-            rows.append([kernel, *(count(names) for count in COLUMNS.values()), loads_in_flight(code)])
+            kernels[part.split()[0]] = [line for line in code if line[1] != "NOP"]
+    return kernels
+
+
+def measure_loads(code):
+    """{kernel: (loads in flight, loads of 16 bytes, narrower loads)} of the kernels for aligned tensors."""
+    loads = {}
+    for kernel, lines in code.items():
+        names = [name for _, name, _ in lines]
+        wide, every = COLUMNS["LDG128"](names), COLUMNS["LDG"](names)
+        if wide and "_any_" not in kernel:
+            loads[kernel] = loads_in_flight(lines), wide, every - wide
+    return loads
+
+
+def read_loads():
+    lines = (line.split() for line in LOADS.read_text().splitlines())
+    return {fields[0]: tuple(map(int, fields[1:])) for fields in lines if fields and fields[0] != "#"}
+
+
+def write_loads(loads):
+    width = max(map(len, loads))
+    lines = [
+        "# sm_90 code of the kernels for aligned tensors: the global loads that are issued before the result of",
+        "# one is needed, at least; loads of 16 bytes in all paths together, at least; narrower ones, at most (ids,",
+        "# a row's statistics, partial sums). Written by .ci/budget.py --write.",
+        f"# {'kernel':<{width - 2}}{'in flight':>11}{'16 bytes':>10}{'narrower':>10}",
+    ]
+    lines += [f"{kernel:<{width}}{a:>11}{b:>10}{c:>10}" for kernel, (a, b, c) in sorted(loads.items())]
+    LOADS.write_text("\n".join(lines) + "\n")
+
+
+def compare_loads(measured, committed):
+    """What is wrong: a kernel that is not in the table, or that loads less at a time or narrower than it says."""
+    wrong = [f"{kernel}: not in both {LOADS.name} and the code" for kernel in measured.keys() ^ committed.keys()]
+    for kernel in sorted(measured.keys() & committed.keys()):
+        (flight, wide, narrow), (flight_least, wide_least, narrow_most) = measured[kernel], committed[kernel]
+        if flight < flight_least or wide < wide_least or narrow > narrow_most:
+            wrong.append(f"{kernel} sm_90: loads {measured[kernel]}, {committed[kernel]} in {LOADS.name}")
+    return wrong
+
+
+def print_sass(nvcc, folder):
+    """Counts over a kernel's whole code, all its paths together."""
+    compile_all(nvcc, ["sm_90"], folder)
+    rows = []
+    for kernel, code in machine_code(nvcc, folder).items():
+        names = [name for _, name, _ in code]
+        rows.append([kernel, *(count(names) for count in COLUMNS.values()), loads_in_flight(code)])
     print("sm_90 machine code, instructions a kernel, all its paths together. WIDE and HI: the wide")
     print("multiplications; in flight: global loads issued before the first one's result is needed\n")
     width = max(len(row[0]) for row in rows)
@@ -220,12 +266,14 @@ def main():
         if arguments.sass:
             return print_sass(nvcc, folder)
         measured = measure(nvcc, folder)
+        loads = measure_loads(machine_code(nvcc, folder))
     if arguments.write:
         # A table cannot allow a spill: say so now.
         for line in spills(measured):
             print(f"budget: {line}")
+        write_loads(loads)
         return write_budget(measured, nvcc)
-    return compare(measured, read_budget())
+    return compare(measured, read_budget(), compare_loads(loads, read_loads()))
 
 
 if __name__ == "__main__":

@@ -92,9 +92,13 @@ fn compile_into(out: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// `kernels/*.cu` in the order of their names.
+/// `kernels/*.cu`, and the transformer's where it is asked for, in the order of their names.
 fn sources(kernels: &Path) -> Result<Vec<PathBuf>, String> {
-    let mut sources: Vec<_> = list(kernels)
+    let mut files = list(kernels);
+    if cfg!(feature = "transformer") {
+        files.extend(list(&kernels.join("transformer")));
+    }
+    let mut sources: Vec<_> = files
         .into_iter()
         .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
         .collect();

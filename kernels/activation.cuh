@@ -18,21 +18,22 @@ struct Normal {
     float below;    // Phi(x)
     float density;  // phi(x)
 
-    /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) t P(t), t = 1 / (1 + 0.35 z).
+    /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) A(z) / B(z); both are 0 beyond 14.5.
     __device__ __forceinline__ explicit Normal(float x) {
-        const float z = fabsf(x);
+        const float z = fminf(fabsf(x), 14.5f);
         const float e = expf(__fmul_rn(__fmul_rn(-0.5f, z), z));
-        const float t = reciprocal(__fmaf_rn(z, 0.35f, 1.0f));
-        float p = -0.02912592f;
-        p = __fmaf_rn(p, t, 0.1438725f);
-        p = __fmaf_rn(p, t, -0.25550508f);
-        p = __fmaf_rn(p, t, 0.15892987f);
-        p = __fmaf_rn(p, t, -0.02293751f);
-        p = __fmaf_rn(p, t, 0.105433084f);
-        p = __fmaf_rn(p, t, 0.1198524f);
-        p = __fmaf_rn(p, t, 0.13985908f);
-        p = __fmaf_rn(p, t, 0.13962157f);
-        const float tail = __fmul_rn(e, __fmul_rn(t, p));
+        float a = 0.004116297f;
+        a = __fmaf_rn(a, z, 0.040633146f);
+        a = __fmaf_rn(a, z, 0.1832349f);
+        a = __fmaf_rn(a, z, 0.43829465f);
+        a = __fmaf_rn(a, z, 0.5f);
+        float b = 0.010317907f;
+        b = __fmaf_rn(b, z, 0.10185864f);
+        b = __fmaf_rn(b, z, 0.46947f);
+        b = __fmaf_rn(b, z, 1.2025021f);
+        b = __fmaf_rn(b, z, 1.6744742f);
+        b = __fmaf_rn(b, z, 1.0f);
+        const float tail = __fmul_rn(e, __fdividef(a, b));
         below = x < 0.0f ? tail : __fsub_rn(1.0f, tail);
         density = __fmul_rn(e, 0.3989423f);
     }

@@ -77,6 +77,15 @@ pub enum Error {
         /// The first thing it did wrong, with block and thread.
         fault: String,
     },
+    /// cuBLAS returned an error.
+    #[cfg(all(feature = "cuda", feature = "transformer"))]
+    #[error("{operation}: {status}")]
+    Blas {
+        /// What the crate asked cuBLAS to do.
+        operation: &'static str,
+        /// cuBLAS's own name for the error, a `cublasStatus_t`.
+        status: String,
+    },
 }
 
 impl Error {

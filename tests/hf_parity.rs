@@ -29,6 +29,37 @@ fn models_equal_hugging_face_on_the_cpu() {
     }
 }
 
+#[cfg(feature = "emulator")]
+#[test]
+fn models_equal_hugging_face_on_the_emulated_kernels() {
+    use fused_dropout::emulator::Emulator;
+    use fused_dropout::transformer::device::Accelerator;
+    let backend = Accelerator::<_, f32>::new(Emulator::new()).unwrap();
+    for folder in folders() {
+        Fixture::open(&folder).check(&backend, false);
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn models_equal_hugging_face_on_a_gpu() {
+    use fused_dropout::transformer::device::{Accelerator, CudaDevice};
+    use std::io::Write;
+    let backend = match CudaDevice::open(0).and_then(Accelerator::<_, f32>::new) {
+        Ok(backend) => backend,
+        Err(error) => {
+            // Past the test harness, which keeps a passing test's output to itself.
+            writeln!(std::io::stderr(), "skipped: models on a GPU: {error}").unwrap();
+            return;
+        }
+    };
+    for folder in folders() {
+        for recompute in [false, true] {
+            Fixture::open(&folder).check(&backend, recompute);
+        }
+    }
+}
+
 /// The folders with models; a directory without any is a mistake.
 fn folders() -> Vec<PathBuf> {
     let root = std::env::var_os("HF_FIXTURES")

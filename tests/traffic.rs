@@ -5,10 +5,11 @@
 use fused_dropout::device::dropout_add_norm::{Inputs, ParamGrads, Saved, SumGrads};
 use fused_dropout::device::{
     BiasGrad, Call, Readable, bias_act_dropout, dropout, dropout_add, dropout_add_norm,
-    softmax_dropout,
+    embedding_dropout, softmax_dropout,
 };
 use fused_dropout::emulator::Emulator;
 use fused_dropout::ops;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
 use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
     Activation, Affine, AttentionMask, Dropout, Error, Key, Norm, Probability, Scores, Shape,
@@ -151,5 +152,31 @@ fn add_and_norm() {
     moves(10, 4, beside, |call| {
         let grads = ParamGrads { dweight: Some(&mut dweight as _), ..ParamGrads::default() };
         backward(call, Some(SumGrads { grads, workspace: &mut workspace }))
+    });
+}
+
+#[test]
+fn embeddings() {
+    let (tokens, positions, dy, mut y) = (tensor(), tensor(), tensor(), tensor());
+    let (tokens, positions, dy) = (&tokens.0[..], &positions.0[..16 * SHAPE.cols], &dy.0[..]);
+    let (y, mut report) = (&mut &mut y.0[..], [u32::MAX]);
+    let ids: Vec<u32> = (0..SHAPE.rows as u32).rev().collect();
+    let lookups = Lookups::tokens(SHAPE.rows, &ids as &dyn Readable<u32, Emulator>)
+        .positions(16, Ids::Sequence(16));
+    let tables: Tables<&dyn Readable<_, _>> =
+        Tables { token: &tokens, position: Some(&positions), segment: None };
+    let d = drop();
+    // An entry of each table is read; a row's id by each of its octets, from a cache.
+    let of_ids = 4 * ELEMENTS / 8;
+    moves(4, 2, of_ids, |call| {
+        embedding_dropout::forward(call, &d, SHAPE, &lookups, &tables, y, &mut report)
+    });
+    // dy is read, a row's gradient read and written; and all ids, and an entry's own, by each of the four blocks
+    // that so few entries take for their columns.
+    let mut gradient = vec![0.0f32; ELEMENTS];
+    let of_ids = 4 * 4 * SHAPE.rows * (SHAPE.rows + 1);
+    moves(2 + 4, 4, of_ids, |call| {
+        let gradients = Gradients { token: Some(&mut gradient as _), ..Gradients::NONE };
+        embedding_dropout::backward(call, &d, SHAPE, &lookups, &dy, gradients)
     });
 }

@@ -50,6 +50,9 @@ fn polynomial<const N: usize>(coefficients: [f32; N], x: f32) -> f32 {
 /// With z = |x|: φ = e^(-z²/2) / √(2π), and Φ(-z) = e^(-z²/2) A(z) / B(z), where A / B is within 0.7 u of Mills'
 /// ratio over √(2π), relatively, for z up to 14.5, beyond which both are 0 in f32. The coefficients are positive, so
 /// nothing cancels, and Φ is right in relative terms on both sides.
+///
+/// Refuted on a Zen 2, bias + GELU + dropout on 2^17 elements in L2, against 240 µs: the quotient in a loop of its
+/// own (257), values by sixteens (253), the bias added in this loop too (244).
 #[inline(always)]
 fn normal(x: f32) -> (f32, f32) {
     const A: [f32; 5] = [0.5, 0.438_294_65, 0.183_234_9, 0.040_633_146, 0.004_116_297];
@@ -78,7 +81,7 @@ fn logistic(x: f32) -> (f32, f32) {
 #[inline(always)]
 fn tanh(x: f32) -> f32 {
     const P: [f32; 5] =
-        [-0.333_332_82, 0.133_314_45, -0.053_739_914, 0.020_639_767, -0.005_705_778_7];
+        [-0.333_332_8, 0.133_314_45, -0.053_739_914, 0.020_639_767, -0.005_705_778_7];
     let z = x.abs();
     let t = z * z;
     let mut p = P[4];

@@ -52,7 +52,7 @@ pub(super) fn unavailable(reason: String) -> Error {
 }
 
 /// Turns what the driver said during `operation` into an [`Error`].
-pub(super) fn driver(operation: &'static str) -> impl FnOnce(DriverError) -> Error {
+pub(crate) fn driver(operation: &'static str) -> impl FnOnce(DriverError) -> Error {
     move |error| Error::Driver { operation, code: error.0 as u32, message: describe(error) }
 }
 

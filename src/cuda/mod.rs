@@ -35,6 +35,8 @@ mod gpu;
 mod kernels;
 
 pub use context::context;
+#[cfg(feature = "transformer")]
+pub(crate) use context::driver;
 pub use cudarc;
 pub use gpu::Gpu;
 pub use kernels::Kernels;

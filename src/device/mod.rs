@@ -185,7 +185,7 @@ const OCTETS_A_BLOCK: u32 = 512;
 ///
 /// # Safety
 /// `P` is the structure that the kernel declares, and its addresses are as [`Device::launch`] asks.
-unsafe fn launch<D: Device, P>(
+pub(crate) unsafe fn launch<D: Device, P>(
     device: &D,
     kernel: Kernel,
     blocks: usize,
@@ -202,7 +202,7 @@ unsafe fn launch<D: Device, P>(
 
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
 /// choice between the aligned kernels and the `any` ones is made. An absent tensor (0) is aligned.
-fn aligned(cols: usize, addresses: &[u64]) -> bool {
+pub(crate) fn aligned(cols: usize, addresses: &[u64]) -> bool {
     cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
@@ -219,7 +219,7 @@ macro_rules! kernel {
         }
     };
 }
-use kernel;
+pub(crate) use kernel;
 
 /// The pointer of an optional tensor, null where there is none.
 pub(crate) fn pointer<D: Device>(address: &Option<Address<'_, D>>) -> u64 {

@@ -7,6 +7,7 @@ use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
 use crate::ops::{Dropout, Shape};
 use crate::{Activation, Affine, AttentionMask, Norm, Scores};
+use std::ops::Range;
 
 /// A type of the values in a buffer: f32, f16, bf16, u32, i32, u64. Sealed.
 #[cfg(not(feature = "cuda"))]
@@ -183,6 +184,9 @@ pub trait Backend {
 
     /// Sets every value to zero.
     fn clear<E: Element>(&self, buffer: &mut Self::Buffer<E>) -> Result<(), Error>;
+
+    /// Sets a part of a buffer to zero.
+    fn clear_part(&self, buffer: &mut F32<Self>, part: Range<usize>) -> Result<(), Error>;
 
     /// A buffer with these contents.
     fn upload<E: Element>(&self, values: &[E]) -> Result<Self::Buffer<E>, Error> {

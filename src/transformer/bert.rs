@@ -7,7 +7,7 @@
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
 use super::block::{Block, Context, Linear, NormIds, Sequences, dropped, kept};
 use super::config::BertConfig;
-use super::gpt::{check_below, check_size, check_tokens};
+use super::gpt::{check_below, check_size, check_tokens, predicted};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
 use super::stack::Stack;
 use super::streams::{Pass, Site};
@@ -258,7 +258,7 @@ impl Bert {
             ids: backend.upload(input.ids)?,
             segments: backend.upload(input.segments)?,
             labels: backend.upload(input.labels)?,
-            predicted: input.labels.iter().filter(|&&label| label >= 0).count(),
+            predicted: predicted(input.labels),
             sequences: sequences(backend, batch, length, config.num_attention_heads, input.tokens)?,
         })
     }
@@ -368,7 +368,18 @@ impl Bert {
             &scratch.da,
             Gradients { token: Some(token), position: Some(position), segment: Some(segment) },
             NormGradients { weight: Some(norm_weight), bias: Some(norm_bias) },
-        )
+        )?;
+        let [tokens, ..] = self.tables;
+        if let Some(token) = self.config.pad_token_id {
+            let width = self.config.hidden_size;
+            backend.clear_part(&mut grads[tokens], token * width..(token + 1) * width)?;
+        }
+        // The output layer trains every entry of its table, that of the padding too.
+        if let Head::MaskedLanguageModel { .. } = self.head {
+            let [_, table, _] = self.output_products(shape.rows);
+            backend.matmul_f32(&table, logits, &head.normed, &mut grads[tokens])?;
+        }
+        Ok(())
     }
 
     /// logits = norm(act(a · W + b)) · tokensᵀ + bias.
@@ -423,10 +434,8 @@ impl Bert {
         let shape = Shape::new(rows, transform.outputs);
         let wide = Shape::new(rows, self.config.vocab_size);
         cx.backend.bias_grad(wide, dlogits, &mut grads[bias])?;
-        let [_, table, through] = self.output_products(rows);
-        let tokens = self.tables[0];
-        cx.backend.matmul_f32(&table, dlogits, &head.normed, &mut grads[tokens])?;
-        cx.backend.matmul(&through, dlogits, &cx.params[tokens], &mut head.dnormed)?;
+        let [_, _, through] = self.output_products(rows);
+        cx.backend.matmul(&through, dlogits, &cx.params[self.tables[0]], &mut head.dnormed)?;
         let [dweight, dnorm_bias] = grads.several([norm.weight, norm.bias]);
         cx.backend.dropout_add_norm_backward(
             &dropped(),
@@ -516,14 +525,15 @@ impl Bert {
         cx.backend.accumulate(drows, da)
     }
 
-    /// Products of the output layer: forward, the gradient of the table, that of what entered.
+    /// Products of the output layer: forward, the gradient of the table (which is added), that of what entered.
     fn output_products(&self, rows: usize) -> [MatMul; 3] {
         let (vocab, width) = (self.config.vocab_size, self.config.hidden_size);
         let (narrow, wide) = (Layout::rows(width), Layout::rows(vocab));
         let product = |mnk, a, b, c| MatMul { mnk, batch: [1, 1], a, b, c, add: false };
+        let table = product([vocab, width, rows], wide.transposed(), narrow, narrow);
         [
             product([rows, vocab, width], narrow, narrow.transposed(), wide),
-            product([vocab, width, rows], wide.transposed(), narrow, narrow),
+            MatMul { add: true, ..table },
             product([rows, width, vocab], wide, narrow, narrow),
         ]
     }

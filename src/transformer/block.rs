@@ -414,11 +414,11 @@ impl Block {
         cx.backend.add_bias(wide, qkv, &cx.params[self.qkv.bias])?;
         let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
         // q, k and v lie in one buffer; the product reads it twice.
-        cx.backend.matmul(&self.into_square(cx, q, k.transposed()), qkv, qkv, scores)?;
+        cx.backend.matmul(&self.square_of(cx, q, k.transposed()), qkv, qkv, scores)?;
         let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
         let mask = cx.sequences.mask();
         cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, lse)?;
-        cx.backend.matmul(&self.from_square(cx, square, v, merged), probs, qkv, context)?;
+        cx.backend.matmul(&self.of_square(cx, square, v, merged), probs, qkv, context)?;
         self.out.forward(cx.backend, rows, cx.params, context, branch)
     }
 
@@ -438,9 +438,9 @@ impl Block {
         // dresidual is free until the next norm.
         let dcontext = dresidual;
         self.out.backward(cx.backend, rows, cx.params, context, branch, dcontext, false, grads)?;
-        cx.backend.matmul(&self.into_square(cx, merged, v.transposed()), dcontext, qkv, dprobs)?;
+        cx.backend.matmul(&self.square_of(cx, merged, v.transposed()), dcontext, qkv, dprobs)?;
         cx.backend.matmul(
-            &self.from_square(cx, square.transposed(), merged, v),
+            &self.of_square(cx, square.transposed(), merged, v),
             probs,
             dcontext,
             dqkv,
@@ -456,8 +456,8 @@ impl Block {
             dprobs,
         )?;
         let dscores = dprobs;
-        cx.backend.matmul(&self.from_square(cx, square, k, q), dscores, qkv, dqkv)?;
-        cx.backend.matmul(&self.from_square(cx, square.transposed(), q, k), dscores, qkv, dqkv)?;
+        cx.backend.matmul(&self.of_square(cx, square, k, q), dscores, qkv, dqkv)?;
+        cx.backend.matmul(&self.of_square(cx, square.transposed(), q, k), dscores, qkv, dqkv)?;
         let wide = Shape::new(rows, self.qkv.outputs);
         cx.backend.bias_grad(wide, dqkv, &mut grads[self.qkv.bias])?;
         let add = !self.pre_norm;
@@ -498,7 +498,7 @@ impl Block {
     }
 
     /// Every head's product into its square of scores: the sums run over the head's width.
-    fn into_square<B: Backend>(&self, cx: &Context<'_, B>, a: Layout, b: Layout) -> MatMul {
+    fn square_of<B: Backend>(&self, cx: &Context<'_, B>, a: Layout, b: Layout) -> MatMul {
         let length = cx.sequences.length;
         let c = self.layouts(cx.sequences).square;
         let batch = [cx.sequences.batch, self.heads];
@@ -506,7 +506,7 @@ impl Block {
     }
 
     /// Every head's product from its square of scores: the sums run over the square.
-    fn from_square<B: Backend>(
+    fn of_square<B: Backend>(
         &self,
         cx: &Context<'_, B>,
         square: Layout,

@@ -71,6 +71,8 @@ pub struct BertConfig {
     pub attention_probs_dropout_prob: Probability,
     /// Drop probability between pooler and classification head. `null` in the file: `hidden_dropout_prob`.
     pub classifier_dropout: Probability,
+    /// The token that fills sequences up. As in the library, its entry of the table is not trained by its use as an input.
+    pub pad_token_id: Option<usize>,
     /// Classes.
     pub num_labels: usize,
 }
@@ -186,6 +188,7 @@ impl BertConfig {
             hidden_dropout_prob,
             attention_probs_dropout_prob: file.probability("attention_probs_dropout_prob", 0.1)?,
             classifier_dropout,
+            pad_token_id: file.take("pad_token_id", Some(0))?,
             num_labels: file.labels(2)?,
         };
         file.only("is_decoder", json!(false))?;
@@ -215,6 +218,7 @@ impl BertConfig {
             "hidden_dropout_prob": self.hidden_dropout_prob.effective(),
             "attention_probs_dropout_prob": self.attention_probs_dropout_prob.effective(),
             "classifier_dropout": self.classifier_dropout.effective(),
+            "pad_token_id": self.pad_token_id,
             "id2label": labels,
             "tie_word_embeddings": true,
         });
@@ -229,6 +233,10 @@ impl BertConfig {
         positive("vocab_size", self.vocab_size)?;
         positive("max_position_embeddings", self.max_position_embeddings)?;
         positive("type_vocab_size", self.type_vocab_size)?;
+        if let Some(token) = self.pad_token_id.filter(|&token| token >= self.vocab_size) {
+            let expected = format!("null, or below {}", self.vocab_size);
+            return Err(Error::setting("pad_token_id", expected, token));
+        }
         positive("intermediate_size", self.intermediate_size)?;
         positive("num_labels", self.num_labels)?;
         layers("num_hidden_layers", self.num_hidden_layers)?;

@@ -8,6 +8,7 @@ use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
 use crate::ops::{Dropout, Mode, Shape, check_len};
 use crate::{Activation, Affine, AttentionMask, Key, Norm, Probability, Scores};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// The CPU, with all threads of rayon's pool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -63,6 +64,15 @@ impl Backend for CpuBackend {
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
         buffer.fill(E::default());
+        Ok(())
+    }
+
+    fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
+        let (len, given) = (buffer.len(), format!("{part:?}"));
+        let part = buffer.get_mut(part).ok_or_else(|| {
+            Error::argument("clear_part", "part", format!("a part of {len} elements"), given)
+        })?;
+        part.fill(0.0);
         Ok(())
     }
 

@@ -49,6 +49,8 @@ struct Choice<B: Backend> {
     /// The right one of each group of sequences.
     labels: B::Buffer<i32>,
     groups: usize,
+    /// Groups that have a label.
+    predicted: usize,
 }
 
 /// Sequences and labels on the host. `rows = sequences · length`.
@@ -66,8 +68,6 @@ pub struct GptInput<'a> {
 
 /// Memory for steps with batches of one shape.
 pub struct GptRun<B: Backend> {
-    batch: usize,
-    length: usize,
     sequences: Sequences<B>,
     stack: Stack<B>,
     /// After the forward pass the logits, `[rows, vocab_size]`; after the loss their gradient.
@@ -221,8 +221,6 @@ impl Gpt {
             None => None,
         };
         Ok(GptRun {
-            batch,
-            length,
             sequences: Sequences { batch, length, causal: true, lengths: None, additive: None },
             stack: Stack::new(backend, &self.blocks, batch, length, recompute)?,
             logits: backend.zeros(rows * self.config.vocab_size)?,
@@ -241,45 +239,51 @@ impl Gpt {
         run: &GptRun<B>,
         input: &GptInput<'_>,
     ) -> Result<GptBatch<B>, Error> {
-        let vocab = self.config.vocab_size;
-        check_tokens("gpt", run.batch * run.length, vocab, input.ids, input.labels)?;
-        let choice = match (&self.summary, input.choice) {
-            (Some(linear), Some((tokens, labels))) => {
-                check_len("gpt", "summary tokens", run.batch, tokens.len())?;
-                let outputs = run.batch * linear.outputs;
-                if labels.is_empty() || !outputs.is_multiple_of(labels.len()) {
-                    let expected = format!("a divisor of the {outputs} logits");
-                    return Err(Error::argument("gpt", "choice labels", expected, labels.len()));
-                }
-                check_below("gpt", "choice labels", outputs / labels.len(), labels)?;
-                let row = |(sequence, &token): (usize, &u32)| {
-                    if token as usize >= run.length {
-                        let expected = format!("below {}", run.length);
-                        return Err(Error::argument("gpt", "summary tokens", expected, token));
-                    }
-                    Ok((sequence * run.length) as u32 + token)
-                };
-                let rows: Vec<u32> =
-                    tokens.iter().enumerate().map(row).collect::<Result<_, _>>()?;
-                Some(Choice {
-                    rows: backend.upload(&rows)?,
-                    labels: backend.upload(labels)?,
-                    groups: labels.len(),
-                })
-            }
-            (None, None) => None,
-            (wanted, _) => {
-                let words = |there| if there { "a choice" } else { "none" };
-                let (expected, given) = (words(wanted.is_some()), words(input.choice.is_some()));
-                return Err(Error::argument("gpt", "choice", expected, given));
-            }
-        };
+        let (rows, vocab) = (run.sequences.rows(), self.config.vocab_size);
+        check_tokens("gpt", rows, vocab, input.ids, input.labels)?;
         Ok(GptBatch {
             ids: backend.upload(input.ids)?,
             labels: backend.upload(input.labels)?,
-            predicted: input.labels.iter().filter(|&&label| label >= 0).count(),
-            choice,
+            predicted: predicted(input.labels),
+            choice: self.choice(backend, run, input)?,
         })
+    }
+
+    /// What the multiple-choice head is given, where there is one.
+    fn choice<B: Backend>(
+        &self,
+        backend: &B,
+        run: &GptRun<B>,
+        input: &GptInput<'_>,
+    ) -> Result<Option<Choice<B>>, Error> {
+        let (linear, tokens, labels) = match (&self.summary, input.choice) {
+            (Some(linear), Some((tokens, labels))) => (linear, tokens, labels),
+            (None, None) => return Ok(None),
+            (Some(_), None) => return Err(Error::argument("gpt", "choice", "a choice", "none")),
+            (None, Some(_)) => return Err(Error::argument("gpt", "choice", "none", "a choice")),
+        };
+        let Sequences { batch, length, .. } = run.sequences;
+        check_len("gpt", "summary tokens", batch, tokens.len())?;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= length) {
+            return Err(Error::argument("gpt", "summary tokens", format!("below {length}"), token));
+        }
+        let outputs = batch * linear.outputs;
+        if labels.is_empty() || !outputs.is_multiple_of(labels.len()) {
+            let expected = format!("a divisor of the {outputs} logits");
+            return Err(Error::argument("gpt", "choice labels", expected, labels.len()));
+        }
+        check_below("gpt", "choice labels", outputs / labels.len(), labels)?;
+        let rows: Vec<u32> = tokens
+            .iter()
+            .zip(0..)
+            .map(|(token, sequence)| sequence * length as u32 + token)
+            .collect();
+        Ok(Some(Choice {
+            rows: backend.upload(&rows)?,
+            labels: backend.upload(labels)?,
+            groups: labels.len(),
+            predicted: predicted(labels),
+        }))
     }
 
     /// Replaces the tokens and labels of a batch, in its memory: for a captured graph too.
@@ -294,10 +298,10 @@ impl Gpt {
         ids: &[u32],
         labels: &[i32],
     ) -> Result<(), Error> {
-        check_tokens("gpt", run.batch * run.length, self.config.vocab_size, ids, labels)?;
+        check_tokens("gpt", run.sequences.rows(), self.config.vocab_size, ids, labels)?;
         backend.write(&mut batch.ids, ids)?;
         backend.write(&mut batch.labels, labels)?;
-        batch.predicted = labels.iter().filter(|&&label| label >= 0).count();
+        batch.predicted = predicted(labels);
         Ok(())
     }
 
@@ -318,7 +322,7 @@ impl Gpt {
         run.stack.forward(&cx, &self.blocks)?;
         let (a, _) = run.stack.output();
         backend.matmul(
-            &self.head(run.batch * run.length),
+            &self.head(run.sequences.rows()),
             a,
             &params[self.token],
             &mut run.logits,
@@ -341,15 +345,15 @@ impl Gpt {
         run: &mut GptRun<B>,
         batch: &GptBatch<B>,
     ) -> Result<(), Error> {
-        let shape = Shape::new(run.batch * run.length, self.config.vocab_size);
+        let shape = Shape::new(run.sequences.rows(), self.config.vocab_size);
         let factor = 1.0 / batch.predicted.max(1) as f32;
         backend.cross_entropy(shape, factor, &batch.labels, &mut run.logits, &mut run.loss)?;
         if let (Some(linear), Some(memory), Some(choice)) =
             (&self.summary, &mut run.summary, &batch.choice)
         {
             let groups = choice.groups;
-            let shape = Shape::new(groups, run.batch * linear.outputs / groups);
-            let factor = 1.0 / groups as f32;
+            let shape = Shape::new(groups, run.sequences.batch * linear.outputs / groups);
+            let factor = 1.0 / choice.predicted.max(1) as f32;
             let (labels, logits) = (&choice.labels, &mut memory.logits);
             backend.cross_entropy(shape, factor, labels, logits, &mut memory.loss)?;
         }
@@ -370,7 +374,7 @@ impl Gpt {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         let cx = Context { backend, params, sequences: &run.sequences, pass };
-        let rows = run.batch * run.length;
+        let rows = run.sequences.rows();
         let (vocab, width) = (self.config.vocab_size, self.config.n_embd);
         let (a, scratch) = run.stack.output();
         let table = MatMul {
@@ -601,6 +605,11 @@ pub(crate) fn check_tokens(
         return Err(Error::argument(model, "ids", format!("below {vocab}"), id));
     }
     check_below(model, "labels", vocab, labels)
+}
+
+/// How many labels there are: the others are negative.
+pub(crate) fn predicted(labels: &[i32]) -> usize {
+    labels.iter().filter(|&&label| label >= 0).count()
 }
 
 /// Refuses labels that are no class.

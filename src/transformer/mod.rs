@@ -55,6 +55,8 @@ mod block;
 mod checkpoint;
 mod config;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod device;
 mod gpt;
 mod optim;
 mod params;

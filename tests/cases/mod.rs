@@ -106,10 +106,10 @@ pub struct Call {
     pub offset: usize,
 }
 
-const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
+pub const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
 
 /// Odd sizes, tails on both sides of a vector, a block and a warp, tall and flat ones.
-const SHAPES: [(usize, usize); 34] = [
+const SHAPES: [(usize, usize); 35] = [
     (0, 0),
     (0, 5),
     (5, 0),
@@ -141,6 +141,7 @@ const SHAPES: [(usize, usize); 34] = [
     (2, 2049),
     (1, 4099),
     (3, 4104),
+    (1, 16_384),
     (1, 20_000),
     (4097, 5),
     (4200, 8),

@@ -2,11 +2,10 @@
 //!
 //! Errors to first order, u = 2^-24; an exponential is within 2 ulp, 4u, of that of its rounded argument.
 //!
-//! - Φ(-z), z >= 0, as e^(-h) t P(t) with h = z²/2: u h for the rounded h, 4u for the exponential; t is a
-//!   reciprocal within 2 ulp of a sum with one rounding and a constant, 5.5u, which t P(t) follows 2.3-fold
-//!   at most; the polynomial's fit and coefficients 0.7u, its evaluation 2.4u (the sum of its partial
-//!   results is below 1.2, its value 0.5, at t = 1, and less elsewhere); two products: (h + 22) u in all,
-//!   relative.
+//! - Φ(-z), z >= 0, as e^(-h) A(z) / B(z) with h = z²/2: u h for the rounded h, 4u for the exponential; A and
+//!   B have positive terms, so a step of Horner's rule costs a rounding at most: 4u and 5u; the quotient's fit
+//!   with rounded coefficients 0.7u, itself within 2 ulp, 4u; a product: (h + 19) u in all, relative, of which
+//!   (h + 22) u is promised.
 //! - Φ(z) = 1 - Φ(-z): that error, absolute, and a rounding.
 //! - The density has h u, the exponential's 4u, a constant and a product: (h + 6) u.
 //! - σ(v) from e^(-|v|), where v is off by dv: (1 - σ) (dv + 4u), a sum's rounding, a reciprocal within 2

@@ -1,0 +1,105 @@
+// cross_entropy: the loss of class numbers, and its gradient in place of the logits. For row r with the label l
+// and m = max x[r, :],
+//
+//     e[c]      = exp(x[r, c] - m),   s = sum of e
+//     losses[r] = log s - (x[r, l] - m)
+//     x[r, c]   = round(factor * (e[c] / s - (c == l)))
+//     loss      = factor * sum of losses
+//
+// A negative label is ignored: +0 in its row of both. A label that is no column makes the loss a NaN, which the
+// host cannot but see, and its row of the gradient +0.
+//
+// A block a row, of any length. The sum over the rows has a fixed order: thread t of one block adds up rows t,
+// t + 256, .., and the block these.
+//
+// Bytes an element: one read from memory, two from L2 or L1, one written (4 in 16-bit storage); a row's label and
+// loss are 4 bytes each.
+
+#include "../team.cuh"
+#include "elements.cuh"
+
+template <typename T>
+struct CrossEntropyParams {
+    InOut<T> logits;  // [rows, cols]
+    In<int> labels;   // [rows]
+    Out<float> losses;  // [rows]
+    unsigned long long cols;
+    float factor;
+    unsigned padding;
+};
+static_assert(sizeof(CrossEntropyParams<float>) == 48, "kernels.rs: CrossEntropyParams");
+
+template <typename T, bool aligned>
+__device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
+    __shared__ Scratch maxima;
+    __shared__ Scratch sums;
+    const Walk<BlockTeam, false, aligned> walk = {BlockTeam(), p.cols};
+    const unsigned row = walk.team.row;
+    const unsigned long long start = row * p.cols;
+    const auto load = [&](unsigned, unsigned octet, unsigned count) {
+        return unpack(p.logits.in.template cached<aligned>(start + 8ull * octet, count));
+    };
+    const auto store = [&](unsigned octet, unsigned count, const Values& values) {
+        p.logits.out.template cached<aligned>(start + 8ull * octet, count, pack<T>(values));
+    };
+
+    const int label = p.labels.cached(row);
+    if (label < 0 || label >= static_cast<long long>(p.cols)) {  // the whole block
+        walk.each([&](unsigned, unsigned octet, unsigned count) { store(octet, count, {}); });
+        if (threadIdx.x == 0) p.losses.cached(row, label < 0 ? 0.0f : bits_as<float>(0x7fc00000u));
+        return;
+    }
+
+    // Read before anybody writes: there is a barrier in each of the two collectives.
+    const float of_label = to_f32(p.logits.in.cached(start + label));
+    float most = bits_as<float>(0xff800000u);  // -infinity
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const Values x = load(slot, octet, count);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            if (aligned || j < count) most = fmaxf(most, x.at[j]);
+        }
+    });
+    most = walk.team.max(most, maxima);
+    const float sum = walk.sum(sums, load, [&](const Values& x, unsigned j) {
+        return expf(__fsub_rn(x.at[j], most));
+    });
+    if (threadIdx.x == 0) p.losses.cached(row, __fsub_rn(logf(sum), __fsub_rn(of_label, most)));
+
+    const float inverse = __fdiv_rn(1.0f, sum);
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        Values x = load(slot, octet, count);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            const float probability = __fmul_rn(expf(__fsub_rn(x.at[j], most)), inverse);
+            const float target = 8ull * octet + j == static_cast<unsigned>(label) ? 1.0f : 0.0f;
+            x.at[j] = __fmul_rn(p.factor, __fsub_rn(probability, target));
+        }
+        store(octet, count, x);
+    });
+}
+
+FD_KERNEL(cross_entropy_f32, CrossEntropyParams<float>, THREADS, cross_entropy<float, true>)
+FD_KERNEL(cross_entropy_f16, CrossEntropyParams<f16>, THREADS, cross_entropy<f16, true>)
+FD_KERNEL(cross_entropy_bf16, CrossEntropyParams<bf16>, THREADS, cross_entropy<bf16, true>)
+FD_KERNEL(cross_entropy_any_f32, CrossEntropyParams<float>, THREADS, cross_entropy<float, false>)
+FD_KERNEL(cross_entropy_any_f16, CrossEntropyParams<f16>, THREADS, cross_entropy<f16, false>)
+FD_KERNEL(cross_entropy_any_bf16, CrossEntropyParams<bf16>, THREADS, cross_entropy<bf16, false>)
+
+struct CrossEntropyLossParams {
+    In<float> losses;  // [rows]
+    Out<float> loss;   // one
+    unsigned long long rows;
+    float factor;
+    unsigned padding;
+};
+static_assert(sizeof(CrossEntropyLossParams) == 32, "kernels.rs: CrossEntropyLossParams");
+
+/// One block.
+__device__ __forceinline__ void cross_entropy_loss(const CrossEntropyLossParams& p) {
+    const auto loss_of = [&](unsigned long long row) { return p.losses.cached(row); };
+    const float total = block_total(0, p.rows, loss_of);
+    if (threadIdx.x == 0) p.loss.cached(0, __fmul_rn(p.factor, total));
+}
+
+FD_KERNEL(cross_entropy_loss_f32, CrossEntropyLossParams, THREADS, cross_entropy_loss)

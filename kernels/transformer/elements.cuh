@@ -1,0 +1,60 @@
+// What the transformer's own kernels share: tensors taken an element at a time, and sums of many values in a
+// fixed order.
+//
+// Neighbouring threads take neighbouring elements, so a warp's accesses are whole 128-byte lines (64 in 16-bit
+// storage) at any alignment.
+
+#pragma once
+
+#include "../kernel.cuh"
+#include "../reduce.cuh"
+
+/// A tensor that a kernel updates: both are the same address.
+template <typename T>
+struct InOut {
+    In<T> in;
+    Out<T> out;
+};
+
+/// `value` rounded to T, nearest, ties to even.
+template <typename T>
+__device__ __forceinline__ T narrow(float value);
+template <>
+__device__ __forceinline__ float narrow<float>(float value) {
+    return value;
+}
+template <>
+__device__ __forceinline__ f16 narrow<f16>(float value) {
+    return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
+/// Elements a block, four a thread: `ELEMENTS_A_BLOCK` in src/transformer/device/kernels.rs.
+constexpr unsigned ELEMENTS_A_BLOCK = 4 * THREADS;
+
+/// Calls `each(element)` for the thread's elements of a tensor of `count`.
+template <typename Each>
+__device__ __forceinline__ void each_element(unsigned long long count, Each each) {
+    const unsigned long long first = 1ull * blockIdx.x * ELEMENTS_A_BLOCK + threadIdx.x;
+#pragma unroll
+    for (unsigned i = 0; i < ELEMENTS_A_BLOCK / THREADS; ++i) {
+        const unsigned long long element = first + i * THREADS;
+        if (element < count) each(element);
+    }
+}
+
+/// The sum of `term(i)` over i from `first` to `end`: each thread adds up every 256th, in order, and the block
+/// these. All 256 threads of the block must be here, once in a kernel; they all get the sum.
+template <typename Term>
+__device__ __forceinline__ float block_total(unsigned long long first, unsigned long long end,
+                                             Term term) {
+    __shared__ float scratch[WARPS];
+    float sum = 0.0f;
+    for (unsigned long long i = first + threadIdx.x; i < end; i += THREADS) {
+        sum = __fadd_rn(sum, term(i));
+    }
+    return block_sum(sum, scratch);
+}
