@@ -31,19 +31,19 @@ pub struct Arguments {
     /// Drop probability at every site that has no option of its own, 0 to 1
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     dropout: Option<f64>,
-    /// Drop probability after the embeddings and in both residual branches [default: 0.1]
+    /// Drop probability after the embeddings and in both residual branches [default: 0.3]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     hidden_dropout: Option<f64>,
-    /// Drop probability of attention probabilities [default: 0.1]
+    /// Drop probability of attention probabilities [default: 0.3]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     attention_dropout: Option<f64>,
-    /// Drop probability before the classification head [default: 0.1]
+    /// Drop probability before the classification head [default: 0.3]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     classifier_dropout: Option<f64>,
-    /// Epochs of the masked language model; 0: classes are learnt from new weights [default: 6]
+    /// Epochs of the masked language model; 0: classes are learnt from new weights [default: 3]
     #[arg(long, value_name = "N")]
     masked_epochs: Option<u64>,
-    /// Epochs of the classifier [default: 6]
+    /// Epochs of the classifier [default: 4]
     #[arg(long, value_name = "N")]
     epochs: Option<u64>,
     /// What the held-out texts, weights, batches and masks follow from [default: 1337]
@@ -88,24 +88,16 @@ pub struct Size {
 
 impl Default for Settings {
     fn default() -> Self {
-        let env = |name: &str, d: f64| std::env::var(name).map_or(d, |v| v.parse().unwrap());
-        let size = Size {
-            layers: env("LAYERS", 2.) as usize,
-            heads: env("HEADS", 2.) as usize,
-            width: env("WIDTH", 64.) as usize,
-            length: env("LENGTH", 48.) as usize,
-            batch: env("BATCH", 32.) as usize,
-        };
         Self {
             positive: PathBuf::new(),
             negative: PathBuf::new(),
             data_sha256: String::new(),
-            size,
-            hidden_dropout: 0.1,
-            attention_dropout: 0.1,
-            classifier_dropout: 0.1,
-            masked_epochs: 6,
-            epochs: 6,
+            size: Size { layers: 2, heads: 2, width: 64, length: 48, batch: 32 },
+            hidden_dropout: 0.3,
+            attention_dropout: 0.3,
+            classifier_dropout: 0.3,
+            masked_epochs: 3,
+            epochs: 4,
             seed: 1337,
             device: Device::Cpu,
         }
@@ -178,23 +170,19 @@ impl Settings {
 
     /// How the masked language model learns, in epochs of so many steps.
     pub fn masked_plan(&self, epoch: u64) -> Plan {
-        let env = |name: &str, d: f64| std::env::var(name).map_or(d, |v| v.parse().unwrap());
-        plan(env("MLR", 1e-3) as f32, self.masked_epochs, epoch)
+        plan(self.masked_epochs, epoch)
     }
 
     /// How the classifier learns.
     pub fn plan(&self, epoch: u64) -> Plan {
-        let env = |name: &str, d: f64| std::env::var(name).map_or(d, |v| v.parse().unwrap());
-        plan(env("LR", 5e-4) as f32, self.epochs, epoch)
+        plan(self.epochs, epoch)
     }
 }
 
-fn plan(peak: f32, epochs: u64, epoch: u64) -> Plan {
-    let steps = epochs * epoch;
-    let schedule = Schedule { peak, floor: peak / 10.0, warmup: 100, steps };
-    let env = |name: &str, d: f64| std::env::var(name).map_or(d, |v| v.parse().unwrap());
-    let optimizer =
-        AdamW { beta2: 0.999, weight_decay: env("WD", 0.01) as f32, ..AdamW::default() };
+/// Both models begin with many weights that are new: they learn at the same rates.
+fn plan(epochs: u64, epoch: u64) -> Plan {
+    let schedule = Schedule { peak: 1e-3, floor: 1e-4, warmup: 100, steps: epochs * epoch };
+    let optimizer = AdamW { beta2: 0.999, ..AdamW::default() };
     Plan { optimizer, schedule, eval_interval: epoch }
 }
 

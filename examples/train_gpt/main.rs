@@ -51,7 +51,7 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     };
     let bytes = match &settings.data {
         Some(path) => read(path)?,
-        None => text::own_sources()?.into_bytes(),
+        None => text::own_documents()?.into_bytes(),
     };
     let settings = settings.with_text(&bytes)?;
     let text = Text::new(&to_text(bytes), settings.size.context)?;

@@ -35,49 +35,28 @@ impl Text {
     }
 }
 
-/// This project's own sources, one behind the other.
-pub fn own_sources() -> Result<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut paths = files(root, &["md"])?;
-    paths.extend(files_below(&root.join("kernels"), &["cu", "cuh"])?);
-    paths.extend(files_below(&root.join("src"), &["rs"])?);
+/// This project's documents, one file behind the other: a text so small that a minute's training begins to learn it by
+/// heart.
+pub fn own_documents() -> Result<String> {
+    let paths = files(Path::new(env!("CARGO_MANIFEST_DIR")), "md")?;
     let texts = paths.iter().map(|path| {
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
     });
     Ok(texts.collect::<Result<Vec<_>>>()?.concat())
 }
 
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let read = || {
-        let mut paths = fs::read_dir(folder)?
-            .map(|entry| Ok(entry?.path()))
-            .collect::<Result<Vec<_>, std::io::Error>>()?;
-        paths.sort();
-        Ok::<_, std::io::Error>(paths)
-    };
-    read().with_context(|| {
-        format!(
-            "cannot read this project's sources in {} (--data FILE for another text)",
-            folder.display()
-        )
-    })
-}
-
-/// The files of a folder with one of these endings, in order.
-fn files(folder: &Path, endings: &[&str]) -> Result<Vec<PathBuf>> {
-    let wanted = |path: &PathBuf| {
-        let ending = path.extension().and_then(|ending| ending.to_str());
-        path.is_file() && ending.is_some_and(|ending| endings.contains(&ending))
-    };
-    Ok(entries(folder)?.into_iter().filter(wanted).collect())
-}
-
-/// The same of a folder and those in it.
-fn files_below(folder: &Path, endings: &[&str]) -> Result<Vec<PathBuf>> {
-    let mut paths = files(folder, endings)?;
-    for inner in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
-        paths.extend(files_below(&inner, endings)?);
-    }
+/// The files of a folder with this ending, in order.
+fn files(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| {
+        let folder = folder.display();
+        format!("cannot read this project's documents in {folder} (--data FILE for another text)")
+    })?;
+    let mut paths = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>, std::io::Error>>()
+        .with_context(|| format!("cannot read {}", folder.display()))?;
+    paths.retain(|path| path.extension().is_some_and(|end| end == ending));
+    paths.sort();
     Ok(paths)
 }
 
