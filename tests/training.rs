@@ -98,6 +98,7 @@ fn bert<'a>(
         attention_probs_dropout_prob: p(0.2),
         classifier_dropout: p(0.3),
         num_labels: 2,
+        pad_token_id: Some(0),
     };
     Model::new(backend, config, task, reviews, 4, 7, first_step).unwrap()
 }

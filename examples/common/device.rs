@@ -32,9 +32,9 @@ impl Device {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda<J: Job>(_job: J) -> Result<J::Output> {
-    fused_dropout::cuda::context(0)?;
-    anyhow::bail!("--device cuda: the models do not run there yet")
+fn cuda<J: Job>(job: J) -> Result<J::Output> {
+    use fused_dropout::transformer::device::{Accelerator, CudaDevice};
+    job.run(&Accelerator::<_, f32>::new(CudaDevice::open(0)?)?)
 }
 
 #[cfg(not(feature = "cuda"))]

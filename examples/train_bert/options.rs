@@ -3,6 +3,7 @@
 use super::common::device::Device;
 use super::common::files::{Folder, sha256};
 use super::common::trainer::Plan;
+use super::tokenizer::PAD;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use fused_dropout::transformer::{AdamW, BertConfig, Schedule};
@@ -165,6 +166,7 @@ impl Settings {
             attention_probs_dropout_prob: Probability::new(self.attention_dropout)?,
             classifier_dropout: Probability::new(self.classifier_dropout)?,
             num_labels: 2,
+            pad_token_id: Some(PAD as usize),
         })
     }
 

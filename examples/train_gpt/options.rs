@@ -114,7 +114,7 @@ impl Preset {
 }
 
 /// Of each of the two runs without options. Where steps are slow the seconds end it: both take less than three minutes.
-const COMPARISON_STEPS: u64 = 1250;
+const COMPARISON_STEPS: u64 = 1200;
 const COMPARISON_SECONDS: u64 = 75;
 
 impl Arguments {
