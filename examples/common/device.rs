@@ -34,7 +34,8 @@ impl Device {
 #[cfg(feature = "cuda")]
 fn cuda<J: Job>(job: J) -> Result<J::Output> {
     use fused_dropout::transformer::device::{Accelerator, CudaDevice};
-    job.run(&Accelerator::<_, f32>::new(CudaDevice::open(0)?)?)
+    // Activations in 16 bits; the optimiser keeps the weights in f32 as well.
+    job.run(&Accelerator::<_, half::bf16>::new(CudaDevice::open(0)?)?)
 }
 
 #[cfg(not(feature = "cuda"))]
