@@ -208,9 +208,9 @@ impl Task<'_> {
                             (index * part..).step_by(group).zip(y.chunks_mut(group * cols))
                         {
                             let values = &mut values[..y.len()];
-                            let mut s = s.next();
+                            let s = s.next();
                             let rows = index..index + y.len() / cols;
-                            self.add(add, rows, values, s.as_deref_mut(), streaming_s);
+                            self.add(add, rows, values, s, streaming_s);
                             for (row, y) in values.chunks_mut(cols).zip(y.chunks_mut(cols)) {
                                 let standard = Standard::of(self.norm, row);
                                 stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
