@@ -8,6 +8,7 @@
 //! | --- | --- | --- |
 //! | [`dropout`](cpu::dropout) | y = D(x) | dx = D(dy) |
 //! | [`dropout_add`](cpu::dropout_add) | y = residual + D(x + bias) | dx, dbias; the residual's gradient is dy |
+//! | [`bias_act_dropout`](cpu::bias_act_dropout) | y = D(act(x + bias)) | dx, dbias |
 //! | [`dropout_add_norm`](cpu::dropout_add_norm) | s = residual + D(x + bias), y = LayerNorm or RMSNorm of s | dresidual, dx, dbias, dweight, dnorm_bias |
 //! | [`embedding_dropout`](cpu::embedding_dropout) | y = D(token + position + segment) | the tables' gradients |
 //! | [`softmax_dropout`](cpu::softmax_dropout) | y = D(softmax(scale · x + mask)) | dx from x and dy |
@@ -39,6 +40,8 @@
 //!   returns an error.
 //! - `emulator` (feature `emulator`): the same kernel sources compiled for the host, for tests.
 //! - `device`: the operators as launches, written once for `cuda` and `emulator`.
+//!
+//! `transformer` (feature `transformer`) has GPT and BERT on them: the worked example of a trainer's calls.
 //!
 //! # Conventions
 //!

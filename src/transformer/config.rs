@@ -120,8 +120,6 @@ impl GptConfig {
 
     /// The text of a `config.json`.
     pub fn to_json(&self) -> String {
-        let labels: Map<String, Value> =
-            (0..self.num_labels).map(|i| (i.to_string(), json!(format!("LABEL_{i}")))).collect();
         let value = json!({
             "model_type": "gpt2",
             "vocab_size": self.vocab_size,
@@ -141,7 +139,7 @@ impl GptConfig {
                 Activation::Identity => Value::Null,
                 other => json!(activation_name(other)),
             },
-            "id2label": labels,
+            "id2label": labels(self.num_labels),
             "tie_word_embeddings": true,
         });
         format!("{value:#}\n")
@@ -201,8 +199,6 @@ impl BertConfig {
 
     /// The text of a `config.json`.
     pub fn to_json(&self) -> String {
-        let labels: Map<String, Value> =
-            (0..self.num_labels).map(|i| (i.to_string(), json!(format!("LABEL_{i}")))).collect();
         let value = json!({
             "model_type": "bert",
             "vocab_size": self.vocab_size,
@@ -219,7 +215,7 @@ impl BertConfig {
             "attention_probs_dropout_prob": self.attention_probs_dropout_prob.effective(),
             "classifier_dropout": self.classifier_dropout.effective(),
             "pad_token_id": self.pad_token_id,
-            "id2label": labels,
+            "id2label": labels(self.num_labels),
             "tie_word_embeddings": true,
         });
         format!("{value:#}\n")
@@ -371,6 +367,11 @@ fn activation(setting: &str, name: &str) -> Result<Activation, Error> {
 fn activation_name(activation: Activation) -> &'static str {
     let found = ACTIVATIONS.iter().find(|(_, known)| *known == activation);
     found.map_or("linear", |(name, _)| name)
+}
+
+/// Names of so many classes.
+fn labels(count: usize) -> Map<String, Value> {
+    (0..count).map(|label| (label.to_string(), json!(format!("LABEL_{label}")))).collect()
 }
 
 /// The f64 that is written as shortly as the f32.

@@ -1,12 +1,12 @@
 //! cuBLAS: finding it, and a batch of row-major products as its calls, which are column-major.
 
-use super::cuda::CudaBuffer;
+use crate::cuda::driver;
 use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
 use crate::transformer::backend::{Layout, MatMul};
 use cudarc::cublas::result::{self, CublasError};
 use cudarc::cublas::{CudaBlas, sys};
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use libloading::Library;
 use std::error::Error as _;
 use std::ffi::c_void;
@@ -131,27 +131,26 @@ fn list(folder: &Path) -> Vec<PathBuf> {
 /// results repeat to the bit.
 pub(super) struct Blas {
     handle: CudaBlas,
-    _workspace: CudaBuffer<u32>,
+    _workspace: CudaSlice<u32>,
 }
 
 /// What NVIDIA recommends for Hopper, in u32.
 const WORKSPACE: usize = (32 << 20) / 4;
 
 impl Blas {
-    pub(super) fn new(
-        stream: &Arc<CudaStream>,
-        zeros: impl FnOnce(usize) -> Result<CudaBuffer<u32>, Error>,
-    ) -> Result<Self, Error> {
+    pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Self, Error> {
         find()?;
         let handle = CudaBlas::new(stream.clone()).map_err(blas("opening cuBLAS"))?;
-        let workspace = zeros(WORKSPACE)?;
+        let workspace: CudaSlice<u32> =
+            stream.alloc_zeros(WORKSPACE).map_err(driver("allocating memory"))?;
         // f32 in f32, and sums of 16-bit products in f32 to the end.
         let exact = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         // SAFETY: the handle is alive; the workspace is as long as is said, and lives as long as the handle.
         unsafe {
             let raw = *handle.handle();
             sys::cublasSetMathMode(raw, exact).result().map_err(blas("setting cuBLAS up"))?;
-            let address = workspace.address() as *mut c_void;
+            let (address, _) = workspace.device_ptr(stream);
+            let address = address as *mut c_void;
             sys::cublasSetWorkspace_v2(raw, address, WORKSPACE * 4)
                 .result()
                 .map_err(blas("setting cuBLAS up"))?;

@@ -46,7 +46,7 @@ impl CudaDevice {
         let kernels = Kernels::load(&context)?;
         let stream = context.new_stream().map_err(driver("making a stream"))?;
         let gpu = Gpu::new(&kernels, stream)?;
-        let blas = Blas::new(gpu.stream(), |len| zeros(&gpu, len))?;
+        let blas = Blas::new(gpu.stream())?;
         let pointers = RefCell::new(zeros(&gpu, 3 * MOST_LISTED)?);
         Ok(Self { gpu, blas, pointers })
     }

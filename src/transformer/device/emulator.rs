@@ -4,46 +4,31 @@ use super::Memory;
 use crate::dtype::Dtype;
 use crate::emulator::Emulator;
 use crate::error::Error;
-use crate::transformer::backend::{Element, Layout, MatMul};
+use crate::transformer::CpuBackend;
+use crate::transformer::backend::{Backend, Element, Layout, MatMul};
 use std::ops::Range;
 
 impl Memory for Emulator {
     type Buffer<E: Element> = Vec<E>;
 
     fn zeros<E: Element>(&self, len: usize) -> Result<Vec<E>, Error> {
-        Ok(vec![E::default(); len])
+        CpuBackend::new().zeros(len)
     }
 
     fn write<E: Element>(&self, buffer: &mut Vec<E>, values: &[E]) -> Result<(), Error> {
-        let (len, room) = (values.len(), buffer.len());
-        let Some(start) = buffer.get_mut(..len) else {
-            return Err(Error::argument(
-                "write",
-                "values",
-                format!("at most {room} elements"),
-                len,
-            ));
-        };
-        start.copy_from_slice(values);
-        Ok(())
+        CpuBackend::new().write(buffer, values)
     }
 
     fn read<E: Element>(&self, buffer: &Vec<E>) -> Result<Vec<E>, Error> {
-        Ok(buffer.clone())
+        CpuBackend::new().read(buffer)
     }
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
-        buffer.fill(E::default());
-        Ok(())
+        CpuBackend::new().clear(buffer)
     }
 
     fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
-        let (len, given) = (buffer.len(), format!("{part:?}"));
-        let part = buffer.get_mut(part).ok_or_else(|| {
-            Error::argument("clear_part", "part", format!("a part of {len} elements"), given)
-        })?;
-        part.fill(0.0);
-        Ok(())
+        CpuBackend::new().clear_part(buffer, part)
     }
 
     fn matmul<T: Dtype + Element, C: Dtype + Element>(
