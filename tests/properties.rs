@@ -97,9 +97,36 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     let tokens = Lookups::tokens(30, &own[..]);
     cpu::embedding_dropout::backward(&cpu, &d, shape, &tokens, &ones, gradients).unwrap();
     same("embedding_dropout backward", &out, 0.0);
+    // With a norm: its bias has D(dy) for gradient, here of a dy that has one row.
+    for (row, seen) in out.chunks_mut(77).enumerate() {
+        let mut dy = vec![0.0; 30 * 77];
+        dy[row * 77..][..77].fill(1.0);
+        seen.fill(0.0);
+        let norm_gradients = NormGradients { weight: None, bias: Some(seen) };
+        let (tokens, none) = (Lookups::tokens(1, &zeros[..]), Gradients::NONE);
+        cpu::embedding_dropout::backward_norm(
+            &cpu,
+            &d,
+            &norm,
+            shape,
+            &tokens,
+            &table,
+            &weight,
+            &stats,
+            &dy,
+            none,
+            norm_gradients,
+        )
+        .unwrap();
+    }
+    same("embedding_dropout with a norm, backward", &out, 0.0);
     let none = AttentionMask::NONE;
     cpu::softmax_dropout::forward(&cpu, &d, &scores, &none, &ones, &mut out, None).unwrap();
     same("softmax_dropout", &out, 0.0);
+    cpu::softmax_dropout::backward(&cpu, &d, &scores, &none, &ones, None, &ones, &mut out).unwrap();
+    // g - sum P g of a row with kept and dropped elements: above 0 where g is the scale, below where it is 0.
+    let signs: Vec<f32> = out.iter().map(|dx| dx.max(0.0)).collect();
+    same("softmax_dropout backward", &signs, 0.0);
     for a in Activation::ALL {
         // Every activation of 1 is above 0, and so is its slope.
         cpu::bias_act_dropout::forward(&cpu, &d, shape, a, &ones, None, &mut out).unwrap();
