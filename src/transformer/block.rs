@@ -2,8 +2,10 @@
 //!
 //! Both forms are the same two branches, each closed by one fused operator:
 //!
-//!     s1 = residual + D(attention(a)),  a1 = norm1(s1)
-//!     s2 = residual1 + D(mlp(a1)),      a2 = norm2(s1)
+//! ```text
+//! s1 = residual + D(attention(a)),  a1 = norm1(s1)
+//! s2 = residual1 + D(mlp(a1)),      a2 = norm2(s2)
+//! ```
 //!
 //! Pre-norm (GPT): the residuals are the sums s and s1, and norm2 is the norm in front of whatever follows:
 //! the next block's first, or the model's last. Post-norm (BERT): the residuals are a and a1.
