@@ -69,10 +69,12 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
     const float inverse = __fdiv_rn(1.0f, sum);
     walk.each([&](unsigned slot, unsigned octet, unsigned count) {
         Values x = load(slot, octet, count);
+        // The label's place in its octet; 8 in the others.
+        const unsigned target_at = octet == label / 8u ? label % 8u : 8u;
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
             const float probability = __fmul_rn(expf(__fsub_rn(x.at[j], most)), inverse);
-            const float target = 8ull * octet + j == static_cast<unsigned>(label) ? 1.0f : 0.0f;
+            const float target = j == target_at ? 1.0f : 0.0f;
             x.at[j] = __fmul_rn(p.factor, __fsub_rn(probability, target));
         }
         store(octet, count, x);
