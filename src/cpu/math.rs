@@ -84,11 +84,7 @@ fn tanh(x: f32) -> f32 {
         [-0.333_332_8, 0.133_314_45, -0.053_739_914, 0.020_639_767, -0.005_705_778_7];
     let z = x.abs();
     let t = z * z;
-    let mut p = P[4];
-    for c in P[..4].iter().rev() {
-        p = p.mul_add(t, *c);
-    }
-    let small = z.mul_add(t * p, z);
+    let small = z.mul_add(t * polynomial(P, t), z);
     let e = exp(-2.0 * z);
     let large = (1.0 - e) / (1.0 + e);
     (if z < 0.625 { small } else { large }).copysign(x)

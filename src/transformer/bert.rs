@@ -5,12 +5,12 @@
 //! probabilities (`attention_probs_dropout_prob`), and between pooler and classifier (`classifier_dropout`).
 
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
-use super::block::{Block, Context, Linear, NormIds, Sequences, dropped, kept};
+use super::block::{Block, Context, Linear, NormIds, Sequences};
 use super::config::BertConfig;
 use super::gpt::{check_below, check_size, check_tokens, predicted};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
 use super::stack::Stack;
-use super::streams::{Pass, Site};
+use super::streams::{Pass, Site, dropped, kept};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};

@@ -12,11 +12,11 @@
 
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
 use super::params::{Grads, Id, Init, Params, Specs};
-use super::streams::{Pass, Site};
+use super::streams::{Pass, Site, kept};
 use crate::error::Error;
-use crate::mask::{Key, Probability};
+use crate::mask::Probability;
+use crate::ops::Shape;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use crate::ops::{Dropout, Shape};
 use crate::{Activation, Affine, AttentionMask, Norm, Scores};
 
 /// y = x · W, with W `[inputs, outputs]` (`input_major`, as in GPT-2) or `[outputs, inputs]`. The bias belongs to
@@ -243,16 +243,6 @@ pub(crate) struct Context<'a, B: Backend> {
     pub params: &'a Params<B>,
     pub sequences: &'a Sequences<B>,
     pub pass: Pass,
-}
-
-/// Nothing is dropped here.
-pub(crate) fn kept() -> Dropout<'static> {
-    Pass::Evaluate.dropout(0, Site::Embedding, Probability::ZERO)
-}
-
-/// Everything is dropped.
-pub(crate) fn dropped() -> Dropout<'static> {
-    Dropout::new(Key::new(0, 0), Probability::ONE)
 }
 
 impl Block {

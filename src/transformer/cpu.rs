@@ -1,12 +1,13 @@
 //! Models on the CPU: the operators of [`crate::cpu`], matrix products by the crate `gemm`, in f32.
 
 use super::backend::{ADAMW_NUMBERS, Backend, Element, MatMul, Weight};
+use super::streams::kept;
 use crate::cpu::{self, Cpu};
 use crate::error::Error;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
-use crate::ops::{Dropout, Mode, Shape, check_len};
-use crate::{Activation, Affine, AttentionMask, Key, Norm, Probability, Scores};
+use crate::ops::{Dropout, Shape, check_len};
+use crate::{Activation, Affine, AttentionMask, Norm, Scores};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -26,11 +27,6 @@ impl CpuBackend {
     pub fn with(cpu: Cpu) -> Self {
         Self { cpu }
     }
-}
-
-/// Every value is kept as it is.
-fn kept() -> Dropout<'static> {
-    Dropout::new(Key::new(0, 0), Probability::ZERO).mode(Mode::Inference)
 }
 
 /// Elements of a gradient that are added up on their own, whatever the number of threads.

@@ -5,11 +5,11 @@
 //! (`resid_pdrop`), and before the summary's projection (`summary_first_dropout`).
 
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
-use super::block::{Block, Context, Linear, NormIds, Sequences, dropped, kept};
+use super::block::{Block, Context, Linear, NormIds, Sequences};
 use super::config::GptConfig;
 use super::params::{Grads, Id, Init, Params, Specs};
 use super::stack::Stack;
-use super::streams::{Pass, Site};
+use super::streams::{Pass, Site, dropped, kept};
 use crate::Norm;
 use crate::error::Error;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};

@@ -64,6 +64,16 @@ impl Pass {
     }
 }
 
+/// Every value is kept as it is: for an operator without a site.
+pub(crate) fn kept() -> Dropout<'static> {
+    Dropout::new(Key::new(0, 0), Probability::ZERO).mode(Mode::Inference)
+}
+
+/// Everything is dropped: a branch that is not there.
+pub(crate) fn dropped() -> Dropout<'static> {
+    Dropout::new(Key::new(0, 0), Probability::ONE)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,7 +24,7 @@
 //! from device memory, and [`Accelerator::advance`] writes those of the next step there.
 
 use super::backend::{Backend, Element, MatMul, Weight};
-use super::streams::{MAX_STEPS, STEP_SHIFT};
+use super::streams::{MAX_STEPS, STEP_SHIFT, kept};
 use crate::device::dropout_add_norm::SumGrads;
 use crate::device::softmax_dropout;
 use crate::device::{Address, BiasGrad, Call, Device, Readable, Writable};
@@ -34,7 +34,7 @@ use crate::error::Error;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables, check_report};
 use crate::ops::{self, Dropout, Mode, Shape, sum_rows};
-use crate::{Activation, Affine, AttentionMask, Key, Norm, Probability, Scores};
+use crate::{Activation, Affine, AttentionMask, Norm, Probability, Scores};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -180,11 +180,6 @@ fn check_step(step: u64) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step))
-}
-
-/// Every value is kept as it is.
-fn kept() -> Dropout<'static> {
-    Dropout::new(Key::new(0, 0), Probability::ZERO).mode(Mode::Inference)
 }
 
 impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
