@@ -1,6 +1,5 @@
-//! The case table, run by every backend against the oracle: the CPU at each SIMD level, the kernels on
-//! the host (feature `emulator`) in several orders of their threads, and the kernels on a GPU (feature
-//! `cuda`) where there is one. What was skipped is counted in the closing line.
+//! The case table, run by every backend against the oracle: the CPU at each SIMD level, and the kernels on
+//! the host (feature `emulator`) in several orders of their threads. `tests/device` runs it on a GPU.
 //!
 //! Masks, `dropout` and `dropout_add` must be the oracle's bits; the other operators lie within the bounds
 //! that `oracle` derives.
@@ -8,86 +7,45 @@
 mod cases;
 mod oracle;
 
-use cases::{Backend, Call, Tally, table};
+use cases::trials::trials;
+use cases::{Call, table};
 use fused_dropout::cpu::{Cpu, Level};
+use libtest_mimic::{Arguments, Trial};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 fn main() -> ExitCode {
-    // A test runner that lists tests gets this file as one.
-    if std::env::args().any(|argument| argument == "--list") {
-        println!("conformance: test");
-        return ExitCode::SUCCESS;
-    }
-    let mut tally = Tally::default();
-    let cases = table();
+    let cases = Arc::new(table());
+    let mut all = Vec::new();
     for level in [Level::Portable, Level::Avx2, Level::Avx512] {
-        match Cpu::at(level) {
-            Some(cpu) => run(&cpu, &cases, &mut tally),
-            None => skip(&format!("cpu {level:?}"), "not on this machine", &cases, &mut tally),
-        }
+        let open = move || Cpu::at(level).ok_or_else(|| "not on this machine".to_owned());
+        all.extend(trials(&format!("cpu {level:?}"), &cases, open));
     }
-    emulators(&cases, &mut tally);
-    gpu(&cases, &mut tally);
-    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
-    if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    all.extend(emulators(&cases));
+    libtest_mimic::run(&Arguments::from_args(), all).exit_code()
 }
 
 #[cfg(feature = "emulator")]
-fn emulators(cases: &[Call], tally: &mut Tally) {
+fn emulators(cases: &[Call]) -> Vec<Trial> {
     use cases::lab::{Emulated, Kernels};
     use fused_dropout::emulator::Emulator;
     // Ascending through every other row of the table, which meets each shape, probability, place, row map,
     // group and offset; a random order through every sixth, of the others. The CPU's levels run all of it.
-    for (order, every, rest) in [(0, 2, 0), (12345, 6, 1)] {
-        let emulator = Emulator::new().order(order);
-        let lab = Emulated { emulator, name: format!("emulator, order {order}") };
-        run(&Kernels(lab), &thinned(cases, every, rest), tally);
-    }
-}
-
-/// Every so-many-th row of the table, at another probability for every two shapes: the rest of a row goes
-/// round with the difference of both.
-#[cfg(feature = "emulator")]
-fn thinned(cases: &[Call], every: usize, rest: usize) -> Vec<Call> {
-    let rows = cases.chunks(cases::P.len()).enumerate();
-    let some = rows.flat_map(|(shape, row)| {
-        let shift = shape / 2;
-        row.iter().enumerate().filter(move |(p, _)| (shift + p) % every == rest)
-    });
-    some.map(|(_, call)| *call).collect()
+    let orders = [(0, 2, 0), (12345, 6, 1)].into_iter();
+    orders
+        .flat_map(|(order, every, rest)| {
+            let name = format!("emulator, order {order}");
+            let cases = Arc::new(cases::thinned(cases, every, rest));
+            trials(&name.clone(), &cases, move || {
+                let emulator = Emulator::new().order(order);
+                Ok(Kernels(Emulated { emulator, name: name.clone() }))
+            })
+        })
+        .collect()
 }
 
 #[cfg(not(feature = "emulator"))]
-fn emulators(cases: &[Call], tally: &mut Tally) {
-    skip("emulator", "feature `emulator` is off", cases, tally);
-}
-
-#[cfg(feature = "cuda")]
-fn gpu(cases: &[Call], tally: &mut Tally) {
-    match cases::gpu::Gpu::new() {
-        Ok(lab) => run(&cases::lab::Kernels(lab), cases, tally),
-        Err(error) => skip("cuda", &error.to_string(), cases, tally),
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpu(cases: &[Call], tally: &mut Tally) {
-    skip("cuda", "feature `cuda` is off", cases, tally);
-}
-
-/// A backend that is not run: its checks are counted all the same.
-fn skip(name: &str, why: &str, cases: &[Call], tally: &mut Tally) {
-    println!("{name}: skipped, {why}");
-    let mut checks = Tally::default();
-    // A row's checks are the same whatever its shape: count those of a small one.
-    let smallest = cases.iter().min_by_key(|call| call.shape.rows * call.shape.cols);
-    smallest.into_iter().for_each(|call| cases::check(&Cpu::PORTABLE, call, &mut checks));
-    tally.skipped += (checks.passed + checks.failed) * cases.len();
-}
-
-fn run<B: Backend>(backend: &B, cases: &[Call], tally: &mut Tally) {
-    let (passed, failed) = (tally.passed, tally.failed);
-    cases.iter().for_each(|call| cases::check(backend, call, tally));
-    let (passed, failed) = (tally.passed - passed, tally.failed - failed);
-    println!("{}: {passed} passed, {failed} failed", backend.name());
+fn emulators(_: &[Call]) -> Vec<Trial> {
+    eprintln!("the emulator is left out: feature `emulator` is off");
+    Vec::new()
 }
