@@ -40,28 +40,8 @@ fn models_equal_hugging_face_on_the_emulated_kernels() {
     }
 }
 
-#[cfg(feature = "cuda")]
-#[test]
-fn models_equal_hugging_face_on_a_gpu() {
-    use fused_dropout::transformer::device::{Accelerator, CudaDevice};
-    use std::io::Write;
-    let backend = match CudaDevice::open(0).and_then(Accelerator::<_, f32>::new) {
-        Ok(backend) => backend,
-        Err(error) => {
-            // Past the test harness, which keeps a passing test's output to itself.
-            writeln!(std::io::stderr(), "skipped: models on a GPU: {error}").unwrap();
-            return;
-        }
-    };
-    for folder in folders() {
-        for recompute in [false, true] {
-            Fixture::open(&folder).check(&backend, recompute);
-        }
-    }
-}
-
 /// The folders with models; a directory without any is a mistake.
-fn folders() -> Vec<PathBuf> {
+pub fn folders() -> Vec<PathBuf> {
     let root = std::env::var_os("HF_FIXTURES")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hf"), PathBuf::from);
     let entries = fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
@@ -75,7 +55,7 @@ fn folders() -> Vec<PathBuf> {
 }
 
 /// A model of Hugging Face with its answers.
-struct Fixture {
+pub struct Fixture {
     name: String,
     config: String,
     model: Vec<u8>,
@@ -83,7 +63,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    fn open(folder: &Path) -> Self {
+    pub fn open(folder: &Path) -> Self {
         let read = |file: &str| {
             let path = folder.join(file);
             fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
@@ -96,7 +76,7 @@ impl Fixture {
         }
     }
 
-    fn check<B: Backend>(&self, backend: &B, recompute: bool) {
+    pub fn check<B: Backend>(&self, backend: &B, recompute: bool) {
         let config: serde_json::Value = serde_json::from_str(&self.config).unwrap();
         let result = match config["model_type"].as_str() {
             Some("gpt2") => self.check_gpt(backend, recompute),

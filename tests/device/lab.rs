@@ -1,21 +1,20 @@
-//! A GPU: tensors as views into allocations with canaries.
+//! Tensors of the case table on a GPU: views into allocations with canaries.
 
-use super::lab::Lab;
+use crate::cases;
 use fused_dropout::Error;
-use fused_dropout::cuda::{self, Kernels};
+use fused_dropout::cuda::Gpu;
 use fused_dropout::device::{Readable, Writable};
 
-pub struct Gpu(cuda::Gpu);
+/// A stream to test.
+pub struct Lab(Gpu);
 
 /// Bytes of canary on each side of a tensor.
 const GUARD: usize = 64;
 const CANARY: u8 = 0xa5;
 
-impl Gpu {
-    pub fn new() -> Result<Self, Error> {
-        let context = cuda::context(0)?;
-        let kernels = Kernels::load(&context)?;
-        Ok(Self(cuda::Gpu::new(&kernels, context.default_stream())?))
+impl Lab {
+    pub fn on(gpu: Gpu) -> Self {
+        Self(gpu)
     }
 
     /// `host` between canaries, `offset` elements behind an aligned address.
@@ -31,19 +30,19 @@ impl Gpu {
 
 // Everything but the operators is expected to work on the test's device: a failure there is no
 // case's result.
-impl Lab for Gpu {
-    type D = cuda::Gpu;
+impl cases::lab::Lab for Lab {
+    type D = Gpu;
     fn name(&self) -> String {
         "cuda".to_owned()
     }
-    fn device(&self) -> &cuda::Gpu {
+    fn device(&self) -> &Gpu {
         &self.0
     }
     fn with<T: bytemuck::Pod>(
         &self,
         host: &mut [T],
         offset: usize,
-        work: &mut dyn FnMut(&mut dyn Writable<T, Self::D>) -> Result<(), Error>,
+        work: &mut dyn FnMut(&mut dyn Writable<T, Gpu>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (all, first) = Self::padded(host, offset);
         let bytes: &[u8] = bytemuck::cast_slice(&all);
@@ -53,6 +52,8 @@ impl Lab for Gpu {
         let mut typed = unsafe { memory_view.transmute_mut::<T>(all.len()) }.unwrap();
         let result = work(&mut typed.slice_mut(first..first + host.len()));
         let back: Vec<u8> = self.0.stream().clone_dtoh(&memory).unwrap();
+        // The copy is asynchronous for the driver, and in order on the stream.
+        self.0.stream().synchronize().unwrap();
         let size = size_of::<T>();
         let inside = first * size..(first + host.len()) * size;
         bytemuck::cast_slice_mut(host).copy_from_slice(&back[inside.clone()]);
@@ -64,7 +65,7 @@ impl Lab for Gpu {
         &self,
         host: &[T],
         offset: usize,
-        work: &mut dyn FnMut(&dyn Readable<T, Self::D>) -> Result<(), Error>,
+        work: &mut dyn FnMut(&dyn Readable<T, Gpu>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (all, first) = Self::padded(host, offset);
         let bytes: &[u8] = bytemuck::cast_slice(&all);

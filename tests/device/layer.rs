@@ -1,56 +1,56 @@
-//! The CUDA backend: what it answers where there is no driver, and, on a device, that loading,
-//! launching, its errors and graphs work. That the operators compute what they should is the case
-//! table's business.
-#![cfg(feature = "cuda")]
+//! The CUDA layer: loading, launching, what it refuses, streams and graphs. That the operators compute what they
+//! should is the case table's business.
 
+use crate::{kernels, trial};
+use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use fused_dropout::cuda::cudarc::driver::{CudaContext, DevicePtr};
-use fused_dropout::cuda::{self, Gpu, Kernels};
+use fused_dropout::cuda::cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
+use fused_dropout::cuda::{self, Gpu};
 use fused_dropout::device::{Call, dropout};
 use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape};
-use std::io::Write;
+use libtest_mimic::{Completion, Trial};
 
 /// Odd in both directions, and more than one block.
 const SHAPE: Shape = Shape { rows: 37, cols: 1003 };
 const ELEMENTS: usize = 37 * 1003;
 
+pub fn trials() -> Vec<Trial> {
+    let missing = || {
+        a_missing_device_is_an_error_and_no_panic();
+        Ok(())
+    };
+    vec![
+        Trial::test("a missing device is an error and no panic", missing),
+        trial("a launch gives the naive loop's bits", a_launch_gives_the_naive_loops_bits),
+        trial("views at odd elements", views_at_odd_elements),
+        trial("a borrowed stream", a_borrowed_stream),
+        trial("refused calls leave the output as it was", refused_calls_leave_the_output_as_it_was),
+        trial("another context is refused", another_context_is_refused),
+        trial("several streams at once", several_streams_at_once),
+        trial("the stream number from device memory", the_stream_number_from_device_memory),
+        alone("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
+    ]
+}
+
+/// A check on a context object that no other trial uses: a capture does not get on with cudarc's events, and
+/// they are switched off for a context as a whole.
+fn alone(name: &str, check: fn(&Gpu)) -> Trial {
+    Trial::ignorable_test(name, move || {
+        let kernels = match kernels() {
+            Ok(kernels) => kernels,
+            Err(reason) => return Ok(Completion::ignored_with(reason)),
+        };
+        // SAFETY: the check uses one stream for everything.
+        unsafe { kernels.context().disable_event_tracking() };
+        check(&Gpu::new(&kernels, kernels.context().new_stream().unwrap()).unwrap());
+        Ok(Completion::Completed)
+    })
+}
+
 /// Runs everywhere: a machine without a driver, or without a hundred devices.
-#[test]
 fn a_missing_device_is_an_error_and_no_panic() {
     let error = cuda::context(100).expect_err("no machine has a hundred GPUs");
     assert!(matches!(error, Error::Unavailable { backend: "cuda", .. }), "{error}");
-}
-
-/// What a check does on its stream.
-type Check = fn(&Gpu);
-
-/// The checks that need a device, one after the other, each on a stream of its own.
-#[test]
-fn on_a_device() {
-    let checks: &[(&str, Check)] = &[
-        ("a launch gives the naive loop's bits", a_launch_gives_the_naive_loops_bits),
-        ("views at odd elements", views_at_odd_elements),
-        ("a borrowed stream", a_borrowed_stream),
-        ("refused calls leave the output as it was", refused_calls_leave_the_output_as_it_was),
-        ("another context is refused", another_context_is_refused),
-        ("the stream number from device memory", the_stream_number_from_device_memory),
-        ("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
-    ];
-    // Past the test harness, which keeps a passing test's output to itself.
-    let mut report = std::io::stderr();
-    let context = match cuda::context(0) {
-        Ok(context) => context,
-        Err(error) => {
-            let skipped = checks.len();
-            writeln!(report, "skipped {skipped} of {skipped} checks on a device: {error}").unwrap();
-            return;
-        }
-    };
-    let kernels = Kernels::load(&context).unwrap();
-    for (name, check) in checks {
-        writeln!(report, "on a device: {name}").unwrap();
-        check(&Gpu::new(&kernels, context.new_stream().unwrap()).unwrap());
-    }
 }
 
 fn drop_at(stream: u64) -> Dropout<'static> {
@@ -138,6 +138,37 @@ fn another_context_is_refused(gpu: &Gpu) {
     assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
 }
 
+/// Each stream drops what another has written, eight at a time and around them several times, and the host
+/// waits for none of them: cudarc's events order them.
+fn several_streams_at_once(gpu: &Gpu) {
+    const STREAMS: usize = 8;
+    const ROUNDS: u64 = 5;
+    let stream = || Gpu::new(gpu.kernels(), gpu.stream().context().new_stream().unwrap()).unwrap();
+    let streams: Vec<Gpu> = (0..STREAMS).map(|_| stream()).collect();
+    let key = |round, i: usize| drop_at(round * STREAMS as u64 + i as u64);
+    let mut tensors: Vec<CudaSlice<f32>> =
+        streams.iter().map(|gpu| gpu.stream().clone_htod(&input()).unwrap()).collect();
+    for round in 0..ROUNDS {
+        for (i, gpu) in streams.iter().enumerate() {
+            let from = tensors[(i + 1) % STREAMS].clone();
+            let call = Call::on(gpu);
+            dropout::forward(&call, &key(round, i), SHAPE, &from, &mut tensors[i]).unwrap();
+        }
+    }
+    let mut expected = vec![input(); STREAMS];
+    for round in 0..ROUNDS {
+        for i in 0..STREAMS {
+            let from = expected[(i + 1) % STREAMS].clone();
+            let (cpu, to) = (Cpu::new(), &mut expected[i]);
+            cpu::dropout::forward(&cpu, &key(round, i), SHAPE, &from, to).unwrap();
+        }
+    }
+    for (i, (gpu, tensor)) in streams.iter().zip(&tensors).enumerate() {
+        let expected: Vec<u32> = expected[i].iter().map(|x| x.to_bits()).collect();
+        assert_eq!(bits(gpu, tensor), expected, "stream {i}");
+    }
+}
+
 fn the_stream_number_from_device_memory(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
@@ -151,9 +182,6 @@ fn the_stream_number_from_device_memory(gpu: &Gpu) {
 }
 
 fn each_replay_draws_a_fresh_mask(gpu: &Gpu) {
-    // SAFETY: until it is switched on again, this test uses one stream for everything, and frees
-    // nothing.
-    unsafe { gpu.stream().context().disable_event_tracking() };
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
     let mut number = gpu.stream().clone_htod(&[0u64]).unwrap();
@@ -172,7 +200,4 @@ fn each_replay_draws_a_fresh_mask(gpu: &Gpu) {
         graph.launch().unwrap();
         assert_eq!(bits(gpu, &y), naive(&drop_at(stream), &input()), "stream {stream}");
     }
-    // SAFETY: the tensors that were made without events are dropped at the end of this function, and
-    // no other stream has seen them.
-    unsafe { gpu.stream().context().enable_event_tracking() };
 }

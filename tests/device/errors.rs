@@ -1,0 +1,81 @@
+//! What a device answers after a refused call, and a lost one: errors, and no panic.
+
+use crate::{gpu, trial};
+use fused_dropout::cuda::Gpu;
+use fused_dropout::device::{Call, KeyAddresses, dropout};
+use fused_dropout::{Dropout, Error, Key, Probability, Shape};
+use libtest_mimic::{Completion, Trial};
+use std::process::{Command, ExitCode};
+
+/// Set where this program is to lose its device: a process that has lost one cannot use it again.
+pub const LOSE_THE_DEVICE: &str = "FUSED_DROPOUT_LOSE_THE_DEVICE";
+
+const SHAPE: Shape = Shape { rows: 8, cols: 64 };
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::ignorable_test("a lost device is an error", || match gpu() {
+            Ok(_) => a_lost_device().map(|()| Completion::Completed).map_err(Into::into),
+            Err(reason) => Ok(Completion::ignored_with(reason)),
+        }),
+        trial("an error leaves no trace on later calls", an_error_leaves_no_trace),
+    ]
+}
+
+fn drop() -> Dropout<'static> {
+    Dropout::new(Key::new(42, 7), Probability::new(0.1).unwrap())
+}
+
+fn an_error_leaves_no_trace(gpu: &Gpu) {
+    let elements = SHAPE.rows * SHAPE.cols;
+    let x = gpu.stream().clone_htod(&vec![1.0f32; elements]).unwrap();
+    let mut y = gpu.stream().clone_htod(&vec![5.0f32; elements]).unwrap();
+    let call = Call::on(gpu);
+    let short = x.slice(1..);
+    dropout::forward(&call, &drop(), SHAPE, &short, &mut y).expect_err("a short tensor");
+    dropout::forward(&call, &drop(), SHAPE, &x, &mut y).unwrap();
+    let y = gpu.stream().clone_dtoh(&y).unwrap();
+    gpu.stream().synchronize().unwrap();
+    assert!(y.iter().all(|&y| y == 0.0 || y == drop().p.scale()));
+}
+
+/// In a process of its own.
+fn a_lost_device() -> Result<(), String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let output = Command::new(program)
+        .env(LOSE_THE_DEVICE, "1")
+        .output()
+        .map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    match output.status.success() && !text.contains("panicked") {
+        true => Ok(()),
+        false => Err(format!("{}: {text}", output.status)),
+    }
+}
+
+/// Lets a kernel read where nothing is. Everything after it must answer with an error.
+pub fn lose_the_device() -> ExitCode {
+    let gpu = gpu().expect("a device");
+    let mut tensor = gpu.stream().clone_htod(&vec![1.0f32; SHAPE.rows * SHAPE.cols]).unwrap();
+    gpu.stream().synchronize().unwrap();
+    // SAFETY: this breaks the promise on purpose: no memory lies at address 16. The driver stops the kernel
+    // and refuses everything later in this process.
+    let submitted = unsafe {
+        let key = KeyAddresses::default();
+        dropout::raw::forward::<f32, Gpu>(&gpu, &drop(), SHAPE, key, 16, 16)
+    };
+    let mut answers = vec![("the launch", submitted)];
+    let waited = gpu.stream().synchronize();
+    let call = Call::on(&gpu);
+    answers.push(("a later call", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)));
+    answers.push(("another", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)));
+    for (what, answer) in &answers {
+        eprintln!("{what}: {}", answer.as_ref().map_or_else(ToString::to_string, |()| "ok".into()));
+    }
+    eprintln!("waiting: {waited:?}");
+    let later = answers[1..].iter().all(|(_, answer)| matches!(answer, Err(Error::Driver { .. })));
+    match waited.is_err() && later {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    }
+}

@@ -1,0 +1,73 @@
+//! What needs a GPU, in one program: the case table, the CUDA layer, large tensors, errors, and with feature
+//! `transformer` the models. Without a GPU every trial is skipped, and says why.
+//!
+//!     cargo test --features cuda,transformer --test device
+//!
+//! `FUSED_DROPOUT_EVERY=30` runs every 30th row of the case table alone, for tools that slow kernels down.
+
+#[path = "../cases/mod.rs"]
+mod cases;
+mod errors;
+mod lab;
+mod large;
+mod layer;
+#[cfg(feature = "transformer")]
+mod models;
+#[path = "../oracle/mod.rs"]
+mod oracle;
+
+use fused_dropout::cuda::{self, Gpu, Kernels};
+use libtest_mimic::{Arguments, Completion, Trial};
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+
+fn main() -> ExitCode {
+    if std::env::var_os(errors::LOSE_THE_DEVICE).is_some() {
+        return errors::lose_the_device();
+    }
+    let mut all = table();
+    all.extend(layer::trials());
+    all.extend(large::trials());
+    all.extend(errors::trials());
+    #[cfg(feature = "transformer")]
+    all.extend(models::trials());
+    libtest_mimic::run(&Arguments::from_args(), all).exit_code()
+}
+
+/// The case table. Each trial has a stream of its own, and they run at the same time.
+fn table() -> Vec<Trial> {
+    let mut cases = cases::table();
+    if let Some(every) = std::env::var("FUSED_DROPOUT_EVERY").ok().and_then(|n| n.parse().ok()) {
+        cases = cases.into_iter().step_by(every).collect();
+    }
+    let open = || Ok(cases::lab::Kernels(lab::Lab::on(gpu()?)));
+    cases::trials::trials("table", &Arc::new(cases), open)
+}
+
+/// A check on a stream of its own.
+fn trial(name: &str, check: fn(&Gpu)) -> Trial {
+    Trial::ignorable_test(name, move || match gpu() {
+        Ok(gpu) => {
+            check(&gpu);
+            Ok(Completion::Completed)
+        }
+        Err(reason) => Ok(Completion::ignored_with(reason)),
+    })
+}
+
+/// A stream of the first GPU. The kernels are loaded once.
+fn gpu() -> Result<Gpu, String> {
+    static KERNELS: OnceLock<Result<Arc<Kernels>, String>> = OnceLock::new();
+    let kernels = KERNELS.get_or_init(kernels).clone()?;
+    let stream = kernels.context().new_stream().expect("a stream");
+    Ok(Gpu::new(&kernels, stream).expect("a stream of the kernels' context"))
+}
+
+/// The kernels in a context object that nobody else has.
+///
+/// # Panics
+/// Where there is a device, and it does not take them.
+fn kernels() -> Result<Arc<Kernels>, String> {
+    let context = cuda::context(0).map_err(|error| error.to_string())?;
+    Ok(Kernels::load(&context).expect("kernels that this device takes"))
+}
