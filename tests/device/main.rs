@@ -8,6 +8,7 @@
 #[path = "../cases/mod.rs"]
 mod cases;
 mod errors;
+mod graphs;
 mod lab;
 mod large;
 mod layer;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     }
     let mut all = table();
     all.extend(layer::trials());
+    all.extend(graphs::trials());
     all.extend(large::trials());
     all.extend(errors::trials());
     #[cfg(feature = "transformer")]

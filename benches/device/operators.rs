@@ -1,0 +1,640 @@
+//! The operators as what is run and timed on a GPU: which tensors a pass takes, how many bytes it cannot avoid
+//! moving, and its call.
+
+use fused_dropout::cuda::Gpu;
+use fused_dropout::cuda::cudarc::driver::{
+    CudaSlice, CudaView, CudaViewMut, DeviceRepr, DriverError, ValidAsZeroBits,
+};
+use fused_dropout::device::dropout_add_norm::SumGrads;
+use fused_dropout::device::{
+    BiasGrad, Call, Readable, Writable, bias_act_dropout, dropout, dropout_add, dropout_add_norm,
+    embedding_dropout, keep_mask, softmax_dropout,
+};
+use fused_dropout::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::ops::{
+    dropout_add_norm as norm_ops, embedding_dropout as embedding_ops, sum_rows,
+};
+use fused_dropout::{
+    Activation, Affine, AttentionMask, Dropout, Dtype, Error, Norm, Scores, Shape,
+};
+use half::{bf16, f16};
+use rand_philox::Philox;
+use serde::{Deserialize, Serialize};
+
+/// An operator in one of its forms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Operator {
+    /// Of the device's driver: the limit.
+    Copy,
+    Dropout,
+    DropoutAdd,
+    BiasDropoutAdd,
+    BiasGeluDropout,
+    DropoutAddLayernorm,
+    SoftmaxDropout,
+    CausalSoftmaxDropout,
+    EmbeddingDropout,
+    EmbeddingLayernormDropout,
+    KeepMask,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pass {
+    Forward,
+    Backward,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Storage {
+    F32,
+    F16,
+    Bf16,
+}
+
+/// What is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Case {
+    pub operator: Operator,
+    pub pass: Pass,
+    pub dtype: Storage,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// Every operator with its passes.
+pub const PASSES: [(Operator, Pass); 20] = {
+    use Operator::*;
+    use Pass::*;
+    [
+        (Copy, Forward),
+        (Dropout, Forward),
+        (Dropout, Backward),
+        (DropoutAdd, Forward),
+        (DropoutAdd, Backward),
+        (BiasDropoutAdd, Forward),
+        (BiasDropoutAdd, Backward),
+        (BiasGeluDropout, Forward),
+        (BiasGeluDropout, Backward),
+        (DropoutAddLayernorm, Forward),
+        (DropoutAddLayernorm, Backward),
+        (SoftmaxDropout, Forward),
+        (SoftmaxDropout, Backward),
+        (CausalSoftmaxDropout, Forward),
+        (CausalSoftmaxDropout, Backward),
+        (EmbeddingDropout, Forward),
+        (EmbeddingDropout, Backward),
+        (EmbeddingLayernormDropout, Forward),
+        (EmbeddingLayernormDropout, Backward),
+        (KeepMask, Forward),
+    ]
+};
+
+pub const STORAGES: [Storage; 3] = [Storage::F32, Storage::F16, Storage::Bf16];
+
+/// GPT-2's vocabulary, and its positions.
+const VOCABULARY: usize = 50_257;
+const POSITIONS: usize = 1024;
+
+impl Case {
+    pub fn shape(&self) -> Shape {
+        Shape::new(self.rows, self.cols)
+    }
+
+    /// Allocates `sets` sets of tensors, the inputs of random numbers.
+    ///
+    /// # Errors
+    /// What the driver says: above all that there is no memory.
+    pub fn prepare(
+        &self,
+        data: &Data,
+        gpu: &Gpu,
+        sets: usize,
+    ) -> Result<Box<dyn Work>, DriverError> {
+        Ok(match self.dtype {
+            Storage::F32 => Box::new(Tensors::<f32>::new(*self, data, gpu, sets)?),
+            Storage::F16 => Box::new(Tensors::<f16>::new(*self, data, gpu, sets)?),
+            Storage::Bf16 => Box::new(Tensors::<bf16>::new(*self, data, gpu, sets)?),
+        })
+    }
+
+    /// The bytes that a call cannot avoid reading or writing. Of tensors of one row, of statistics and of ids
+    /// too; of an embedding table what the ids of `rows` uniform draws take on average.
+    pub fn bytes(&self) -> usize {
+        let element = match self.dtype {
+            Storage::F32 => 4,
+            _ => 2,
+        };
+        let (rows, cols) = (self.rows, self.cols);
+        let (all, row) = (rows * cols * element, cols * element);
+        let seen = self.seen() * element;
+        let (taken, positions) = (self.taken(), POSITIONS.min(rows));
+        let (stats, ids) = (8 * rows, 4 * rows);
+        let parameters = 4 * cols;
+        match (self.operator, self.pass) {
+            (Operator::Copy | Operator::Dropout, _) => 2 * all,
+            (Operator::DropoutAdd, Pass::Forward) => 3 * all,
+            (Operator::DropoutAdd, Pass::Backward) => 2 * all,
+            (Operator::BiasDropoutAdd, Pass::Forward) => 3 * all + row,
+            (Operator::BiasDropoutAdd, Pass::Backward) => 2 * all + parameters,
+            (Operator::BiasGeluDropout, Pass::Forward) => 2 * all + row,
+            (Operator::BiasGeluDropout, Pass::Backward) => 3 * all + row + parameters,
+            (Operator::DropoutAddLayernorm, Pass::Forward) => 4 * all + 2 * row + stats,
+            (Operator::DropoutAddLayernorm, Pass::Backward) => {
+                5 * all + row + stats + 2 * parameters
+            }
+            // x of what is not masked, and all of y.
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
+                seen + all
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Backward) => {
+                2 * seen + all
+            }
+            (Operator::EmbeddingDropout, Pass::Forward) => all + (taken + positions) * row + ids,
+            // Gradients are added to: read and written, in f32.
+            (Operator::EmbeddingDropout, Pass::Backward) => {
+                all + (taken + positions) * 2 * parameters + ids
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
+                all + (taken + positions + 2) * row + ids + stats
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
+                let tables = (taken + positions) * (row + 2 * parameters);
+                all + tables + row + ids + stats + 4 * parameters
+            }
+            (Operator::KeepMask, _) => (rows * cols).div_ceil(8),
+        }
+    }
+
+    /// Entries of the vocabulary that occur among as many uniform draws as there are rows, on average.
+    fn taken(&self) -> usize {
+        let vocabulary = VOCABULARY as f64;
+        let missed = (1.0 - 1.0 / vocabulary).powf(self.rows as f64);
+        (vocabulary * (1.0 - missed)) as usize
+    }
+
+    /// Scores that the attention mask leaves.
+    fn seen(&self) -> usize {
+        if self.causal().is_none() {
+            return self.rows * self.cols;
+        }
+        let (heads, queries) = self.heads();
+        let first = self.cols - queries + 1;
+        heads * queries * (first + self.cols) / 2
+    }
+
+    /// Heads, and queries of each: squares, and one shorter one where there are fewer rows than columns.
+    fn heads(&self) -> (usize, usize) {
+        let queries = self.rows.min(self.cols);
+        (self.rows / queries, queries)
+    }
+
+    fn scores(&self) -> Scores {
+        let (heads, queries) = self.heads();
+        Scores { batch: 1, heads, queries, keys: self.cols, scale: 0.125 }
+    }
+
+    /// The queries are the last ones of their sequence.
+    fn causal(&self) -> Option<i64> {
+        let causal = self.operator == Operator::CausalSoftmaxDropout;
+        causal.then(|| (self.cols - self.heads().1) as i64)
+    }
+}
+
+/// Random numbers in the device's memory, of every storage type: what inputs are filled with.
+pub struct Data {
+    f32: CudaSlice<f32>,
+    f16: CudaSlice<f16>,
+    bf16: CudaSlice<bf16>,
+}
+
+const RANDOM: usize = 1 << 22;
+
+impl Data {
+    /// # Errors
+    /// What the driver says.
+    pub fn new(gpu: &Gpu) -> Result<Self, DriverError> {
+        let mut philox = Philox::from_u64_seed(1);
+        let mut uniform = || rand_philox::u32_to_unit_f32(philox.next_u32()) * 4.0 - 2.0;
+        let numbers: Vec<f32> = (0..RANDOM).map(|_| uniform()).collect();
+        Ok(Self {
+            f32: gpu.stream().clone_htod(&numbers)?,
+            f16: gpu.stream().clone_htod(&rounded(&numbers))?,
+            bf16: gpu.stream().clone_htod(&rounded(&numbers))?,
+        })
+    }
+}
+
+fn rounded<T: Dtype>(numbers: &[f32]) -> Vec<T> {
+    numbers.iter().map(|&x| T::from_f32(x)).collect()
+}
+
+/// A storage type with its random numbers.
+trait Stored: Dtype + DeviceRepr + ValidAsZeroBits {
+    fn numbers(data: &Data) -> &CudaSlice<Self>;
+}
+
+impl Stored for f32 {
+    fn numbers(data: &Data) -> &CudaSlice<Self> {
+        &data.f32
+    }
+}
+
+impl Stored for f16 {
+    fn numbers(data: &Data) -> &CudaSlice<Self> {
+        &data.f16
+    }
+}
+
+impl Stored for bf16 {
+    fn numbers(data: &Data) -> &CudaSlice<Self> {
+        &data.bf16
+    }
+}
+
+/// Tensors of one length and purpose, one a set; or one for all sets.
+struct Stack<T> {
+    memory: CudaSlice<T>,
+    len: usize,
+}
+
+impl<T: DeviceRepr + ValidAsZeroBits> Stack<T> {
+    fn zeros(gpu: &Gpu, sets: usize, len: usize) -> Result<Self, DriverError> {
+        // The driver allocates no zero bytes.
+        Ok(Self { memory: gpu.stream().alloc_zeros((sets * len).max(1))?, len })
+    }
+
+    fn get(&self, set: usize) -> CudaView<'_, T> {
+        let first = self.first(set);
+        self.memory.slice(first..first + self.len)
+    }
+
+    fn get_mut(&mut self, set: usize) -> CudaViewMut<'_, T> {
+        let first = self.first(set);
+        self.memory.slice_mut(first..first + self.len)
+    }
+
+    fn first(&self, set: usize) -> usize {
+        set * self.len % self.memory.len()
+    }
+}
+
+impl<T: Stored> Stack<T> {
+    fn random(data: &Data, gpu: &Gpu, sets: usize, len: usize) -> Result<Self, DriverError> {
+        let numbers = T::numbers(data);
+        let mut stack = Self::zeros(gpu, sets, len)?;
+        for (piece, first) in (0..sets * len).step_by(RANDOM / 2).enumerate() {
+            let count = (RANDOM / 2).min(sets * len - first);
+            // Another place of the numbers for each piece.
+            let from = piece * 7919 * 8 % (RANDOM / 2);
+            let mut to = stack.memory.slice_mut(first..first + count);
+            gpu.stream().memcpy_dtod(&numbers.slice(from..from + count), &mut to)?;
+        }
+        Ok(stack)
+    }
+}
+
+/// A pass of an operator with its tensors.
+pub trait Work {
+    /// Launches it on a set of tensors; `number`, where it is given, is the stream number in device memory.
+    fn launch(
+        &mut self,
+        gpu: &Gpu,
+        set: usize,
+        drop: &Dropout<'_>,
+        number: Option<&CudaSlice<u64>>,
+    ) -> Result<(), Error>;
+    /// The bytes of a set's outputs, and of the gradients of parameters, which all sets share.
+    fn outputs(&self, gpu: &Gpu, set: usize) -> Result<Vec<u8>, DriverError>;
+    /// Fills all outputs with zeros.
+    fn clear(&mut self, gpu: &Gpu) -> Result<(), DriverError>;
+}
+
+/// The tensors of a pass: how many of the shape, and the lengths of the others.
+#[derive(Default)]
+struct Needs {
+    inputs: usize,
+    outputs: usize,
+    /// Of one row, and tables.
+    parameters: Vec<usize>,
+    /// Of parameters, in f32.
+    gradients: Vec<usize>,
+    workspace: usize,
+    stats: usize,
+    ids: usize,
+    bits: usize,
+}
+
+impl Needs {
+    fn of(case: &Case) -> Self {
+        let Case { rows, cols, .. } = *case;
+        let (none, stats, ids) = (Self::default(), 2 * rows, rows);
+        let tables = [VOCABULARY * cols, POSITIONS * cols];
+        let with = |rows_of_one: usize| [&tables[..], &vec![cols; rows_of_one]].concat();
+        match (case.operator, case.pass) {
+            (Operator::Copy | Operator::Dropout, _) => Self { inputs: 1, outputs: 1, ..none },
+            (Operator::DropoutAdd, Pass::Forward) => Self { inputs: 2, outputs: 1, ..none },
+            (Operator::DropoutAdd, Pass::Backward) => Self { inputs: 1, outputs: 1, ..none },
+            (Operator::BiasDropoutAdd, Pass::Forward) => {
+                Self { inputs: 2, outputs: 1, parameters: vec![cols], ..none }
+            }
+            (Operator::BiasDropoutAdd, Pass::Backward) => {
+                let workspace = sum_rows::workspace_len(case.shape());
+                Self { inputs: 1, outputs: 1, gradients: vec![cols], workspace, ..none }
+            }
+            (Operator::BiasGeluDropout, Pass::Forward) => {
+                Self { inputs: 1, outputs: 1, parameters: vec![cols], ..none }
+            }
+            (Operator::BiasGeluDropout, Pass::Backward) => {
+                let workspace = sum_rows::workspace_len(case.shape());
+                let (parameters, gradients) = (vec![cols], vec![cols]);
+                Self { inputs: 2, outputs: 1, parameters, gradients, workspace, ..none }
+            }
+            (Operator::DropoutAddLayernorm, Pass::Forward) => {
+                Self { inputs: 2, outputs: 2, parameters: vec![cols; 2], stats, ..none }
+            }
+            (Operator::DropoutAddLayernorm, Pass::Backward) => {
+                let workspace = norm_ops::workspace_len(case.shape());
+                let (parameters, gradients) = (vec![cols], vec![cols; 2]);
+                Self { inputs: 3, outputs: 2, parameters, gradients, workspace, stats, ..none }
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
+                Self { inputs: 1, outputs: 1, ..none }
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Backward) => {
+                Self { inputs: 2, outputs: 1, ..none }
+            }
+            (Operator::EmbeddingDropout, Pass::Forward) => {
+                Self { outputs: 1, parameters: with(0), ids, ..none }
+            }
+            (Operator::EmbeddingDropout, Pass::Backward) => {
+                Self { inputs: 1, gradients: with(0), ids, ..none }
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
+                Self { outputs: 1, parameters: with(2), stats, ids, ..none }
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
+                let workspace = embedding_ops::workspace_len(case.shape());
+                let (parameters, gradients) = (with(1), with(2));
+                Self { inputs: 1, parameters, gradients, workspace, stats, ids, ..none }
+            }
+            (Operator::KeepMask, _) => Self { bits: (rows * cols).div_ceil(8), ..none },
+        }
+    }
+}
+
+struct Tensors<T> {
+    case: Case,
+    inputs: Vec<Stack<T>>,
+    outputs: Vec<Stack<T>>,
+    // One for all sets, from here on but for ids, stats and bits.
+    parameters: Vec<Stack<T>>,
+    gradients: Vec<Stack<f32>>,
+    workspace: Stack<f32>,
+    stats: Stack<f32>,
+    ids: Stack<u32>,
+    report: CudaSlice<u32>,
+    bits: Stack<u8>,
+}
+
+impl<T: Stored> Tensors<T> {
+    fn new(case: Case, data: &Data, gpu: &Gpu, sets: usize) -> Result<Self, DriverError> {
+        let needs = Needs::of(&case);
+        let elements = case.rows * case.cols;
+        let mut philox = Philox::from_u64_seed(2);
+        let ids: Vec<u32> =
+            (0..(sets * needs.ids).max(1)).map(|_| philox.bounded(VOCABULARY as u32)).collect();
+        let random = |sets, len| Stack::<T>::random(data, gpu, sets, len);
+        Ok(Self {
+            case,
+            inputs: many(needs.inputs, |_| random(sets, elements))?,
+            outputs: many(needs.outputs, |_| Stack::zeros(gpu, sets, elements))?,
+            parameters: many(needs.parameters.len(), |i| random(1, needs.parameters[i]))?,
+            gradients: many(needs.gradients.len(), |i| Stack::zeros(gpu, 1, needs.gradients[i]))?,
+            workspace: Stack::zeros(gpu, 1, needs.workspace)?,
+            stats: Stack::random(data, gpu, sets, needs.stats)?,
+            ids: Stack { memory: gpu.stream().clone_htod(&ids)?, len: needs.ids },
+            report: gpu.stream().clone_htod(&[u32::MAX])?,
+            bits: Stack::zeros(gpu, sets, needs.bits)?,
+        })
+    }
+}
+
+fn many<S>(
+    count: usize,
+    make: impl Fn(usize) -> Result<S, DriverError>,
+) -> Result<Vec<S>, DriverError> {
+    (0..count).map(make).collect()
+}
+
+impl<T: Stored> Work for Tensors<T> {
+    fn launch(
+        &mut self,
+        gpu: &Gpu,
+        set: usize,
+        drop: &Dropout<'_>,
+        number: Option<&CudaSlice<u64>>,
+    ) -> Result<(), Error> {
+        let mut call = Call::on(gpu);
+        if let Some(number) = number {
+            call = call.stream_number(number);
+        }
+        let call = &call;
+        let case = self.case;
+        let (shape, scores, causal) = (case.shape(), case.scores(), case.causal());
+        let (gelu, norm) = (Activation::GeluTanh, Norm::layer(1e-5));
+        let input = |i: usize| self.inputs[i].get(set);
+        let parameter = |i: usize| self.parameters[i].get(0);
+        let mut outputs = self.outputs.iter_mut().map(|output| output.get_mut(set));
+        let mut gradients = self.gradients.iter_mut().map(|gradient| gradient.get_mut(0));
+        let (mut output, mut second) = (outputs.next(), outputs.next());
+        let [mut g0, mut g1, mut g2, mut g3] = [(); 4].map(|()| gradients.next());
+        let mut workspace = self.workspace.get_mut(0);
+        let ids = self.ids.get(set);
+        let ids: &dyn Readable<u32, Gpu> = &ids;
+        let lookups =
+            Lookups::tokens(VOCABULARY, ids).positions(POSITIONS, Ids::Sequence(POSITIONS));
+        match (case.operator, case.pass) {
+            (Operator::Copy, _) => {
+                let copied = gpu.stream().memcpy_dtod(&input(0), out(&mut output));
+                copied.map_err(|error| Error::Driver {
+                    operation: "copying",
+                    code: error.0 as u32,
+                    message: error.to_string(),
+                })
+            }
+            (Operator::Dropout, Pass::Forward) => {
+                dropout::forward(call, drop, shape, &input(0), out(&mut output))
+            }
+            (Operator::Dropout, Pass::Backward) => {
+                dropout::backward(call, drop, shape, &input(0), out(&mut output))
+            }
+            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Forward) => {
+                let (x, residual) = (input(0), input(1));
+                let bias = self.parameters.first().map(|bias| bias.get(0));
+                let bias = bias.as_ref().map(|bias| bias as &dyn Readable<T, Gpu>);
+                dropout_add::forward(call, drop, shape, &x, bias, &residual, out(&mut output))
+            }
+            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Backward) => {
+                let grad = g0.as_mut().map(|dbias| BiasGrad { dbias, workspace: &mut workspace });
+                let dy = input(0);
+                dropout_add::backward(call, drop, shape, &dy, out(&mut output), grad)
+            }
+            (Operator::BiasGeluDropout, Pass::Forward) => {
+                let (x, bias) = (input(0), parameter(0));
+                let y = out(&mut output);
+                bias_act_dropout::forward(call, drop, shape, gelu, &x, Some(&bias), y)
+            }
+            (Operator::BiasGeluDropout, Pass::Backward) => {
+                let (x, dy, bias) = (input(0), input(1), parameter(0));
+                let (bias, dx) = (Some(&bias as &dyn Readable<T, Gpu>), out(&mut output));
+                let grad = g0.as_mut().map(|dbias| BiasGrad { dbias, workspace: &mut workspace });
+                bias_act_dropout::backward(call, drop, shape, gelu, &x, bias, &dy, dx, grad)
+            }
+            (Operator::DropoutAddLayernorm, Pass::Forward) => {
+                let (x, residual) = (input(0), input(1));
+                let (weight, norm_bias) = (parameter(0), parameter(1));
+                let inputs: Inputs<&dyn Readable<T, Gpu>> =
+                    Inputs { x: &x, bias: None, residual: &residual };
+                let affine: Affine<&dyn Readable<T, Gpu>> =
+                    Affine { weight: &weight, bias: Some(&norm_bias) };
+                let (s, y) = (Some(out(&mut second) as _), out(&mut output));
+                let mut stats = self.stats.get_mut(set);
+                let stats: Option<&mut dyn Writable<f32, Gpu>> = Some(&mut stats);
+                dropout_add_norm::forward(call, drop, &norm, shape, &inputs, &affine, s, y, stats)
+            }
+            (Operator::DropoutAddLayernorm, Pass::Backward) => {
+                let (s, dy, ds) = (input(0), input(1), input(2));
+                let (weight, stats) = (parameter(0), self.stats.get(set));
+                let saved: Saved<&dyn Readable<T, Gpu>> = Saved::Sum(&s);
+                let grads = ParamGrads {
+                    dbias: None,
+                    dweight: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    dnorm_bias: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                };
+                let sums = Some(SumGrads { grads, workspace: &mut workspace });
+                let (dresidual, dx) = (out(&mut output), out(&mut second));
+                dropout_add_norm::backward(
+                    call,
+                    drop,
+                    &norm,
+                    shape,
+                    &saved,
+                    &weight,
+                    &stats,
+                    &dy,
+                    Some(&ds),
+                    dresidual,
+                    dx,
+                    sums,
+                )
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
+                let (x, y) = (input(0), out(&mut output));
+                let mask = AttentionMask { causal, ..AttentionMask::NONE };
+                softmax_dropout::forward(call, drop, &scores, &mask, &x, y, None)
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Backward) => {
+                let (x, dy, dx) = (input(0), input(1), out(&mut output));
+                let mask = AttentionMask { causal, ..AttentionMask::NONE };
+                softmax_dropout::backward(call, drop, &scores, &mask, &x, None, &dy, dx)
+            }
+            (Operator::EmbeddingDropout, Pass::Forward) => {
+                let (token, position) = (parameter(0), parameter(1));
+                let tables: Tables<&dyn Readable<T, Gpu>> =
+                    Tables { token: &token, position: Some(&position), segment: None };
+                let (y, report) = (out(&mut output), &mut self.report);
+                embedding_dropout::forward(call, drop, shape, &lookups, &tables, y, report)
+            }
+            (Operator::EmbeddingDropout, Pass::Backward) => {
+                let gradients = Gradients {
+                    token: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    position: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    segment: None,
+                };
+                let dy = input(0);
+                embedding_dropout::backward(call, drop, shape, &lookups, &dy, gradients)
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
+                let [token, position, weight, bias] = [0, 1, 2, 3].map(|i| parameter(i));
+                let tables: Tables<&dyn Readable<T, Gpu>> =
+                    Tables { token: &token, position: Some(&position), segment: None };
+                let affine: Affine<&dyn Readable<T, Gpu>> =
+                    Affine { weight: &weight, bias: Some(&bias) };
+                let mut stats = self.stats.get_mut(set);
+                let stats: Option<&mut dyn Writable<f32, Gpu>> = Some(&mut stats);
+                let (y, report) = (out(&mut output), &mut self.report);
+                embedding_dropout::forward_norm(
+                    call, drop, &norm, shape, &lookups, &tables, &affine, y, stats, report,
+                )
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
+                let [token, position, weight] = [0, 1, 2].map(|i| parameter(i));
+                let tables: Tables<&dyn Readable<T, Gpu>> =
+                    Tables { token: &token, position: Some(&position), segment: None };
+                let gradients = Gradients {
+                    token: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    position: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    segment: None,
+                };
+                let norm_gradients = NormGradients {
+                    weight: g2.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                    bias: g3.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
+                };
+                let (dy, stats) = (input(0), self.stats.get(set));
+                embedding_dropout::backward_norm(
+                    call,
+                    drop,
+                    &norm,
+                    shape,
+                    &lookups,
+                    &tables,
+                    &weight,
+                    &stats,
+                    &dy,
+                    gradients,
+                    norm_gradients,
+                    &mut workspace,
+                )
+            }
+            (Operator::KeepMask, _) => {
+                keep_mask::bits(call, drop, shape, &mut self.bits.get_mut(set))
+            }
+        }
+    }
+
+    fn outputs(&self, gpu: &Gpu, set: usize) -> Result<Vec<u8>, DriverError> {
+        let mut all = Vec::new();
+        for output in &self.outputs {
+            all.extend_from_slice(bytemuck::cast_slice(
+                &gpu.stream().clone_dtoh(&output.get(set))?,
+            ));
+        }
+        for gradient in &self.gradients {
+            all.extend_from_slice(bytemuck::cast_slice(
+                &gpu.stream().clone_dtoh(&gradient.get(0))?,
+            ));
+        }
+        all.extend(gpu.stream().clone_dtoh(&self.bits.get(set))?);
+        gpu.stream().synchronize()?;
+        Ok(all)
+    }
+
+    fn clear(&mut self, gpu: &Gpu) -> Result<(), DriverError> {
+        for output in &mut self.outputs {
+            gpu.stream().memset_zeros(&mut output.memory)?;
+        }
+        for gradient in &mut self.gradients {
+            gpu.stream().memset_zeros(&mut gradient.memory)?;
+        }
+        gpu.stream().memset_zeros(&mut self.bits.memory)
+    }
+}
+
+/// An output that [`Needs`] has asked for.
+fn out<'a, 'm, T>(output: &'a mut Option<CudaViewMut<'m, T>>) -> &'a mut CudaViewMut<'m, T> {
+    output.as_mut().expect("as many outputs as `Needs` says")
+}
