@@ -104,6 +104,13 @@ impl Case {
         Shape::new(self.rows, self.cols)
     }
 
+    /// Whether its tensors are of a size that can be meant, in rows of whole octets, so that every set is
+    /// aligned.
+    pub fn fits(&self) -> bool {
+        let elements = self.rows.checked_mul(self.cols);
+        self.cols % 8 == 0 && elements.is_some_and(|n| (1..=1 << 32).contains(&n))
+    }
+
     /// Allocates `sets` sets of tensors, the inputs of random numbers.
     ///
     /// # Errors

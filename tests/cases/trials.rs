@@ -38,7 +38,7 @@ fn run<B: Backend>(backend: &B, cases: &[Call], check: Check<B>) -> Result<Compl
     Err(format!("{} of {} checks failed:\n{shown}", failures.len(), passed + failures.len()))
 }
 
-fn checks<B: Backend>() -> Vec<(&'static str, &'static str, Check<B>)> {
+pub fn checks<B: Backend>() -> Vec<(&'static str, &'static str, Check<B>)> {
     let mut checks = Vec::new();
     checks.extend(typed::<f32, B>());
     checks.extend(typed::<f16, B>());

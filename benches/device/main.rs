@@ -1,0 +1,156 @@
+//! Throughput of every operator on a GPU, beside the copy bandwidth of the same run.
+//!
+//!     cargo bench --features cuda --bench device                     # everything, about five minutes
+//!     cargo bench --features cuda --bench device -- 'dropout_add '   # a part, by criterion's filter
+//!     cargo bench --features cuda --bench device -- --about          # the device, as JSON
+//!     cargo bench --features cuda --bench device -- --serve          # a server: serve.rs
+//!
+//! bf16, f16 and f32; 2^16 to 2^28 elements in rows of 1,024, and rows of 512 to 16,384 at 2^24. Answers are checked
+//! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON. Without a GPU the exit status is 3.
+
+mod about;
+#[path = "../../tests/cases/mod.rs"]
+mod cases;
+mod check;
+#[path = "../../tests/device/lab.rs"]
+mod lab;
+#[allow(dead_code)] // the tests use the rest
+mod operators;
+#[path = "../../tests/oracle/mod.rs"]
+mod oracle;
+mod report;
+mod serve;
+mod timer;
+
+use about::{About, clocks};
+use anyhow::Result;
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
+use fused_dropout::cuda::{self, Gpu, Kernels};
+use operators::{Case, Data, PASSES, STORAGES};
+use report::{Clocks, Report, Row, word};
+use std::process::ExitCode;
+use std::time::Duration;
+use timer::{SAMPLE_SECONDS, Timer, copy_bandwidth};
+
+/// Where there is no GPU.
+const NO_GPU: u8 = 3;
+
+const SAMPLES: usize = 100;
+
+fn main() -> ExitCode {
+    let gpu = match open() {
+        Ok(gpu) => gpu,
+        Err(error) => {
+            eprintln!("no GPU: {error}");
+            return ExitCode::from(NO_GPU);
+        }
+    };
+    match run(&gpu) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A stream of the first GPU.
+fn open() -> Result<Gpu, fused_dropout::Error> {
+    let context = cuda::context(0)?;
+    // SAFETY: this program uses one stream for everything. A capture does not get on with cudarc's events.
+    unsafe { context.disable_event_tracking() };
+    let kernels = Kernels::load(&context)?;
+    Gpu::new(&kernels, context.new_stream().expect("a stream"))
+}
+
+fn run(gpu: &Gpu) -> Result<()> {
+    let about = About::of(gpu)?;
+    let asked = |name: &str| std::env::args().any(|argument| argument == name);
+    if asked("--about") {
+        println!("{}", serde_json::to_string(&about)?);
+        return Ok(());
+    }
+    let data = Data::new(gpu)?;
+    check::check(gpu)?;
+    if asked("--serve") {
+        return serve::serve(gpu, &data, &about);
+    }
+    let before = clocks();
+    let copy_bytes_per_second = copy_bandwidth(gpu, &data)?;
+    let mut report = Report {
+        device: about,
+        clocks: Clocks { before, after: String::new() },
+        copy_bytes_per_second,
+        rows: Vec::new(),
+        skipped: Vec::new(),
+    };
+    time_all(gpu, &data, &mut report)?;
+    report.clocks.after = clocks();
+    report.print();
+    report.write()
+}
+
+/// Elements in rows of 1,024 columns, then 2^24 elements in rows of other lengths.
+fn shapes() -> impl Iterator<Item = (usize, usize)> {
+    let sizes = (16..=28).step_by(2).map(|log| (1 << (log - 10), 1 << 10));
+    let lengths = [9, 11, 12, 13, 14].map(|log| (1 << (24 - log), 1 << log));
+    sizes.chain(lengths)
+}
+
+fn time_all(gpu: &Gpu, data: &Data, report: &mut Report) -> Result<()> {
+    let mut criterion = Criterion::default()
+        .sample_size(SAMPLES)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_secs_f64(SAMPLES as f64 * SAMPLE_SECONDS))
+        .nresamples(1000) // its own intervals are not reported
+        .configure_from_args();
+    for (operator, pass) in PASSES {
+        for dtype in STORAGES {
+            let name = format!("{} {} {}", word(&operator), word(&pass), word(&dtype));
+            let mut group = criterion.benchmark_group(&name);
+            // The same number of replays for each sample.
+            group.sampling_mode(SamplingMode::Flat);
+            for (rows, cols) in shapes() {
+                let case = Case { operator, pass, dtype, rows, cols };
+                match time(&mut group, gpu, data, &case) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        report.rows.push(Row::recorded(case, &name, &format!("{rows}x{cols}"))?);
+                    }
+                    Err(error) => report.skipped.push(format!("{name} {rows}x{cols}: {error:#}")),
+                }
+            }
+        }
+    }
+    criterion.final_summary();
+    Ok(())
+}
+
+/// Fewer samples than this criterion does not take.
+const FEWEST_SAMPLES: usize = 10;
+
+/// Lets criterion time a case; whether it did (it may be asked for others, or only to try).
+fn time(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    gpu: &Gpu,
+    data: &Data,
+    case: &Case,
+) -> Result<bool> {
+    let mut timer: Option<Result<Timer>> = None;
+    let mut calls = 0;
+    group.throughput(Throughput::Bytes(case.bytes() as u64));
+    group.bench_function(format!("{}x{}", case.rows, case.cols), |bencher| {
+        calls += 1;
+        let timer = timer.get_or_insert_with(|| Timer::new(gpu, data, case, 0.1));
+        bencher.iter_custom(|replays| {
+            let seconds = timer.as_ref().ok().and_then(|timer| timer.seconds(replays).ok());
+            // Of a call. Criterion takes no benchmark without an answer; this one is not reported.
+            Duration::from_secs_f64(seconds.unwrap_or(1e-9) * replays as f64)
+        });
+    });
+    // A failure of the device on the way shows here.
+    gpu.stream().synchronize()?;
+    timer.transpose()?;
+    Ok(calls >= FEWEST_SAMPLES)
+}

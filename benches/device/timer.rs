@@ -1,0 +1,116 @@
+//! The time of a call: a CUDA graph with one call for each set of tensors, replayed between two events.
+//!
+//! The sets together are larger than any L2, so that memory answers; the replays of a sample last long enough
+//! that what lies between an event and a graph's first kernel does not count.
+
+use crate::operators::{Case, Data, Operator};
+use anyhow::{Context, Result, ensure};
+use fused_dropout::cuda::Gpu;
+use fused_dropout::cuda::cudarc::driver::sys::{
+    CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
+use fused_dropout::cuda::cudarc::driver::{CudaEvent, CudaGraph};
+use fused_dropout::{Dropout, Key, Probability};
+
+/// What the sets move together, at least: some L2s have 150 MB.
+const ROTATED: usize = 256 << 20;
+const SETS: std::ops::RangeInclusive<usize> = 2..=1024;
+
+/// What a sample lasts at least.
+pub const SAMPLE_SECONDS: f64 = 2e-3;
+
+/// A case, ready to be timed.
+pub struct Timer {
+    gpu: Gpu,
+    graph: CudaGraph,
+    sets: usize,
+    start: CudaEvent,
+    end: CudaEvent,
+    /// Whose memory the graph works on.
+    _work: Box<dyn crate::operators::Work>,
+}
+
+impl Timer {
+    /// Allocates the tensors of `case`, runs it once on each set, and captures it.
+    ///
+    /// # Errors
+    /// What the driver says: above all that there is no memory.
+    pub fn new(gpu: &Gpu, data: &Data, case: &Case, p: f64) -> Result<Self> {
+        let sets = ROTATED.div_ceil(case.bytes()).clamp(*SETS.start(), *SETS.end());
+        let mut work = case.prepare(data, gpu, sets).context("preparing its tensors")?;
+        let p = Probability::new(p)?;
+        let mut run = || {
+            // Another mask for each call, as in training.
+            let drop = |set| Dropout::new(Key::new(42, set as u64), p);
+            (0..sets).try_for_each(|set| work.launch(gpu, set, &drop(set), None))
+        };
+        run()?;
+        let stream = gpu.stream();
+        stream.synchronize()?;
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let captured = run();
+        // Ended in any case: the stream would stay in capture.
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        captured?;
+        let graph = graph?.context("an empty graph")?;
+        graph.upload()?;
+        let event = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let (start, end) = (event()?, event()?);
+        Ok(Self { gpu: gpu.clone(), graph, sets, start, end, _work: work })
+    }
+
+    /// Seconds of one call, the mean over `replays` of the graph.
+    pub fn seconds(&self, replays: u64) -> Result<f64> {
+        self.start.record(self.gpu.stream())?;
+        for _ in 0..replays {
+            self.graph.launch()?;
+        }
+        self.end.record(self.gpu.stream())?;
+        let seconds = f64::from(self.start.elapsed_ms(&self.end)?) / 1e3;
+        Ok(seconds / (replays * self.sets as u64) as f64)
+    }
+
+    /// So many samples, after a warm-up.
+    pub fn samples(&self, count: usize) -> Result<Vec<f64>> {
+        let replays = self.replays()?;
+        (0..count).map(|_| self.seconds(replays)).collect()
+    }
+
+    /// Replays that last [`SAMPLE_SECONDS`].
+    fn replays(&self) -> Result<u64> {
+        self.seconds(1)?;
+        let once = self.seconds(2)? * self.sets as f64;
+        ensure!(once > 0.0, "the device's events measure no time");
+        Ok((SAMPLE_SECONDS / once).ceil().clamp(1.0, 1e6) as u64)
+    }
+}
+
+/// Bytes a second that a copy of a gibibyte moves, reads and writes together: the limit.
+///
+/// # Errors
+/// What the driver says.
+pub fn copy_bandwidth(gpu: &Gpu, data: &Data) -> Result<f64> {
+    use crate::operators::{Pass, Storage};
+    let (operator, pass, dtype) = (Operator::Copy, Pass::Forward, Storage::F32);
+    let case = Case { operator, pass, dtype, rows: 1 << 18, cols: 1 << 10 };
+    let seconds = Timer::new(gpu, data, &case, 0.1)?.samples(20)?;
+    Ok(case.bytes() as f64 / Spread::of(seconds).median)
+}
+
+/// The middle of samples, and where nine tenths of them lie.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub p5: f64,
+    pub p95: f64,
+}
+
+impl Spread {
+    /// # Panics
+    /// Without a sample.
+    pub fn of(mut samples: Vec<f64>) -> Self {
+        samples.sort_by(f64::total_cmp);
+        let at = |share: f64| samples[((samples.len() - 1) as f64 * share).round() as usize];
+        Self { median: at(0.5), p5: at(0.05), p95: at(0.95) }
+    }
+}
