@@ -91,6 +91,24 @@ impl<'b, B: Backend> Training<'b, B> {
         };
         (0..steps).map(step).collect()
     }
+
+    /// The same, each step as the repetition of the first. Between two of them the model looks at something else.
+    fn repeated_losses(&mut self, steps: u64) -> Vec<f32> {
+        let mut recorded = None;
+        let step = |step| {
+            self.prepare(step).unwrap();
+            let backend = self.backend;
+            backend.repeat(&mut recorded, step, || self.work(step)).unwrap();
+            let loss = self.loss().unwrap();
+            let Self { gpt, params, run, batch, .. } = &mut *self;
+            gpt.refill(backend, run, batch, &[0; BATCH * LENGTH], &[0; BATCH * LENGTH]).unwrap();
+            gpt.forward(backend, params, run, batch, Pass::Evaluate).unwrap();
+            gpt.loss(backend, run, batch).unwrap();
+            assert_ne!(self.loss().unwrap(), loss);
+            loss
+        };
+        (0..steps).map(step).collect()
+    }
 }
 
 #[cfg(feature = "emulator")]
@@ -145,10 +163,14 @@ mod emulated {
         assert_eq!(again.weights(), expected.weights());
 
         let device = emulated::<f32>();
-        device.resident(0).unwrap();
         let mut resident = Training::new(&device, 7, false).unwrap();
-        assert_eq!(resident.losses(4, |step| device.advance(step).unwrap()), losses);
+        assert_eq!(resident.losses(4, |step| device.resident(step).unwrap()), losses);
         assert_eq!(resident.weights(), expected.weights());
+
+        let device = emulated::<f32>();
+        let mut repeated = Training::new(&device, 7, false).unwrap();
+        assert_eq!(repeated.repeated_losses(4), losses);
+        assert_eq!(repeated.weights(), expected.weights());
     }
 
     /// A loss of 3 from logits that went through some 30 roundings of 2^-9 each: 0.05 would need most of them to agree
@@ -166,7 +188,7 @@ mod emulated {
 #[cfg(feature = "cuda")]
 mod on_a_device {
     use super::*;
-    use fused_dropout::transformer::device::{Accelerator, CudaDevice, StepGraph};
+    use fused_dropout::transformer::device::{Accelerator, CudaDevice};
     use std::io::Write;
 
     /// Runs everywhere: a machine without a driver, or without a hundred devices.
@@ -176,53 +198,65 @@ mod on_a_device {
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     }
 
+    /// A GPU's backend; without a GPU a line past the test harness, which keeps a passing test's output to itself.
+    fn open(what: &str) -> Option<Accelerator<CudaDevice, f32>> {
+        let device = CudaDevice::open(0).and_then(Accelerator::new);
+        device.map_err(|error| writeln!(std::io::stderr(), "skipped: {what}: {error}")).ok()
+    }
+
     /// A step that is captured once and replayed trains as one that is submitted every time: the same bits,
     /// fresh masks included.
     #[test]
     fn a_captured_step_trains_like_a_submitted_one() {
-        let open = || Accelerator::<_, f32>::new(CudaDevice::open(0)?);
-        let (expected, device) = match (open(), open()) {
-            (Ok(expected), Ok(device)) => (expected, device),
-            (Err(error), _) | (_, Err(error)) => {
-                // Past the test harness, which keeps a passing test's output to itself.
-                writeln!(std::io::stderr(), "skipped: captured steps: {error}").unwrap();
-                return;
-            }
-        };
+        let what = "captured steps";
+        let (Some(expected), Some(device)) = (open(what), open(what)) else { return };
         let mut expected = Training::new(&expected, 7, false).unwrap();
         let losses = expected.losses(6, |_| {});
-
         let mut training = Training::new(&device, 7, false).unwrap();
-        training.prepare(0).unwrap();
-        let graph = StepGraph::capture(&device, 0, || training.work(0)).unwrap();
-        let mut replayed = vec![training.loss().unwrap()];
-        for step in 1..6 {
-            training.prepare(step).unwrap();
-            // SAFETY: it is this backend's graph, and `training` keeps all buffers.
-            unsafe { graph.replay(&device, step).unwrap() };
-            replayed.push(training.loss().unwrap());
-        }
-        assert_eq!(replayed, losses);
+        assert_eq!(training.repeated_losses(6), losses);
         assert_eq!(training.weights(), expected.weights());
+        // Another model on the same backend begins again at step 0.
+        assert_eq!(Training::new(&device, 7, false).unwrap().repeated_losses(6), losses);
     }
 
     /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards.
     #[test]
     fn a_copy_is_refused_in_a_capture() {
-        let device = match CudaDevice::open(0).and_then(Accelerator::<_, f32>::new) {
-            Ok(device) => device,
-            Err(error) => {
-                writeln!(std::io::stderr(), "skipped: copies in a capture: {error}").unwrap();
-                return;
-            }
-        };
+        let Some(device) = open("copies in a capture") else { return };
         let mut training = Training::new(&device, 7, false).unwrap();
-        let error = StepGraph::capture(&device, 0, || {
+        let error = device.repeat(&mut None, 0, || {
             training.prepare(0)?;
             training.work(0)
         });
-        let error = error.err().expect("the copies of `prepare`");
+        let error = error.expect_err("the copies of `prepare`");
         assert!(matches!(error, Error::Argument { operator: "graph", .. }), "{error}");
         assert!(training.loss().unwrap().is_finite());
+    }
+
+    /// A graph keeps the memory that it uses, and runs on its own device alone.
+    #[test]
+    fn a_graph_outlives_its_buffers_and_stays_on_its_device() {
+        let what = "graphs without their buffers";
+        let (Some(device), Some(other)) = (open(what), open(what)) else { return };
+        let mut recorded = None;
+        let mut training = Training::new(&device, 7, false).unwrap();
+        training.prepare(0).unwrap();
+        device.repeat(&mut recorded, 0, || training.work(0)).unwrap();
+        drop(training);
+        let mut work = || panic!("it was recorded");
+        device.repeat(&mut recorded, 1, &mut work).unwrap();
+        device.check().unwrap();
+        let error = other.repeat(&mut recorded, 2, &mut work).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "device", .. }), "{error}");
+    }
+
+    /// Devices have streams of their own: memory of one is not used by another.
+    #[test]
+    fn memory_of_another_device_is_refused() {
+        let what = "memory of another device";
+        let (Some(device), Some(other)) = (open(what), open(what)) else { return };
+        let buffer = other.upload(&[1.0f32]).unwrap();
+        let error = device.read(&buffer).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
     }
 }

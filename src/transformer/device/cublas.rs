@@ -284,6 +284,29 @@ pub(super) fn one_stride(what: &MatMul) -> Option<(usize, [usize; 3])> {
     (inner == 1).then(|| (outer, strides(0)))
 }
 
+/// Whether cuBLAS may be given the batch as a list of addresses: it does not look at them, and reads 16 bytes at once.
+pub(super) fn listable(what: &MatMul, base: [u64; 3], size: [usize; 3]) -> bool {
+    let whole = |(base, (layout, size)): (u64, (Layout, usize))| {
+        let [outer, inner] = layout.batch;
+        let mut strides = [layout.offset, outer, inner].into_iter();
+        base.is_multiple_of(16) && strides.all(|stride| (stride * size).is_multiple_of(16))
+    };
+    base.into_iter().zip([what.a, what.b, what.c].into_iter().zip(size)).all(whole)
+}
+
+/// Where the matrices of a batch begin, `[3, products]`: those of a, of b and of c, whose buffers begin at `base` and
+/// have elements of `size` bytes. The batch was checked.
+pub(super) fn addresses(what: &MatMul, base: [u64; 3], size: [usize; 3]) -> Vec<u64> {
+    let [outer, inner] = what.batch;
+    let of = |((layout, base), size): ((Layout, u64), usize)| {
+        let [of_outer, of_inner] = layout.batch;
+        let first = move |o: usize, i: usize| layout.offset + o * of_outer + i * of_inner;
+        let inner = move |o| (0..inner).map(move |i| base + (first(o, i) * size) as u64);
+        (0..outer).flat_map(inner)
+    };
+    [what.a, what.b, what.c].into_iter().zip(base).zip(size).flat_map(of).collect()
+}
+
 /// A row-major product as a column-major one.
 ///
 /// A row-major matrix is its transpose, column-major. So c = a · b, row-major, is cᵀ = bᵀ · aᵀ for cuBLAS: b
@@ -461,6 +484,28 @@ mod tests {
         assert_eq!(of([2, 1], [99, 4], [7, 5]), Some((2, [99, 7, 99])));
         assert_eq!(of([2, 3], [12, 4], [16, 5]), None);
         assert_eq!(of([2, 3], [12, 4], [0, 5]), None);
+    }
+
+    #[test]
+    fn a_list_has_the_addresses_of_all_matrices() {
+        let layout = |offset, batch| Layout { offset, batch, ..Layout::rows(2) };
+        let (a, b, c) = (layout(8, [1000, 16]), layout(0, [0, 24]), layout(4, [12, 1 << 30]));
+        let what = MatMul { mnk: [2, 2, 2], batch: [40, 3], a, b, c, add: false };
+        let (base, size) = ([1 << 40, 3 << 33, 64], [2, 2, 4]);
+        let list = addresses(&what, base, size);
+        assert_eq!(list.len(), 3 * 120);
+        for (x, matrix) in [a, b, c].into_iter().enumerate() {
+            for i in 0..120 {
+                let elements = matrix.offset + i / 3 * matrix.batch[0] + i % 3 * matrix.batch[1];
+                assert_eq!(list[x * 120 + i], base[x] + (elements * size[x]) as u64);
+            }
+        }
+        assert!(listable(&what, base, size));
+        assert!(!listable(&what, [8, 16, 16], size));
+        for a in [layout(4, [1000, 16]), layout(8, [1004, 16]), layout(8, [1000, 4])] {
+            assert!(!listable(&MatMul { a, ..what }, base, size), "{a:?}");
+        }
+        assert!(list.iter().all(|address| address.is_multiple_of(16)));
     }
 
     /// Whatever this machine has: an answer, and no panic.
