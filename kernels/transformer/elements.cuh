@@ -71,11 +71,17 @@ struct Blocks {
 template <typename Term>
 __device__ __forceinline__ float block_total(unsigned long long first, unsigned long long end,
                                              Term term) {
+    constexpr unsigned AT_ONCE = 8;  // loads on their way: a block may be all that runs
     __shared__ float scratch[WARPS];
     float sum = 0.0f;
-#pragma unroll 8
-    for (unsigned long long i = first + threadIdx.x; i < end; i += THREADS) {
-        sum = __fadd_rn(sum, term(i));
+    for (unsigned long long i = first + threadIdx.x; i < end; i += AT_ONCE * THREADS) {
+        float terms[AT_ONCE];
+#pragma unroll
+        for (unsigned j = 0; j < AT_ONCE; ++j) {
+            terms[j] = i + j * THREADS < end ? term(i + j * THREADS) : 0.0f;
+        }
+#pragma unroll
+        for (unsigned j = 0; j < AT_ONCE; ++j) sum = __fadd_rn(sum, terms[j]);
     }
     return block_sum(sum, scratch);
 }

@@ -26,8 +26,9 @@ __device__ __forceinline__ void squares(const SquaresParams& p) {
     const unsigned block = blockIdx.x - p.blocks.first[tensor];
     const unsigned long long first = 1ull * block * PART_ELEMENTS;
     const unsigned long long end = min(first + PART_ELEMENTS, p.counts[tensor]);
+    const In<float> values = p.values[tensor];
     const float total = block_total(first, end, [&](unsigned long long i) {
-        const float value = p.values[tensor].cached(i);
+        const float value = values.cached(i);
         return __fmul_rn(value, value);
     });
     if (threadIdx.x == 0) p.parts.cached(blockIdx.x, total);
