@@ -119,11 +119,12 @@ struct Streams<D: Memory> {
     slots: HashMap<u64, usize>,
     /// The whole numbers, as they are in the device's memory.
     host: Vec<u64>,
-    device: D::Buffer<u64>,
+    /// [`CHUNK`] numbers each. They never move: a captured graph has their addresses.
+    device: Vec<D::Buffer<u64>>,
 }
 
-/// Stream numbers that there is room for at first.
-const FIRST_SLOTS: usize = 256;
+/// Stream numbers of a buffer.
+const CHUNK: usize = 256;
 
 /// One number of a buffer.
 struct Slot<'a, D: Memory> {
@@ -146,19 +147,18 @@ unsafe impl<D: Memory> Readable<u64, D> for Slot<'_, D> {
 }
 
 impl<D: Memory> Streams<D> {
-    fn new(device: &D, step: u64) -> Result<Self, Error> {
-        let buffer = device.zeros(FIRST_SLOTS)?;
-        Ok(Self { step, slots: HashMap::new(), host: Vec::new(), device: buffer })
+    fn new(step: u64) -> Self {
+        Self { step, slots: HashMap::new(), host: Vec::new(), device: Vec::new() }
     }
 
     /// A slot for the layer and site of stream number `low`, which has none.
     fn add(&mut self, device: &D, low: u64) -> Result<usize, Error> {
         let index = self.host.len();
-        self.host.push(self.step << STEP_SHIFT | low);
-        if index == self.device.elements() {
-            self.device = device.zeros(2 * index)?;
+        if index == CHUNK * self.device.len() {
+            self.device.push(device.zeros(CHUNK)?);
         }
-        device.write(&mut self.device, &self.host)?;
+        self.host.push(self.step << STEP_SHIFT | low);
+        self.upload(device, index / CHUNK)?;
         self.slots.insert(low, index);
         Ok(index)
     }
@@ -168,7 +168,12 @@ impl<D: Memory> Streams<D> {
         for number in &mut self.host {
             *number = step << STEP_SHIFT | (*number & LOW_BITS);
         }
-        device.write(&mut self.device, &self.host)
+        (0..self.device.len()).try_for_each(|chunk| self.upload(device, chunk))
+    }
+
+    fn upload(&mut self, device: &D, chunk: usize) -> Result<(), Error> {
+        let numbers = self.host.chunks(CHUNK).nth(chunk).unwrap_or_default();
+        device.write(&mut self.device[chunk], numbers)
     }
 }
 
@@ -234,8 +239,8 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
     pub fn resident(&self, step: u64) -> Result<(), Error> {
         check_step(step)?;
         self.no_capture("no other stream numbers")?;
-        *self.streams.borrow_mut() = Some(Streams::new(&self.device, step)?);
-        Ok(())
+        let streams = &mut *self.streams.borrow_mut();
+        streams.get_or_insert_with(|| Streams::new(step)).advance(&self.device, step)
     }
 
     /// Writes the stream numbers of step `step` to device memory: one small copy, behind what was submitted
@@ -277,8 +282,9 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
         }
         let index = self.slot(dropout.key.stream)?;
         let streams = self.streams.borrow();
-        let numbers = &streams.as_ref().expect("it was there above").device;
-        work(&Call::on(&self.device).stream_number(&Slot { numbers, index }))
+        let numbers = &streams.as_ref().expect("it was there above").device[index / CHUNK];
+        let slot = Slot { numbers, index: index % CHUNK };
+        work(&Call::on(&self.device).stream_number(&slot))
     }
 
     /// Where a stream number lies in device memory.
