@@ -166,8 +166,11 @@ mod emulated {
 #[cfg(feature = "cuda")]
 mod on_a_device {
     use super::*;
+    use fused_dropout::transformer::Site;
     use fused_dropout::transformer::device::{Accelerator, CudaDevice, StepGraph};
+    use fused_dropout::{Activation, Probability, Shape};
     use std::io::Write;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     /// Runs everywhere: a machine without a driver, or without a hundred devices.
     #[test]
@@ -176,22 +179,27 @@ mod on_a_device {
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     }
 
+    /// A backend; where there is none, the tests of this module are skipped.
+    fn open(what: &str) -> Option<Accelerator<CudaDevice, f32>> {
+        match CudaDevice::open(0).and_then(Accelerator::new) {
+            Ok(backend) => Some(backend),
+            Err(error) => {
+                // Past the test harness, which keeps a passing test's output to itself.
+                writeln!(std::io::stderr(), "skipped: {what}: {error}").unwrap();
+                None
+            }
+        }
+    }
+
     /// A step that is captured once and replayed trains as one that is submitted every time: the same bits,
-    /// fresh masks included.
+    /// fresh masks included. Stream numbers that come later, more than a buffer of them, change nothing.
     #[test]
     fn a_captured_step_trains_like_a_submitted_one() {
-        let open = || Accelerator::<_, f32>::new(CudaDevice::open(0)?);
-        let (expected, device) = match (open(), open()) {
-            (Ok(expected), Ok(device)) => (expected, device),
-            (Err(error), _) | (_, Err(error)) => {
-                // Past the test harness, which keeps a passing test's output to itself.
-                writeln!(std::io::stderr(), "skipped: captured steps: {error}").unwrap();
-                return;
-            }
-        };
+        let Some(expected) = open("captured steps") else { return };
         let mut expected = Training::new(&expected, 7, false).unwrap();
         let losses = expected.losses(6, |_| {});
 
+        let device = CudaDevice::open(0).and_then(Accelerator::new).unwrap();
         let mut training = Training::new(&device, 7, false).unwrap();
         training.prepare(0).unwrap();
         let graph = StepGraph::capture(&device, 0, || training.work(0)).unwrap();
@@ -201,21 +209,25 @@ mod on_a_device {
             // SAFETY: it is this backend's graph, and `training` keeps all buffers.
             unsafe { graph.replay(&device, step).unwrap() };
             replayed.push(training.loss().unwrap());
+            (100..400).for_each(|layer| draw(&device, step, layer).unwrap());
         }
         assert_eq!(replayed, losses);
         assert_eq!(training.weights(), expected.weights());
     }
 
-    /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards.
+    /// Takes the stream number of a site of a layer.
+    fn draw(device: &Accelerator<CudaDevice, f32>, step: u64, layer: usize) -> Result<(), Error> {
+        let pass = Pass::Train { seed: 1, step };
+        let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?);
+        let (x, bias, mut y) = (device.zeros(8)?, device.zeros(8)?, device.zeros(8)?);
+        device.bias_act_dropout(&dropout, Shape::new(1, 8), Activation::Identity, &x, &bias, &mut y)
+    }
+
+    /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards; after a
+    /// panic too.
     #[test]
     fn a_copy_is_refused_in_a_capture() {
-        let device = match CudaDevice::open(0).and_then(Accelerator::<_, f32>::new) {
-            Ok(device) => device,
-            Err(error) => {
-                writeln!(std::io::stderr(), "skipped: copies in a capture: {error}").unwrap();
-                return;
-            }
-        };
+        let Some(device) = open("copies in a capture") else { return };
         let mut training = Training::new(&device, 7, false).unwrap();
         let error = StepGraph::capture(&device, 0, || {
             training.prepare(0)?;
@@ -224,5 +236,43 @@ mod on_a_device {
         let error = error.err().expect("the copies of `prepare`");
         assert!(matches!(error, Error::Argument { operator: "graph", .. }), "{error}");
         assert!(training.loss().unwrap().is_finite());
+
+        let mut runs = 0;
+        let capture = || {
+            StepGraph::capture(&device, 0, || {
+                runs += 1;
+                assert!(runs == 1, "the captured run panics");
+                training.work(0)
+            })
+        };
+        assert!(catch_unwind(AssertUnwindSafe(capture)).is_err());
+        training.prepare(0).unwrap();
+        assert!(training.loss().unwrap().is_finite());
+    }
+
+    /// Closing cuBLAS waits for the whole device, and the driver ends a capture that meets such a wait.
+    #[test]
+    fn a_device_that_another_thread_drops_does_not_end_a_capture() {
+        let Some(device) = open("a device dropped during a capture") else { return };
+        let mut other = Some(CudaDevice::open(0).unwrap());
+        let mut buffer = device.zeros::<f32>(4).unwrap();
+        let (mut runs, mut dropping) = (0, None);
+        let graph = StepGraph::capture(&device, 0, || {
+            runs += 1;
+            if runs == 2 {
+                let other = other.take();
+                let (sender, started) = std::sync::mpsc::channel();
+                dropping = Some(std::thread::spawn(move || {
+                    sender.send(()).unwrap();
+                    drop(other);
+                }));
+                started.recv().unwrap();
+                // Time enough to do harm; shorter, the test could pass by chance.
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            device.clear(&mut buffer)
+        });
+        assert!(graph.is_ok(), "{:?}", graph.err());
+        dropping.unwrap().join().unwrap();
     }
 }

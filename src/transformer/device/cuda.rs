@@ -1,5 +1,6 @@
 //! A GPU as a device with memory and cuBLAS, and a training step as a CUDA graph.
 
+use super::capture::Capture;
 use super::cublas::{Blas, Gemm, one_stride};
 use super::{Accelerator, Memory, kernels};
 use crate::cuda::{Gpu, Kernels, driver};
@@ -7,11 +8,11 @@ use crate::device::{Address, Device, Kernel, Readable, Writable};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::transformer::backend::{Element, MatMul};
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DevicePtr};
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Products of a batch that needs a list of addresses.
 const MOST_LISTED: usize = 1 << 16;
@@ -49,6 +50,10 @@ impl CudaDevice {
         let blas = Blas::new(gpu.stream())?;
         let pointers = RefCell::new(zeros(&gpu, 3 * MOST_LISTED)?);
         Ok(Self { gpu, blas, pointers })
+    }
+
+    pub(super) fn stream(&self) -> &Arc<CudaStream> {
+        self.gpu.stream()
     }
 }
 
@@ -192,6 +197,10 @@ impl StepGraph {
     /// kernels, and captures what it does then. `work` reads nothing, writes nothing from the host,
     /// allocates nothing and drops no buffer; its passes are of step `step`.
     ///
+    /// Meanwhile no thread may wait for the whole device or context (`CudaContext::synchronize`,
+    /// `cudaDeviceSynchronize`): the driver ends the capture with an error. Opening and dropping a
+    /// [`CudaDevice`] in another thread waits for the capture's end.
+    ///
     /// # Errors
     /// What `work` says; [`Error::Argument`] where it does what a graph cannot repeat; what the driver says.
     pub fn capture<T: Dtype + Element>(
@@ -201,26 +210,20 @@ impl StepGraph {
     ) -> Result<Self, Error> {
         backend.resident(step)?;
         work()?;
-        let stream = backend.device.gpu.stream();
-        stream.synchronize().map_err(driver("waiting for the device"))?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(driver("beginning a capture"))?;
-        backend.capturing.set(true);
+        let waited = backend.device.stream().synchronize();
+        waited.map_err(driver("waiting for the device"))?;
+        let capture = Capture::begin(backend)?;
         let captured = work();
-        backend.capturing.set(false);
-        // Ended in any case: the stream would stay in capture.
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        let graph = capture.end();
         captured?;
-        let graph = graph.map_err(driver("ending a capture"))?;
         let nothing = || Error::argument("graph", "work", "a training step", "nothing");
-        Ok(Self { graph: graph.ok_or_else(nothing)? })
+        Ok(Self { graph: graph?.ok_or_else(nothing)? })
     }
 
     /// Runs training step `step`.
     ///
     /// # Safety
-    /// `backend` is the one that the graph was captured on, [`Accelerator::resident`] was not called on it
-    /// since, and every buffer that `work` used is still there.
+    /// `backend` is the one that the graph was captured on, and every buffer that `work` used is still there.
     ///
     /// # Errors
     /// [`Error::Argument`] where there is no such step; otherwise what the driver says.

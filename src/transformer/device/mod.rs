@@ -41,6 +41,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
+mod capture;
+#[cfg(feature = "cuda")]
 mod cublas;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -1,0 +1,82 @@
+//! One graph is captured at a time in a process, and nothing waits for a whole device meanwhile, as opening
+//! and closing cuBLAS do: the driver ends every capture in a context that is waited for, whoever waits.
+
+use super::Accelerator;
+use super::cuda::CudaDevice;
+use crate::cuda::driver;
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::transformer::backend::Element;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaStream};
+use std::cell::Cell;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+/// The thread that captures.
+static CAPTURING: Mutex<Option<ThreadId>> = Mutex::new(None);
+static ENDED: Condvar = Condvar::new();
+
+/// Waits until no other thread captures, and keeps them from it until the result is dropped.
+pub(super) fn none() -> MutexGuard<'static, Option<ThreadId>> {
+    let other = |thread: &mut Option<ThreadId>| thread.is_some_and(|t| t != thread::current().id());
+    let capturing = CAPTURING.lock().unwrap_or_else(PoisonError::into_inner);
+    ENDED.wait_while(capturing, other).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// This thread's right to capture.
+struct Turn;
+
+impl Turn {
+    fn take() -> Result<Self, Error> {
+        let mut capturing = none();
+        if capturing.is_some() {
+            return Err(Error::argument("graph", "work", "no other capture", "one inside of it"));
+        }
+        *capturing = Some(thread::current().id());
+        Ok(Self)
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *CAPTURING.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        ENDED.notify_all();
+    }
+}
+
+/// A capture that goes on. It ends in any case, after a panic too: the stream would stay in it.
+pub(super) struct Capture<'a> {
+    stream: &'a Arc<CudaStream>,
+    capturing: &'a Cell<bool>,
+    ended: bool,
+    _turn: Turn,
+}
+
+impl<'a> Capture<'a> {
+    pub(super) fn begin<T: Dtype + Element>(
+        backend: &'a Accelerator<CudaDevice, T>,
+    ) -> Result<Self, Error> {
+        let turn = Turn::take()?;
+        let (stream, capturing) = (backend.device.stream(), &backend.capturing);
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(driver("beginning a capture"))?;
+        capturing.set(true);
+        Ok(Self { stream, capturing, ended: false, _turn: turn })
+    }
+
+    pub(super) fn end(mut self) -> Result<Option<CudaGraph>, Error> {
+        self.ended = true;
+        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        graph.map_err(driver("ending a capture"))
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        self.capturing.set(false);
+        if !self.ended {
+            let _ = self.stream.end_capture(CUgraphInstantiate_flags(0));
+        }
+    }
+}
