@@ -62,7 +62,7 @@ pub(super) fn find() -> Result<(), Error> {
     }
     let reason = format!(
         "{reason} (looked for {NAMES:?} where the system does and in {} folders more; the wheel \
-         nvidia-cublas in an active Python environment is enough)",
+         nvidia-cublas in the Python environment that is active or on the PATH is enough)",
         folders.len()
     );
     Err(Error::Unavailable { backend: "cublas", reason })
@@ -108,16 +108,36 @@ fn folders() -> Vec<PathBuf> {
     for toolkit in toolkits.into_iter().flatten() {
         folders.extend(["lib64", "lib", "bin/x64", "bin"].map(|folder| toolkit.join(folder)));
     }
-    for environment in [from("VIRTUAL_ENV"), from("CONDA_PREFIX")].into_iter().flatten() {
-        let lib = environment.join(if cfg!(windows) { "Lib" } else { "lib" });
-        folders.push(lib.clone());
-        for inner in list(&lib).into_iter().chain([lib]) {
-            for package in list(&inner.join("site-packages").join("nvidia")) {
+    let active = [from("VIRTUAL_ENV"), from("CONDA_PREFIX")].into_iter().flatten();
+    let found = environments(&env::var_os("PATH").unwrap_or_default());
+    folders.extend(active.chain(found).flat_map(|environment| wheels(&environment)));
+    folders.retain(|folder| folder.is_dir());
+    folders
+}
+
+/// The Python environments of the `python3` on a PATH: where it lies, and where it points to, which for a
+/// virtual environment is what it was made from; and the one that Debian's pip installs into.
+fn environments(path: &OsStr) -> Vec<PathBuf> {
+    let python = env::split_paths(path).map(|folder| folder.join("python3")).find(|p| p.is_file());
+    let resolved = python.as_deref().and_then(|python| fs::canonicalize(python).ok());
+    let around = |python: PathBuf| Some(python.parent()?.parent()?.to_owned());
+    let mut environments: Vec<_> =
+        [python, resolved].into_iter().flatten().filter_map(around).collect();
+    environments.push(PathBuf::from("/usr/local"));
+    environments
+}
+
+/// Folders with libraries in an environment's wheels, which Debian keeps in `dist-packages`.
+fn wheels(environment: &Path) -> Vec<PathBuf> {
+    let lib = environment.join(if cfg!(windows) { "Lib" } else { "lib" });
+    let mut folders = vec![lib.clone()];
+    for inner in list(&lib).into_iter().chain([lib]) {
+        for packages in ["site-packages", "dist-packages"] {
+            for package in list(&inner.join(packages).join("nvidia")) {
                 folders.extend(["lib", "bin/x86_64", "bin"].map(|folder| package.join(folder)));
             }
         }
     }
-    folders.retain(|folder| folder.is_dir());
     folders
 }
 
@@ -512,6 +532,27 @@ mod tests {
         assert_eq!(of([2, 1], [99, 4], [7, 5]), Some((2, [99, 7, 99])));
         assert_eq!(of([2, 3], [12, 4], [16, 5]), None);
         assert_eq!(of([2, 3], [12, 4], [0, 5]), None);
+    }
+
+    /// PyTorch's environment, not activated, and a link to its Python from elsewhere.
+    #[cfg(unix)]
+    #[test]
+    fn wheels_of_the_python_on_the_path_are_found() {
+        let root = env::temp_dir().join(format!("fused-dropout-wheels-{}", std::process::id()));
+        let lib = root.join("torch/lib/python3.12/site-packages/nvidia/cu13/lib");
+        for folder in [&lib, &root.join("torch/bin"), &root.join("elsewhere/bin")] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        fs::write(root.join("torch/bin/python3"), "").unwrap();
+        let link = root.join("elsewhere/bin/python3");
+        std::os::unix::fs::symlink(root.join("torch/bin/python3"), link).unwrap();
+        let looked_in = |folder: &str| -> Vec<PathBuf> {
+            let path = env::join_paths([root.join("nothing"), root.join(folder)]).unwrap();
+            environments(&path).iter().flat_map(|environment| wheels(environment)).collect()
+        };
+        let found = ["torch/bin", "elsewhere/bin"].map(|folder| looked_in(folder).contains(&lib));
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(found, [true; 2]);
     }
 
     /// Whatever this machine has: an answer, and no panic.
