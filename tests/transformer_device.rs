@@ -93,7 +93,8 @@ impl<'b, B: Backend> Training<'b, B> {
     }
 
     /// The same, each step as the repetition of the first. Between two of them the model looks at something else.
-    fn repeated_losses(&mut self, steps: u64) -> Vec<f32> {
+    /// `meanwhile` is called after each.
+    fn repeated_losses(&mut self, steps: u64, meanwhile: impl Fn(u64)) -> Vec<f32> {
         let mut recorded = None;
         let step = |step| {
             self.prepare(step).unwrap();
@@ -105,6 +106,7 @@ impl<'b, B: Backend> Training<'b, B> {
             gpt.forward(backend, params, run, batch, Pass::Evaluate).unwrap();
             gpt.loss(backend, run, batch).unwrap();
             assert_ne!(self.loss().unwrap(), loss);
+            meanwhile(step);
             loss
         };
         (0..steps).map(step).collect()
@@ -169,7 +171,7 @@ mod emulated {
 
         let device = emulated::<f32>();
         let mut repeated = Training::new(&device, 7, false).unwrap();
-        assert_eq!(repeated.repeated_losses(4), losses);
+        assert_eq!(repeated.repeated_losses(4, |_| {}), losses);
         assert_eq!(repeated.weights(), expected.weights());
     }
 
@@ -188,8 +190,11 @@ mod emulated {
 #[cfg(feature = "cuda")]
 mod on_a_device {
     use super::*;
+    use fused_dropout::transformer::Site;
     use fused_dropout::transformer::device::{Accelerator, CudaDevice};
+    use fused_dropout::{Activation, Probability, Shape};
     use std::io::Write;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
 
     /// Runs everywhere: a machine without a driver, or without a hundred devices.
     #[test]
@@ -198,28 +203,46 @@ mod on_a_device {
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     }
 
-    /// A GPU's backend; without a GPU a line past the test harness, which keeps a passing test's output to itself.
+    /// A backend; where there is none, the tests of this module are skipped.
     fn open(what: &str) -> Option<Accelerator<CudaDevice, f32>> {
-        let device = CudaDevice::open(0).and_then(Accelerator::new);
-        device.map_err(|error| writeln!(std::io::stderr(), "skipped: {what}: {error}")).ok()
+        match CudaDevice::open(0).and_then(Accelerator::new) {
+            Ok(backend) => Some(backend),
+            Err(error) => {
+                // Past the test harness, which keeps a passing test's output to itself.
+                let mut stderr = std::io::stderr();
+                writeln!(stderr, "skipped: {what}: {error}").unwrap();
+                None
+            }
+        }
     }
 
     /// A step that is captured once and replayed trains as one that is submitted every time: the same bits,
-    /// fresh masks included.
+    /// fresh masks included. Stream numbers that come later, more than a buffer of them, change nothing.
     #[test]
     fn a_captured_step_trains_like_a_submitted_one() {
         let what = "captured steps";
         let (Some(expected), Some(device)) = (open(what), open(what)) else { return };
         let mut expected = Training::new(&expected, 7, false).unwrap();
         let losses = expected.losses(6, |_| {});
+        let draws = |step| (100..400).for_each(|layer| draw(&device, step, layer).unwrap());
         let mut training = Training::new(&device, 7, false).unwrap();
-        assert_eq!(training.repeated_losses(6), losses);
+        assert_eq!(training.repeated_losses(6, draws), losses);
         assert_eq!(training.weights(), expected.weights());
         // Another model on the same backend begins again at step 0.
-        assert_eq!(Training::new(&device, 7, false).unwrap().repeated_losses(6), losses);
+        let mut training = Training::new(&device, 7, false).unwrap();
+        assert_eq!(training.repeated_losses(6, |_| {}), losses);
     }
 
-    /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards.
+    /// Takes the stream number of a site of a layer.
+    fn draw(device: &Accelerator<CudaDevice, f32>, step: u64, layer: usize) -> Result<(), Error> {
+        let pass = Pass::Train { seed: 1, step };
+        let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?);
+        let (x, bias, mut y) = (device.zeros(8)?, device.zeros(8)?, device.zeros(8)?);
+        device.bias_act_dropout(&dropout, Shape::new(1, 8), Activation::Identity, &x, &bias, &mut y)
+    }
+
+    /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards; after a
+    /// panic too.
     #[test]
     fn a_copy_is_refused_in_a_capture() {
         let Some(device) = open("copies in a capture") else { return };
@@ -230,6 +253,18 @@ mod on_a_device {
         });
         let error = error.expect_err("the copies of `prepare`");
         assert!(matches!(error, Error::Argument { operator: "graph", .. }), "{error}");
+        assert!(training.loss().unwrap().is_finite());
+
+        let mut runs = 0;
+        let capture = || {
+            device.repeat(&mut None, 0, || {
+                runs += 1;
+                assert!(runs == 1, "the captured run panics");
+                training.work(0)
+            })
+        };
+        assert!(catch_unwind(AssertUnwindSafe(capture)).is_err());
+        training.prepare(0).unwrap();
         assert!(training.loss().unwrap().is_finite());
     }
 
@@ -258,5 +293,31 @@ mod on_a_device {
         let buffer = other.upload(&[1.0f32]).unwrap();
         let error = device.read(&buffer).unwrap_err();
         assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
+    }
+
+    /// Closing cuBLAS waits for the whole device, and the driver ends a capture that meets such a wait.
+    #[test]
+    fn a_device_that_another_thread_drops_does_not_end_a_capture() {
+        let Some(device) = open("a device dropped during a capture") else { return };
+        let mut other = Some(CudaDevice::open(0).unwrap());
+        let mut buffer = device.zeros::<f32>(4).unwrap();
+        let (mut runs, mut dropping) = (0, None);
+        let repeated = device.repeat(&mut None, 0, || {
+            runs += 1;
+            if runs == 2 {
+                let other = other.take();
+                let (sender, started) = std::sync::mpsc::channel();
+                dropping = Some(std::thread::spawn(move || {
+                    sender.send(()).unwrap();
+                    drop(other);
+                }));
+                started.recv().unwrap();
+                // Time enough to do harm; shorter, the test could pass by chance.
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            device.clear(&mut buffer)
+        });
+        repeated.unwrap();
+        dropping.unwrap().join().unwrap();
     }
 }

@@ -1,6 +1,7 @@
 //! A GPU as a device with memory and cuBLAS, and a training step as a CUDA graph.
 
 use super::Memory;
+use super::capture::Capture;
 use super::cublas::{Blas, Gemm, addresses, listable, one_stride};
 use crate::cuda::{Gpu, Kernels, driver};
 use crate::device::{Address, Device, Kernel, Readable, Writable};
@@ -9,7 +10,7 @@ use crate::error::Error;
 use crate::transformer::backend::{Element, MatMul};
 use cudarc::driver::result::memset_d8_async;
 use cudarc::driver::result::{memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async};
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstream, CUstreamCaptureMode};
+use cudarc::driver::sys::CUstream;
 use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -34,7 +35,7 @@ pub struct CudaDevice {
 type Batch = (MatMul, [u64; 3], [usize; 3]);
 
 /// Memory by its address.
-type Used = HashMap<u64, Arc<CudaSlice<u8>>>;
+pub(super) type Used = HashMap<u64, Arc<CudaSlice<u8>>>;
 
 /// Memory of a [`CudaDevice`]. A [`StepGraph`] that uses it keeps it alive.
 pub struct CudaBuffer<E> {
@@ -243,15 +244,11 @@ impl Memory for CudaDevice {
     fn record(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Option<StepGraph>, Error> {
         let stream = self.gpu.stream();
         stream.synchronize().map_err(driver("waiting for the device"))?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(driver("beginning a capture"))?;
-        self.used.replace(Some(HashMap::new()));
+        let capture = Capture::begin(stream, &self.used)?;
         let recorded = work();
-        let used = self.used.take().unwrap_or_default();
-        // Ended in any case: the stream would stay in capture.
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        let captured = capture.end();
         recorded?;
-        let graph = graph.map_err(driver("ending a capture"))?;
+        let (graph, used) = captured?;
         let nothing = || Error::argument("graph", "work", "a training step", "nothing");
         let graph = graph.ok_or_else(nothing)?;
         Ok(Some(StepGraph { graph, stream: stream.clone(), _used: used }))
@@ -315,6 +312,10 @@ impl Memory for CudaDevice {
 ///
 /// It has the step's kernels, their parameters, and the memory that they use. What the host changes between replays
 /// lies in buffers: ids, labels, the numbers of AdamW, and stream numbers.
+///
+/// While it is captured no thread may wait for the whole device or context (`CudaContext::synchronize`,
+/// `cudaDeviceSynchronize`): the driver ends the capture with an error. Opening and dropping a [`CudaDevice`] in another
+/// thread waits for the capture's end.
 pub struct StepGraph {
     graph: CudaGraph,
     stream: Arc<CudaStream>,

@@ -42,6 +42,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
+mod capture;
+#[cfg(feature = "cuda")]
 mod cublas;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -142,6 +144,22 @@ pub struct Accelerator<D: Memory, T> {
     element: PhantomData<T>,
 }
 
+/// Says that a graph is being captured, until it is dropped: after a panic too.
+struct Capturing<'a>(&'a Cell<bool>);
+
+impl<'a> Capturing<'a> {
+    fn new(capturing: &'a Cell<bool>) -> Self {
+        capturing.set(true);
+        Self(capturing)
+    }
+}
+
+impl Drop for Capturing<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
 /// Stream numbers in device memory, one for each layer and site that a step has used.
 struct Streams<D: Memory> {
     step: u64,
@@ -149,12 +167,12 @@ struct Streams<D: Memory> {
     slots: HashMap<u64, usize>,
     /// The whole numbers, as they are in the device's memory.
     host: Vec<u64>,
-    /// In parts of [`PART`]: a graph has the addresses, so no number ever moves.
+    /// [`CHUNK`] numbers each. They never move: a captured graph has their addresses.
     device: Vec<D::Buffer<u64>>,
 }
 
-/// Stream numbers that are allocated at once.
-const PART: usize = 256;
+/// Stream numbers of a buffer.
+const CHUNK: usize = 256;
 
 /// One number of a buffer.
 struct Slot<'a, D: Memory> {
@@ -184,11 +202,11 @@ impl<D: Memory> Streams<D> {
     /// A slot for the layer and site of stream number `low`, which has none.
     fn add(&mut self, device: &D, low: u64) -> Result<usize, Error> {
         let index = self.host.len();
-        if index == PART * self.device.len() {
-            self.device.push(device.zeros(PART)?);
+        if index == CHUNK * self.device.len() {
+            self.device.push(device.zeros(CHUNK)?);
         }
         self.host.push(self.step << STEP_SHIFT | low);
-        self.write(device)?;
+        self.upload(device, index / CHUNK)?;
         self.slots.insert(low, index);
         Ok(index)
     }
@@ -197,16 +215,17 @@ impl<D: Memory> Streams<D> {
         if self.step == step {
             return Ok(());
         }
-        self.step = step;
         for number in &mut self.host {
             *number = step << STEP_SHIFT | (*number & LOW_BITS);
         }
-        self.write(device)
+        (0..self.device.len()).try_for_each(|chunk| self.upload(device, chunk))?;
+        self.step = step;
+        Ok(())
     }
 
-    fn write(&mut self, device: &D) -> Result<(), Error> {
-        let parts = self.host.chunks(PART).zip(&mut self.device);
-        parts.into_iter().try_for_each(|(numbers, buffer)| device.write(buffer, numbers))
+    fn upload(&mut self, device: &D, chunk: usize) -> Result<(), Error> {
+        let numbers = self.host.chunks(CHUNK).nth(chunk).unwrap_or_default();
+        device.write(&mut self.device[chunk], numbers)
     }
 }
 
@@ -299,9 +318,9 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
         }
         let index = self.slot(dropout.key.stream)?;
         let streams = self.streams.borrow();
-        let parts = &streams.as_ref().expect("it was there above").device;
-        let (numbers, index) = (&parts[index / PART], index % PART);
-        work(&Call::on(&self.device).stream_number(&Slot { numbers, index }))
+        let numbers = &streams.as_ref().expect("it was there above").device[index / CHUNK];
+        let slot = Slot { numbers, index: index % CHUNK };
+        work(&Call::on(&self.device).stream_number(&slot))
     }
 
     /// Where a stream number lies in device memory.
@@ -367,10 +386,8 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         }
         work()?;
         *recorded = self.device.record(|| {
-            self.capturing.set(true);
-            let done = work();
-            self.capturing.set(false);
-            done
+            let _until_here = Capturing::new(&self.capturing);
+            work()
         })?;
         Ok(())
     }
