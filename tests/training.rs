@@ -117,7 +117,7 @@ fn bits<T: Task<CpuBackend>>(trainer: &Trainer<'_, CpuBackend, T>) -> (Record, V
 }
 
 fn train<T: Task<CpuBackend>>(trainer: &mut Trainer<'_, CpuBackend, T>, to: u64) {
-    while trainer.record.steps() < to {
+    while trainer.steps_taken() < to {
         if trainer.evaluation_due() {
             trainer.evaluate().unwrap();
         }
@@ -145,7 +145,7 @@ fn in_two<T: Task<CpuBackend>>(
     let weights = first.specs().init(3);
     let mut trainer = Trainer::new(backend, first, plan(), &weights).unwrap();
     train(&mut trainer, at);
-    let notes = serde_json::to_string(&trainer.record).unwrap();
+    let notes = |record: &Record| Ok(serde_json::to_string(record)?);
     let file = trainer.checkpoint(notes).unwrap().serialize(trainer.task.specs()).unwrap();
     drop(trainer);
 
@@ -180,6 +180,41 @@ fn a_gpt_that_was_stopped_continues_as_if_it_had_not_been() {
     for at in [1, 20, 33, STEPS] {
         assert_eq!(bits(&in_two(&backend, [model(), model()], at)), expected, "stopped at {at}");
     }
+}
+
+/// Losses are looked at later than they are computed.
+#[test]
+fn a_training_that_diverges_ends_with_the_step_that_shows_it() {
+    let (backend, text) = (CpuBackend::new(), some_text());
+    let task = language_model(&backend, &text, 0.0, 7);
+    let weights = task.specs().init(3);
+    let schedule = Schedule { peak: f32::MAX, floor: 0.0, warmup: 0, steps: STEPS };
+    let mut trainer = Trainer::new(&backend, task, Plan { schedule, ..plan() }, &weights).unwrap();
+    let error = (0..STEPS).find_map(|_| trainer.step().err()).expect("weights of no size");
+    assert!(error.to_string().contains("the loss of step 1 is NaN"), "{error}");
+    assert_eq!(trainer.record.steps(), 1);
+}
+
+/// As many losses as steps, each of its own step, whenever they are waited for.
+#[test]
+fn losses_do_not_depend_on_when_they_are_waited_for() {
+    let (backend, text) = (CpuBackend::new(), some_text());
+    let new = || {
+        let task = language_model(&backend, &text, 0.2, 7);
+        let weights = task.specs().init(3);
+        Trainer::new(&backend, task, plan(), &weights).unwrap()
+    };
+    let (mut often, mut seldom) = (new(), new());
+    for step in 1..=STEPS {
+        often.step().unwrap();
+        often.catch_up().unwrap();
+        seldom.step().unwrap();
+        assert_eq!((often.record.steps(), seldom.steps_taken()), (step, step));
+    }
+    seldom.catch_up().unwrap();
+    seldom.catch_up().unwrap();
+    assert_eq!(bits(&often), bits(&seldom));
+    assert_eq!(seldom.record.step_ms.len() as u64, STEPS);
 }
 
 #[test]
@@ -230,8 +265,8 @@ fn a_run_is_not_continued_with_other_settings_or_other_weights() {
 
     let (backend, text) = (CpuBackend::new(), some_text());
     let model = || language_model(&backend, &text, 0.2, 7);
-    let trainer = whole(&backend, model());
-    let checkpoint = trainer.checkpoint(String::new()).unwrap();
+    let mut trainer = whole(&backend, model());
+    let checkpoint = trainer.checkpoint(|_| Ok(String::new())).unwrap();
     let record = Record::default();
     assert!(Trainer::resume(&backend, model(), plan(), &checkpoint, record).is_err());
 }

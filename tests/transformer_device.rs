@@ -91,6 +91,26 @@ impl<'b, B: Backend> Training<'b, B> {
         };
         (0..steps).map(step).collect()
     }
+
+    /// The same, each step as the repetition of the first. Between two of them the model looks at something else.
+    /// `meanwhile` is called after each.
+    pub fn repeated_losses(&mut self, steps: u64, meanwhile: impl Fn(u64)) -> Vec<f32> {
+        let mut recorded = None;
+        let step = |step| {
+            self.prepare(step).unwrap();
+            let backend = self.backend;
+            backend.repeat(&mut recorded, step, || self.work(step)).unwrap();
+            let loss = self.loss().unwrap();
+            let Self { gpt, params, run, batch, .. } = &mut *self;
+            gpt.refill(backend, run, batch, &[0; BATCH * LENGTH], &[0; BATCH * LENGTH]).unwrap();
+            gpt.forward(backend, params, run, batch, Pass::Evaluate).unwrap();
+            gpt.loss(backend, run, batch).unwrap();
+            assert_ne!(self.loss().unwrap(), loss);
+            meanwhile(step);
+            loss
+        };
+        (0..steps).map(step).collect()
+    }
 }
 
 #[cfg(feature = "emulator")]
@@ -145,10 +165,14 @@ mod emulated {
         assert_eq!(again.weights(), expected.weights());
 
         let device = emulated::<f32>();
-        device.resident(0).unwrap();
         let mut resident = Training::new(&device, 7, false).unwrap();
-        assert_eq!(resident.losses(4, |step| device.advance(step).unwrap()), losses);
+        assert_eq!(resident.losses(4, |step| device.resident(step).unwrap()), losses);
         assert_eq!(resident.weights(), expected.weights());
+
+        let device = emulated::<f32>();
+        let mut repeated = Training::new(&device, 7, false).unwrap();
+        assert_eq!(repeated.repeated_losses(4, |_| {}), losses);
+        assert_eq!(repeated.weights(), expected.weights());
     }
 
     /// A loss of 3 from logits that went through some 30 roundings of 2^-9 each: 0.05 would need most of them to agree

@@ -20,7 +20,7 @@ pub fn check(gpu: &Gpu) -> Result<()> {
             let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
-                check(&Kernels(Lab::on(gpu.clone())), &call, &mut tally);
+                check(&Kernels(Lab::on(gpu.clone(), ())), &call, &mut tally);
             }
             ensure!(tally.failures.is_empty(), "{}", tally.failures.join("\n"));
         }

@@ -18,14 +18,15 @@ pub enum Device {
 /// What runs on a backend, whichever it is.
 pub trait Job {
     type Output;
-    fn run<B: Backend>(self, backend: &B) -> Result<Self::Output>;
+    /// `name` is the device's, for the record.
+    fn run<B: Backend>(self, backend: &B, name: &str) -> Result<Self::Output>;
 }
 
 impl Device {
     /// Runs a job on this device.
     pub fn run<J: Job>(self, job: J) -> Result<J::Output> {
         match self {
-            Device::Cpu => job.run(&CpuBackend::new()),
+            Device::Cpu => job.run(&CpuBackend::new(), std::env::consts::ARCH),
             Device::Cuda => cuda(job),
         }
     }
@@ -34,8 +35,10 @@ impl Device {
 #[cfg(feature = "cuda")]
 fn cuda<J: Job>(job: J) -> Result<J::Output> {
     use fused_dropout::transformer::device::{Accelerator, CudaDevice};
+    let device = CudaDevice::open(0)?;
+    let name = device.name()?;
     // Activations in 16 bits; the optimiser keeps the weights in f32 as well.
-    job.run(&Accelerator::<_, half::bf16>::new(CudaDevice::open(0)?)?)
+    job.run(&Accelerator::<_, half::bf16>::new(device)?, &name)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -98,18 +98,18 @@ impl<S: Serialize + DeserializeOwned + Clone> Session<S> {
                 return Ok(Outcome::Finished);
             }
             trainer.step()?;
+            // The steps that were waited for.
             bar.set_position(trainer.record.steps());
             bar.set_message(self.speed(&trainer.record));
         }
     }
 
-    fn save<B: Backend, T: Task<B>>(&self, trainer: &Trainer<'_, B, T>) -> Result<()> {
-        let notes = Notes {
-            settings: self.settings.clone(),
-            threads: rayon::current_num_threads(),
-            record: trainer.record.clone(),
+    fn save<B: Backend, T: Task<B>>(&self, trainer: &mut Trainer<'_, B, T>) -> Result<()> {
+        let notes = |record: &Record| {
+            let (settings, threads) = (self.settings.clone(), rayon::current_num_threads());
+            Notes { settings, threads, record: record.clone() }.to_json()
         };
-        let checkpoint = trainer.checkpoint(notes.to_json()?)?;
+        let checkpoint = trainer.checkpoint(notes)?;
         self.folder.write(Folder::CHECKPOINT, &checkpoint.serialize(trainer.task.specs())?)
     }
 
@@ -118,7 +118,7 @@ impl<S: Serialize + DeserializeOwned + Clone> Session<S> {
         let last = |values: &[f32]| mean(&values[values.len().saturating_sub(50)..]);
         let (loss, ms) = (last(&record.step_losses), last(&record.step_ms));
         let speed = self.tokens as f32 / ms * 1e3;
-        format!("loss {loss:.4}  {ms:.1} ms/step  {speed:.0} tokens/s")
+        format!("loss {loss:.4}  {ms:.2} ms/step  {speed:.0} tokens/s")
     }
 }
 
@@ -148,7 +148,7 @@ fn show(record: &Record, index: usize) {
     }
     let before = index.checked_sub(1).map_or(0, |before| record.evaluations[before].step);
     let since = &record.step_ms[before as usize..step as usize];
-    let ms = if since.is_empty() { "-".to_owned() } else { format!("{:.1}", mean(since)) };
+    let ms = if since.is_empty() { "-".to_owned() } else { format!("{:.2}", mean(since)) };
     column("ms/step", ms);
     if index == 0 {
         println!("{names}");

@@ -2,28 +2,43 @@
 
 use anyhow::{Result, ensure};
 use fused_dropout::Error;
+use fused_dropout::transformer::backend::F32;
 use fused_dropout::transformer::{
     AdamW, Backend, Checkpoint, Grads, Optimizer, Params, Schedule, Specs,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A model with its data: what a step computes, and what an evaluation does.
 pub trait Task<B: Backend> {
+    /// Whether [`gradients`](Self::gradients) is the same work in the same memory at every step, but for what
+    /// [`load`](Self::load) puts there: then a backend may repeat it ([`Backend::repeat`]).
+    const REPEATS: bool;
+
     /// The model's tensors.
     fn specs(&self) -> &Specs;
 
-    /// The gradients of training step `step`. Everything random in it follows from the seed and `step`.
+    /// The number of the model's first step among all that are trained with the seed: no two of them have the same
+    /// masks.
+    fn first_step(&self) -> u64 {
+        0
+    }
+
+    /// Puts the batch of the model's step `step` on the backend. Everything random in it follows from the seed and the
+    /// number of the step.
+    fn load(&mut self, backend: &B, step: u64) -> Result<(), Error>;
+
+    /// The gradients of the batch, with the masks of training step `number`.
     fn gradients(
         &mut self,
         backend: &B,
         params: &Params<B>,
-        step: u64,
+        number: u64,
         grads: &mut Grads<B>,
     ) -> Result<(), Error>;
 
-    /// The loss of that step. Waits for the backend.
-    fn loss(&self, backend: &B) -> Result<f32, Error>;
+    /// Where they leave the loss: one value.
+    fn loss(&self) -> &F32<B>;
 
     /// The losses on fixed parts of the data, nothing dropped.
     fn evaluate(&mut self, backend: &B, params: &Params<B>) -> Result<Scores, Error>;
@@ -54,13 +69,14 @@ pub struct Evaluation {
 pub struct Record {
     /// The loss of every step.
     pub step_losses: Vec<f32>,
-    /// Milliseconds of every step: batch, forward, loss, backward and optimiser.
+    /// Milliseconds of every step: batch, forward, loss, backward and optimiser. Of steps that were waited for together,
+    /// their mean.
     pub step_ms: Vec<f32>,
     pub evaluations: Vec<Evaluation>,
 }
 
 impl Record {
-    /// Steps taken.
+    /// Steps whose losses are here.
     pub fn steps(&self) -> u64 {
         self.step_losses.len() as u64
     }
@@ -88,19 +104,50 @@ pub struct Trainer<'a, B: Backend, T> {
     pub backend: &'a B,
     pub task: T,
     pub params: Params<B>,
+    /// Without the steps that were not waited for.
     pub record: Record,
     plan: Plan,
     optimizer: Optimizer<B>,
     grads: Grads<B>,
+    recorded: Option<B::Recorded>,
+    ahead: Ahead<B>,
+}
+
+/// Steps that were submitted and not waited for: a backend that works beside the host is not kept waiting for it.
+struct Ahead<B: Backend> {
+    steps: usize,
+    /// When the first of them was begun.
+    since: Instant,
+    /// Their losses, on the backend.
+    losses: F32<B>,
+}
+
+/// Steps that are waited for together, and how long they may take: what a progress bar and Ctrl-C want.
+const MOST_AHEAD: usize = 64;
+const LONGEST_AHEAD: Duration = Duration::from_millis(100);
+
+impl<B: Backend> Ahead<B> {
+    fn new(backend: &B) -> Result<Self, Error> {
+        Ok(Self { steps: 0, since: Instant::now(), losses: backend.zeros(MOST_AHEAD)? })
+    }
+
+    fn push(&mut self, backend: &B, loss: &F32<B>) -> Result<(), Error> {
+        backend.copy(loss, &mut self.losses, self.steps)?;
+        self.steps += 1;
+        Ok(())
+    }
+
+    /// Whether it is time to wait.
+    fn is_far(&self) -> bool {
+        self.steps == MOST_AHEAD || self.since.elapsed() >= LONGEST_AHEAD
+    }
 }
 
 impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
     /// Before the first step, with these weights.
     pub fn new(backend: &'a B, task: T, plan: Plan, weights: &[Vec<f32>]) -> Result<Self> {
-        let params = Params::upload(backend, weights)?;
         let optimizer = Optimizer::new(backend, task.specs(), plan.optimizer)?;
-        let grads = Grads::zeros(backend, task.specs())?;
-        Ok(Self { backend, task, params, record: Record::default(), plan, optimizer, grads })
+        Self::with(backend, task, plan, weights, optimizer, Record::default())
     }
 
     /// Where a checkpoint with this record left off.
@@ -117,42 +164,93 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
             "a record of {} steps with weights of {steps}",
             record.steps()
         );
-        let specs = task.specs();
-        let optimizer = Optimizer::restore(backend, specs, plan.optimizer, &checkpoint.optimizer)?;
-        let params = Params::upload(backend, &checkpoint.weights)?;
-        let grads = Grads::zeros(backend, specs)?;
-        Ok(Self { backend, task, params, record, plan, optimizer, grads })
+        let state = &checkpoint.optimizer;
+        let optimizer = Optimizer::restore(backend, task.specs(), plan.optimizer, state)?;
+        Self::with(backend, task, plan, &checkpoint.weights, optimizer, record)
     }
 
-    /// What [`resume`](Self::resume) takes, with `notes`.
-    pub fn checkpoint(&self, notes: String) -> Result<Checkpoint> {
+    fn with(
+        backend: &'a B,
+        task: T,
+        plan: Plan,
+        weights: &[Vec<f32>],
+        optimizer: Optimizer<B>,
+        record: Record,
+    ) -> Result<Self> {
+        let params = Params::upload(backend, weights)?;
+        let grads = Grads::zeros(backend, task.specs())?;
+        let (recorded, ahead) = (None, Ahead::new(backend)?);
+        Ok(Self { backend, task, params, record, plan, optimizer, grads, recorded, ahead })
+    }
+
+    /// What [`resume`](Self::resume) takes, with the notes that `notes` makes of the record.
+    pub fn checkpoint(
+        &mut self,
+        notes: impl FnOnce(&Record) -> Result<String>,
+    ) -> Result<Checkpoint> {
+        self.catch_up()?;
+        let notes = notes(&self.record)?;
         let weights = self.params.download(self.backend)?;
         Ok(Checkpoint { weights, optimizer: self.optimizer.state(self.backend)?, notes })
     }
 
-    /// One step: its loss.
-    pub fn step(&mut self) -> Result<f32> {
-        let start = Instant::now();
-        let (backend, step) = (self.backend, self.record.steps());
-        self.task.gradients(backend, &self.params, step, &mut self.grads)?;
-        let rate = self.plan.schedule.rate(step);
-        self.optimizer.step(backend, self.task.specs(), &mut self.params, &self.grads, rate)?;
-        let loss = self.task.loss(backend)?;
-        ensure!(loss.is_finite(), "the loss of step {step} is {loss}: the training has diverged");
-        self.record.step_losses.push(loss);
-        self.record.step_ms.push(start.elapsed().as_secs_f32() * 1e3);
-        Ok(loss)
+    /// Submits one step, and from time to time waits for those that were submitted.
+    pub fn step(&mut self) -> Result<()> {
+        let step = self.steps_taken();
+        if self.ahead.steps == 0 {
+            self.ahead.since = Instant::now();
+        }
+        let Self { backend, task, params, optimizer, grads, recorded, .. } = self;
+        task.load(backend, step)?;
+        optimizer.advance(*backend, self.plan.schedule.rate(step))?;
+        let number = task.first_step() + step;
+        let mut work = || {
+            task.gradients(backend, params, number, grads)?;
+            optimizer.apply(*backend, task.specs(), params, grads)
+        };
+        match T::REPEATS {
+            true => backend.repeat(recorded, number, work)?,
+            false => work()?,
+        }
+        self.ahead.push(self.backend, self.task.loss())?;
+        if self.ahead.is_far() { self.catch_up() } else { Ok(()) }
+    }
+
+    /// Waits for all steps that were submitted, and records their losses. Nothing to do is no error.
+    pub fn catch_up(&mut self) -> Result<()> {
+        let steps = std::mem::take(&mut self.ahead.steps);
+        if steps == 0 {
+            return Ok(());
+        }
+        let losses = self.backend.read(&self.ahead.losses)?;
+        let ms = self.ahead.since.elapsed().as_secs_f32() * 1e3 / steps as f32;
+        for &loss in &losses[..steps] {
+            let step = self.record.steps();
+            ensure!(
+                loss.is_finite(),
+                "the loss of step {step} is {loss}: the training has diverged"
+            );
+            self.record.step_losses.push(loss);
+            self.record.step_ms.push(ms);
+        }
+        Ok(())
+    }
+
+    /// Steps that were submitted.
+    pub fn steps_taken(&self) -> u64 {
+        self.record.steps() + self.ahead.steps as u64
     }
 
     /// Whether an evaluation belongs here and has not been made.
     pub fn evaluation_due(&self) -> bool {
-        let step = self.record.steps();
+        let step = self.steps_taken();
         let last = self.record.evaluations.last().map(|last| last.step);
         (step.is_multiple_of(self.plan.eval_interval) || self.finished()) && last != Some(step)
     }
 
     /// The scores of the weights as they are.
     pub fn evaluate(&mut self) -> Result<Evaluation> {
+        self.catch_up()?;
         let scores = self.task.evaluate(self.backend, &self.params)?;
         let evaluation = Evaluation { step: self.record.steps(), scores };
         self.record.evaluations.push(evaluation);
@@ -161,7 +259,7 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
 
     /// Whether all steps are taken.
     pub fn finished(&self) -> bool {
-        self.record.steps() >= self.plan.schedule.steps
+        self.steps_taken() >= self.plan.schedule.steps
     }
 
     /// Steps of the whole run.

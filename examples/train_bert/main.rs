@@ -78,7 +78,7 @@ struct Trained {
 impl Job for Training {
     type Output = Outcome;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Outcome> {
+    fn run<B: Backend>(self, backend: &B, _: &str) -> Result<Outcome> {
         interrupt::listen()?;
         if !self.resume {
             // Those of an earlier run are not this one's.

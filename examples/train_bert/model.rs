@@ -6,7 +6,7 @@ use super::common::trainer::{Scores, Task};
 use super::reviews::{Review, Reviews, Sequences};
 use super::tokenizer::{MASK, SPECIAL};
 use anyhow::Result;
-use fused_dropout::transformer::backend::Backend;
+use fused_dropout::transformer::backend::{Backend, F32};
 use fused_dropout::transformer::{
     Bert, BertBatch, BertConfig, BertInput, BertRun, BertTask, Grads, IGNORED, Params, Pass, Specs,
 };
@@ -27,9 +27,12 @@ pub struct Model<'a, B: Backend> {
     seed: u64,
     /// The number of the model's first step among all that are trained with the seed.
     first_step: u64,
-    batch: usize,
+    /// Texts of a batch.
+    texts: usize,
     length: usize,
     run: BertRun<B>,
+    /// The batch of a step.
+    batch: Option<BertBatch<B>>,
 }
 
 impl<'a, B: Backend> Model<'a, B> {
@@ -38,15 +41,15 @@ impl<'a, B: Backend> Model<'a, B> {
         config: BertConfig,
         task: BertTask,
         reviews: &'a Reviews,
-        batch: usize,
+        texts: usize,
         seed: u64,
         first_step: u64,
     ) -> Result<Self, Error> {
         let bert = Bert::new(config, task)?;
         let length = bert.config().max_position_embeddings;
-        let run = bert.run(backend, batch, length, false)?;
+        let run = bert.run(backend, texts, length, false)?;
         let epochs = Epochs::new(reviews.train.len(), seed);
-        Ok(Self { bert, task, reviews, epochs, seed, first_step, batch, length, run })
+        Ok(Self { bert, task, reviews, epochs, seed, first_step, texts, length, run, batch: None })
     }
 
     pub fn bert(&self) -> &Bert {
@@ -54,7 +57,7 @@ impl<'a, B: Backend> Model<'a, B> {
     }
 
     /// Puts texts on the backend. For a masked language model `philox` says which words it has to guess.
-    fn load(
+    fn upload(
         &self,
         backend: &B,
         texts: Sequences,
@@ -82,10 +85,10 @@ impl<'a, B: Backend> Model<'a, B> {
         texts: &[Review],
     ) -> Result<(f64, f64), Error> {
         let (mut sum, mut count, mut right) = (0.0, 0, 0);
-        for (number, texts) in texts.chunks(self.batch).enumerate() {
+        for (number, texts) in texts.chunks(self.texts).enumerate() {
             let philox = draws(self.seed, number as u64, WORDS_OF_EVALUATION);
-            let sequences = Sequences::new(texts.iter(), self.batch, self.length);
-            let (batch, predicted) = self.load(backend, sequences, philox)?;
+            let sequences = Sequences::new(texts.iter(), self.texts, self.length);
+            let (batch, predicted) = self.upload(backend, sequences, philox)?;
             self.bert.forward(backend, params, &mut self.run, &batch, Pass::Evaluate)?;
             if self.task == BertTask::Classification {
                 let logits = backend.read(self.run.logits())?;
@@ -124,32 +127,45 @@ fn largest<E: Dtype>(logits: &[E]) -> i32 {
 }
 
 impl<B: Backend> Task<B> for Model<'_, B> {
+    /// Batches lie in memory of their own, with padding or without.
+    const REPEATS: bool = false;
+
     fn specs(&self) -> &Specs {
         self.bert.specs()
+    }
+
+    fn first_step(&self) -> u64 {
+        self.first_step
+    }
+
+    fn load(&mut self, backend: &B, step: u64) -> Result<(), Error> {
+        let reviews = self.reviews;
+        let texts = self.epochs.batch(step, self.texts);
+        let texts = texts.iter().map(|&(_, text)| &reviews.train[text]);
+        let sequences = Sequences::new(texts, self.texts, self.length);
+        let philox = draws(self.seed, self.first_step + step, WORDS);
+        let (batch, _) = self.upload(backend, sequences, philox)?;
+        self.batch = Some(batch);
+        Ok(())
     }
 
     fn gradients(
         &mut self,
         backend: &B,
         params: &Params<B>,
-        step: u64,
+        number: u64,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
-        let reviews = self.reviews;
-        let texts = self.epochs.batch(step, self.batch);
-        let texts = texts.iter().map(|&(_, text)| &reviews.train[text]);
-        let sequences = Sequences::new(texts, self.batch, self.length);
-        // Seed and step say what is dropped: no two steps of the whole training have the same number.
-        let step = self.first_step + step;
-        let (batch, _) = self.load(backend, sequences, draws(self.seed, step, WORDS))?;
-        let pass = Pass::Train { seed: self.seed, step };
-        self.bert.forward(backend, params, &mut self.run, &batch, pass)?;
-        self.bert.loss(backend, &mut self.run, &batch)?;
-        self.bert.backward(backend, params, &mut self.run, &batch, pass, grads)
+        let batch = self.batch.as_ref().expect("`load` was called before");
+        // Seed and number say what is dropped.
+        let pass = Pass::Train { seed: self.seed, step: number };
+        self.bert.forward(backend, params, &mut self.run, batch, pass)?;
+        self.bert.loss(backend, &mut self.run, batch)?;
+        self.bert.backward(backend, params, &mut self.run, batch, pass, grads)
     }
 
-    fn loss(&self, backend: &B) -> Result<f32, Error> {
-        self.run.read_loss(backend)
+    fn loss(&self) -> &F32<B> {
+        self.run.loss()
     }
 
     /// All that is held out, and as many of the training texts.

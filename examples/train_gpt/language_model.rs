@@ -4,15 +4,16 @@ use super::common::draws::draws;
 use super::common::epochs::Epochs;
 use super::common::trainer::{Scores, Task};
 use super::text::{Text, even_windows};
-use fused_dropout::transformer::backend::Backend;
+use fused_dropout::transformer::backend::{Backend, F32};
 use fused_dropout::transformer::{
     Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, IGNORED, Params, Pass, Specs,
 };
 use fused_dropout::{Dtype, Error};
 use rand_philox::u32_to_unit_f32;
 
-/// Tokens of either part of the text that an evaluation looks at, at most.
+/// Tokens of either part of the text that an evaluation looks at, at most: so many, or the batches of so many steps.
 const EVALUATED: usize = 48 << 10;
+const EVALUATED_BATCHES: usize = 8;
 
 /// What random numbers are drawn for. (`Epochs` has 0.)
 const OFFSET: u64 = 1;
@@ -70,7 +71,7 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
 
     /// Puts windows of a part of the text into the batch. Sequences without a window predict nothing. Says how many
     /// tokens are predicted.
-    fn load(&mut self, backend: &B, tokens: &[u32], windows: &[usize]) -> Result<usize, Error> {
+    fn fill(&mut self, backend: &B, tokens: &[u32], windows: &[usize]) -> Result<usize, Error> {
         let context = self.context();
         let mut ids = vec![0; self.sequences * context];
         let mut labels = vec![IGNORED; self.sequences * context];
@@ -87,10 +88,11 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
     /// The mean loss on windows spread over a part of the text.
     fn mean_loss(&mut self, backend: &B, params: &Params<B>, tokens: &[u32]) -> Result<f64, Error> {
         let context = self.context();
-        let windows = even_windows(tokens.len(), context, EVALUATED / context);
+        let most = (EVALUATED / context).max(EVALUATED_BATCHES * self.sequences);
+        let windows = even_windows(tokens.len(), context, most);
         let (mut sum, mut count) = (0.0, 0);
         for windows in windows.chunks(self.sequences) {
-            let predicted = self.load(backend, tokens, windows)?;
+            let predicted = self.fill(backend, tokens, windows)?;
             self.gpt.forward(backend, params, &mut self.run, &self.batch, Pass::Evaluate)?;
             self.gpt.loss(backend, &mut self.run, &self.batch)?;
             sum += f64::from(self.run.read_loss(backend)?.tokens) * predicted as f64;
@@ -103,7 +105,7 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
     pub fn write(&self, backend: &B, params: &Params<B>, length: usize) -> Result<String, Error> {
         const TEMPERATURE: f32 = 0.8;
         let context = self.context();
-        let vocabulary = self.gpt.config().vocab_size;
+        let (vocabulary, characters) = (self.gpt.config().vocab_size, self.text.vocabulary.len());
         let mut philox = draws(self.seed, 0, SAMPLE);
         let mut run = self.gpt.run(backend, 1, context, false)?;
         let labels = vec![IGNORED; context];
@@ -119,7 +121,7 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
             self.gpt.forward(backend, params, &mut run, &batch, Pass::Evaluate)?;
             let logits = backend.read(run.logits())?;
             let last = &logits[(seen.len() - 1) * vocabulary..][..vocabulary];
-            let last = last.iter().map(|logit| logit.to_f32() / TEMPERATURE);
+            let last = last[..characters].iter().map(|logit| logit.to_f32() / TEMPERATURE);
             let share = u32_to_unit_f32(philox.next_u32());
             written.push(pick(&last.collect::<Vec<_>>(), share));
         }
@@ -143,30 +145,35 @@ fn pick(logits: &[f32], share: f32) -> u32 {
 }
 
 impl<B: Backend> Task<B> for LanguageModel<'_, B> {
+    const REPEATS: bool = true;
+
     fn specs(&self) -> &Specs {
         self.gpt.specs()
+    }
+
+    fn load(&mut self, backend: &B, step: u64) -> Result<(), Error> {
+        let text = self.text;
+        let windows = self.windows(step);
+        self.fill(backend, &text.train, &windows).map(drop)
     }
 
     fn gradients(
         &mut self,
         backend: &B,
         params: &Params<B>,
-        step: u64,
+        number: u64,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
-        let text = self.text;
-        let windows = self.windows(step);
-        self.load(backend, &text.train, &windows)?;
-        // Seed and step say what is dropped; the backward pass draws the same masks again.
-        let pass = Pass::Train { seed: self.seed, step };
+        // Seed and number say what is dropped; the backward pass draws the same masks again.
+        let pass = Pass::Train { seed: self.seed, step: number };
         let (run, batch) = (&mut self.run, &self.batch);
         self.gpt.forward(backend, params, run, batch, pass)?;
         self.gpt.loss(backend, run, batch)?;
         self.gpt.backward(backend, params, run, batch, pass, grads)
     }
 
-    fn loss(&self, backend: &B) -> Result<f32, Error> {
-        Ok(self.run.read_loss(backend)?.tokens)
+    fn loss(&self) -> &F32<B> {
+        self.run.loss()
     }
 
     fn evaluate(&mut self, backend: &B, params: &Params<B>) -> Result<Scores, Error> {

@@ -72,7 +72,7 @@ struct Training {
 impl Job for Training {
     type Output = Outcome;
 
-    fn run<B: Backend>(self, backend: &B) -> Result<Outcome> {
+    fn run<B: Backend>(self, backend: &B, name: &str) -> Result<Outcome> {
         interrupt::listen()?;
         let folders = self.settings.folders(&self.out);
         if !self.resume {
@@ -89,7 +89,7 @@ impl Job for Training {
                 }
             }
         }
-        report::write(&self.out, &self.settings, &self.text, &runs)?;
+        report::write(&self.out, &self.settings, name, &self.text, &runs)?;
         Ok(Outcome::Finished)
     }
 }

@@ -188,9 +188,14 @@ impl Settings {
         Ok(Self { data_sha256, ..self })
     }
 
-    /// A model with this drop probability at every site.
-    pub fn config(&self, vocab_size: usize, dropout: f64) -> Result<GptConfig> {
+    /// A model of so many characters with this drop probability at every site.
+    pub fn config(&self, characters: usize, dropout: f64) -> Result<GptConfig> {
         let p = Probability::new(dropout)?;
+        // Tensor cores want rows of whole 16 bytes: the last tokens stand for no character there.
+        let vocab_size = match self.device {
+            Device::Cpu => characters,
+            Device::Cuda => characters.next_multiple_of(8),
+        };
         Ok(GptConfig {
             vocab_size,
             n_positions: self.size.context,

@@ -20,7 +20,8 @@ pub struct Run {
     best_val_loss: f64,
     /// That after the last step.
     final_val_loss: f64,
-    /// The median over the steps: batch, forward, loss, backward and optimiser.
+    /// The median over the steps: batch, forward, loss, backward and optimiser; no evaluation. On a GPU, which is not
+    /// waited for at every step, of means over the steps between two waits.
     ms_per_step: f32,
     tokens_per_second: f32,
     /// Steps taken.
@@ -57,6 +58,7 @@ struct Metrics<'a> {
     last: &'a Run,
     seed: u64,
     device: Device,
+    device_name: &'a str,
     threads: usize,
     settings: &'a Settings,
     #[serde(skip_serializing_if = "<[Run]>::is_empty")]
@@ -84,12 +86,19 @@ pub fn title<B: Backend>(
 }
 
 /// Writes metrics, curves and vocabulary, and says where.
-pub fn write(out: &Folder, settings: &Settings, text: &Text, runs: &[Run]) -> Result<()> {
+pub fn write(
+    out: &Folder,
+    settings: &Settings,
+    device_name: &str,
+    text: &Text,
+    runs: &[Run],
+) -> Result<()> {
     let Some(last) = runs.last() else { return Ok(()) };
     let metrics = Metrics {
         last,
         seed: settings.seed,
         device: settings.device,
+        device_name,
         threads: rayon::current_num_threads(),
         settings,
         runs: if runs.len() > 1 { runs } else { &[] },
@@ -135,7 +144,7 @@ fn show(runs: &[Run]) {
     );
     for run in runs {
         println!(
-            "{:>12}{:>16.4}{:>16.4}{:>12.1}{:>12.0}",
+            "{:>12}{:>16.4}{:>16.4}{:>12.2}{:>12.0}",
             run.dropout,
             run.best_val_loss,
             run.final_val_loss,

@@ -14,7 +14,7 @@ static_assert(sizeof(AccumulateParams<float>) == 32, "kernels.rs: AccumulatePara
 
 template <typename T>
 __device__ __forceinline__ void accumulate(const AccumulateParams<T>& p) {
-    each_element(p.count, [&](unsigned long long i) {
+    each_element(blockIdx.x, p.count, [&](unsigned long long i) {
         p.to.out.cached(i, narrow<T>(__fadd_rn(to_f32(p.to.in.cached(i)), p.from.cached(i))));
     });
 }

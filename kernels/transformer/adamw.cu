@@ -1,4 +1,4 @@
-// adamw: one step of AdamW (Loshchilov and Hutter, ICLR 2019) on one weight, with g = grad * norm[1]:
+// adamw: one step of AdamW (Loshchilov and Hutter, ICLR 2019) on up to 48 weights, with g = grad * norm[1]:
 //
 //     m = beta1 m + (1 - beta1) g
 //     v = beta2 v + (1 - beta2) g^2
@@ -12,9 +12,7 @@
 #include "elements.cuh"
 
 template <typename T>
-struct AdamwParams {
-    In<float> numbers;    // lr, beta1, beta2, epsilon, correction1, correction2
-    In<float> norm;       // the gradient's norm, its clip factor
+struct AdamwWeight {
     In<float> grad;       // [count]
     InOut<float> m;       // [count]
     InOut<float> v;       // [count]
@@ -24,7 +22,15 @@ struct AdamwParams {
     float decay;
     unsigned padding;
 };
-static_assert(sizeof(AdamwParams<float>) == 96, "kernels.rs: AdamwParams");
+
+template <typename T>
+struct AdamwParams {
+    In<float> numbers;  // lr, beta1, beta2, epsilon, correction1, correction2
+    In<float> norm;     // the gradient's norm, its clip factor
+    Blocks blocks;
+    AdamwWeight<T> weights[TENSORS];
+};
+static_assert(sizeof(AdamwParams<float>) == 4048, "kernels.rs: AdamwParams");
 
 /// beta old + (1 - beta) new.
 __device__ __forceinline__ float mixed(float beta, float old, float fresh) {
@@ -40,20 +46,22 @@ __device__ __forceinline__ void adamw(const AdamwParams<T>& p) {
     const float correction1 = p.numbers.cached(4);
     const float correction2 = p.numbers.cached(5);
     const float clip = p.norm.cached(1);
-    const float decay = __fmul_rn(lr, p.decay);
-    each_element(p.count, [&](unsigned long long i) {
-        const float g = __fmul_rn(p.grad.cached(i), clip);
-        const float m = mixed(beta1, p.m.in.cached(i), g);
-        const float v = mixed(beta2, p.v.in.cached(i), __fmul_rn(g, g));
+    const unsigned tensor = p.blocks.tensor();
+    const AdamwWeight<T>& weight = p.weights[tensor];
+    const float decay = __fmul_rn(lr, weight.decay);
+    each_element(blockIdx.x - p.blocks.first[tensor], weight.count, [&](unsigned long long i) {
+        const float g = __fmul_rn(weight.grad.cached(i), clip);
+        const float m = mixed(beta1, weight.m.in.cached(i), g);
+        const float v = mixed(beta2, weight.v.in.cached(i), __fmul_rn(g, g));
         const float deviation = __fsqrt_rn(__fmul_rn(v, correction2));
         const float step = __fdiv_rn(__fmul_rn(m, correction1), __fadd_rn(deviation, epsilon));
-        const float old = p.master.in.cached(i);
+        const float old = weight.master.in.cached(i);
         const float decayed = __fsub_rn(old, __fmul_rn(decay, old));
         const float w = __fsub_rn(decayed, __fmul_rn(lr, step));
-        p.m.out.cached(i, m);
-        p.v.out.cached(i, v);
-        p.master.out.cached(i, w);
-        if (p.weight.present()) p.weight.cached(i, narrow<T>(w));
+        weight.m.out.cached(i, m);
+        weight.v.out.cached(i, v);
+        weight.master.out.cached(i, w);
+        if (weight.weight.present()) weight.weight.cached(i, narrow<T>(w));
     });
 }
 

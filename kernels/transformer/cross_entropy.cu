@@ -7,10 +7,11 @@
 //     loss      = factor * sum of losses
 //
 // A negative label is ignored: +0 in its row of both. A label that is no column makes the loss a NaN, which the
-// host cannot but see, and its row of the gradient +0.
+// host cannot but see, and its row of the gradient +0. The factor lies in memory: a captured graph has batches with
+// other numbers of labels.
 //
-// A block a row, of any length. The sum over the rows has a fixed order: thread t of one block adds up rows t,
-// t + 256, .., and the block these.
+// A warp a row of at most 1024 columns, a block a longer one. Each octet is read and written by one thread. The sum
+// over the rows has a fixed order: thread t of one block adds up rows t, t + 256, .., and the block these.
 //
 // Bytes an element: one read from memory, two from L2 or L1, one written (4 in 16-bit storage); a row's label and
 // loss are 4 bytes each.
@@ -20,21 +21,24 @@
 
 template <typename T>
 struct CrossEntropyParams {
-    InOut<T> logits;  // [rows, cols]
-    In<int> labels;   // [rows]
+    InOut<T> logits;    // [rows, cols]
+    In<int> labels;     // [rows]
+    In<float> factor;   // one
     Out<float> losses;  // [rows]
     unsigned long long cols;
-    float factor;
+    unsigned rows;
     unsigned padding;
 };
-static_assert(sizeof(CrossEntropyParams<float>) == 48, "kernels.rs: CrossEntropyParams");
+static_assert(sizeof(CrossEntropyParams<float>) == 56, "kernels.rs: CrossEntropyParams");
 
-template <typename T, bool aligned>
+template <typename T, typename Walk>
 __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
     __shared__ Scratch maxima;
     __shared__ Scratch sums;
-    const Walk<BlockTeam, false, aligned> walk = {BlockTeam(), p.cols};
+    const Walk walk = {{}, p.cols};
     const unsigned row = walk.team.row;
+    if (row >= p.rows) return;  // the whole team
     const unsigned long long start = row * p.cols;
     const auto load = [&](unsigned, unsigned octet, unsigned count) {
         return unpack(p.logits.in.template cached<aligned>(start + 8ull * octet, count));
@@ -44,14 +48,13 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
     };
 
     const int label = p.labels.cached(row);
-    if (label < 0 || label >= static_cast<long long>(p.cols)) {  // the whole block
+    if (label < 0 || label >= static_cast<long long>(p.cols)) {  // the whole team
         walk.each([&](unsigned, unsigned octet, unsigned count) { store(octet, count, {}); });
-        if (threadIdx.x == 0) p.losses.cached(row, label < 0 ? 0.0f : bits_as<float>(0x7fc00000u));
+        if (walk.team.rank != 0) return;
+        p.losses.cached(row, label < 0 ? 0.0f : bits_as<float>(0x7fc00000u));
         return;
     }
 
-    // Read before anybody writes: there is a barrier in each of the two collectives.
-    const float of_label = to_f32(p.logits.in.cached(start + label));
     float most = bits_as<float>(0xff800000u);  // -infinity
     walk.each([&](unsigned slot, unsigned octet, unsigned count) {
         const Values x = load(slot, octet, count);
@@ -64,36 +67,51 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
     const float sum = walk.sum(sums, load, [&](const Values& x, unsigned j) {
         return expf(__fsub_rn(x.at[j], most));
     });
-    if (threadIdx.x == 0) p.losses.cached(row, __fsub_rn(logf(sum), __fsub_rn(of_label, most)));
 
     const float inverse = __fdiv_rn(1.0f, sum);
+    const float factor = p.factor.cached(0);
     walk.each([&](unsigned slot, unsigned octet, unsigned count) {
         Values x = load(slot, octet, count);
         // The label's place in its octet; 8 in the others.
         const unsigned target_at = octet == label / 8u ? label % 8u : 8u;
+        float of_label = 0.0f;
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
-            const float probability = __fmul_rn(expf(__fsub_rn(x.at[j], most)), inverse);
+            const float shifted = __fsub_rn(x.at[j], most);
+            if (j == target_at) of_label = shifted;
+            const float probability = __fmul_rn(expf(shifted), inverse);
             const float target = j == target_at ? 1.0f : 0.0f;
-            x.at[j] = __fmul_rn(p.factor, __fsub_rn(probability, target));
+            x.at[j] = __fmul_rn(factor, __fsub_rn(probability, target));
         }
         store(octet, count, x);
+        if (target_at < 8) p.losses.cached(row, __fsub_rn(logf(sum), of_label));
     });
 }
 
-FD_KERNEL(cross_entropy_f32, CrossEntropyParams<float>, THREADS, cross_entropy<float, true>)
-FD_KERNEL(cross_entropy_f16, CrossEntropyParams<f16>, THREADS, cross_entropy<f16, true>)
-FD_KERNEL(cross_entropy_bf16, CrossEntropyParams<bf16>, THREADS, cross_entropy<bf16, true>)
-FD_KERNEL(cross_entropy_any_f32, CrossEntropyParams<float>, THREADS, cross_entropy<float, false>)
-FD_KERNEL(cross_entropy_any_f16, CrossEntropyParams<f16>, THREADS, cross_entropy<f16, false>)
-FD_KERNEL(cross_entropy_any_bf16, CrossEntropyParams<bf16>, THREADS, cross_entropy<bf16, false>)
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, false, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, false, aligned>;
+
+/// The kernels of one form and storage type.
+#define FD_CROSS_ENTROPY(form, walk, T, type)                                                     \
+    FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, THREADS,                      \
+              cross_entropy<T, walk<true>>)                                                       \
+    FD_KERNEL(cross_entropy_##form##_any_##type, CrossEntropyParams<T>, THREADS,                  \
+              cross_entropy<T, walk<false>>)
+
+FD_CROSS_ENTROPY(warp, WarpWalk, float, f32)
+FD_CROSS_ENTROPY(warp, WarpWalk, f16, f16)
+FD_CROSS_ENTROPY(warp, WarpWalk, bf16, bf16)
+FD_CROSS_ENTROPY(block, BlockWalk, float, f32)
+FD_CROSS_ENTROPY(block, BlockWalk, f16, f16)
+FD_CROSS_ENTROPY(block, BlockWalk, bf16, bf16)
 
 struct CrossEntropyLossParams {
     In<float> losses;  // [rows]
+    In<float> factor;  // one
     Out<float> loss;   // one
     unsigned long long rows;
-    float factor;
-    unsigned padding;
 };
 static_assert(sizeof(CrossEntropyLossParams) == 32, "kernels.rs: CrossEntropyLossParams");
 
@@ -101,7 +119,7 @@ static_assert(sizeof(CrossEntropyLossParams) == 32, "kernels.rs: CrossEntropyLos
 __device__ __forceinline__ void cross_entropy_loss(const CrossEntropyLossParams& p) {
     const auto loss_of = [&](unsigned long long row) { return p.losses.cached(row); };
     const float total = block_total(0, p.rows, loss_of);
-    if (threadIdx.x == 0) p.loss.cached(0, __fmul_rn(p.factor, total));
+    if (threadIdx.x == 0) p.loss.cached(0, __fmul_rn(p.factor.cached(0), total));
 }
 
 FD_KERNEL(cross_entropy_loss_f32, CrossEntropyLossParams, THREADS, cross_entropy_loss)

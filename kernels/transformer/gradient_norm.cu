@@ -3,7 +3,7 @@
 //     parts[b] = sum of g[i]^2 over block b's 16,384 elements of a tensor
 //     norm[0]  = sqrt(sum of parts);  norm[1] = min(1, max_norm / (norm[0] + 1e-6))
 //
-// The first kernel is launched once a tensor, the second, of one block, once. No atomics: every sum has a fixed
+// The first kernel is launched once for 48 tensors, the second, of one block, once. No atomics: every sum has a fixed
 // order (thread t adds up the elements t, t + 256, .. of its block). A norm that is a NaN clips to a NaN.
 //
 // Bytes an element: 4 read.
@@ -14,17 +14,21 @@
 constexpr unsigned PART_ELEMENTS = 64 * THREADS;
 
 struct SquaresParams {
-    In<float> values;  // [count]
-    Out<float> parts;  // [ceil(count / PART_ELEMENTS)]
-    unsigned long long count;
+    Out<float> parts;  // one a block
+    Blocks blocks;
+    In<float> values[TENSORS];  // [count] each
+    unsigned long long counts[TENSORS];
 };
-static_assert(sizeof(SquaresParams) == 24, "kernels.rs: SquaresParams");
+static_assert(sizeof(SquaresParams) == 968, "kernels.rs: SquaresParams");
 
 __device__ __forceinline__ void squares(const SquaresParams& p) {
-    const unsigned long long first = 1ull * blockIdx.x * PART_ELEMENTS;
-    const unsigned long long end = min(first + PART_ELEMENTS, p.count);
+    const unsigned tensor = p.blocks.tensor();
+    const unsigned block = blockIdx.x - p.blocks.first[tensor];
+    const unsigned long long first = 1ull * block * PART_ELEMENTS;
+    const unsigned long long end = min(first + PART_ELEMENTS, p.counts[tensor]);
+    const In<float> values = p.values[tensor];
     const float total = block_total(first, end, [&](unsigned long long i) {
-        const float value = p.values.cached(i);
+        const float value = values.cached(i);
         return __fmul_rn(value, value);
     });
     if (threadIdx.x == 0) p.parts.cached(blockIdx.x, total);

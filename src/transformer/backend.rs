@@ -45,7 +45,7 @@ pub type F32<B> = <B as Backend>::Buffer<f32>;
 pub type U32<B> = <B as Backend>::Buffer<u32>;
 
 /// Where elements of a matrix, or of a batch of them, lie in a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// The first element.
     pub offset: usize,
@@ -70,7 +70,7 @@ impl Layout {
 }
 
 /// A batch of matrix products, c = a · b, or c += a · b.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MatMul {
     /// Rows of c, columns of c, and the length of the sums.
     pub mnk: [usize; 3],
@@ -172,6 +172,26 @@ pub trait Backend {
     type Elem: Dtype + Element;
     /// Memory of the backend.
     type Buffer<E: Element>;
+    /// What the backend keeps of a step that it repeats.
+    type Recorded;
+
+    /// Does the work of training step `step`: what a step submits once its batch and the numbers of the optimiser are
+    /// on the backend.
+    ///
+    /// A backend may keep in `recorded` what `work` submitted at the first call, and submit it again at later calls in
+    /// place of calling `work`. So `work` is the same at every step, with the same buffers: what differs from step to
+    /// step lies in buffers that are written in between, and the number of the step is `step` in all its stream
+    /// numbers. It reads nothing back, writes nothing from the host and makes no buffer. It may be called once more
+    /// than it acts.
+    ///
+    /// # Errors
+    /// What `work` says; [`Error::Argument`] where it does what cannot be repeated; what the backend says.
+    fn repeat(
+        &self,
+        recorded: &mut Option<Self::Recorded>,
+        step: u64,
+        work: impl FnMut() -> Result<(), Error>,
+    ) -> Result<(), Error>;
 
     /// A buffer of `len` zeros.
     fn zeros<E: Element>(&self, len: usize) -> Result<Self::Buffer<E>, Error>;
@@ -181,6 +201,9 @@ pub trait Backend {
 
     /// The contents of a buffer.
     fn read<E: Element>(&self, buffer: &Self::Buffer<E>) -> Result<Vec<E>, Error>;
+
+    /// Copies `from` to another buffer, from its element `at` on.
+    fn copy(&self, from: &F32<Self>, to: &mut F32<Self>, at: usize) -> Result<(), Error>;
 
     /// Sets every value to zero.
     fn clear<E: Element>(&self, buffer: &mut Self::Buffer<E>) -> Result<(), Error>;
@@ -349,11 +372,12 @@ pub trait Backend {
     /// Cross-entropy with class numbers: loss\[0\] = factor · Σ (lse(row) - row\[label\]) over the rows whose label
     /// is not negative, and its gradient in place of the logits (+0 in the other rows).
     ///
-    /// `logits`: `[rows, cols]`; `labels`: `[rows]`, each below `cols`; `loss`: one value. The sum has a fixed order.
+    /// `logits`: `[rows, cols]`; `labels`: `[rows]`, each below `cols`; `factor`, `loss`: one value. The sum has a fixed
+    /// order.
     fn cross_entropy(
         &self,
         shape: Shape,
-        factor: f32,
+        factor: &F32<Self>,
         labels: &Self::Buffer<i32>,
         logits: &mut Act<Self>,
         loss: &mut F32<Self>,
@@ -370,7 +394,7 @@ pub trait Backend {
         norm: &mut F32<Self>,
     ) -> Result<(), Error>;
 
-    /// One step of AdamW (Loshchilov and Hutter, ICLR 2019) with g = grad · norm\[1\]:
+    /// One step of AdamW (Loshchilov and Hutter, ICLR 2019) on every weight, with g = grad · norm\[1\]:
     ///
     /// ```text
     ///     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g²
@@ -382,6 +406,6 @@ pub trait Backend {
         &self,
         numbers: &F32<Self>,
         norm: &F32<Self>,
-        weight: Weight<'_, Self>,
+        weights: Vec<Weight<'_, Self>>,
     ) -> Result<(), Error>;
 }

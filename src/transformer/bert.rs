@@ -7,7 +7,7 @@
 use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
 use super::block::{Block, Context, Linear, NormIds, Sequences};
 use super::config::BertConfig;
-use super::gpt::{check_below, check_size, check_tokens, predicted};
+use super::gpt::{check_below, check_size, check_tokens, mean_factor};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
 use super::stack::Stack;
 use super::streams::{Pass, Site, dropped, kept};
@@ -71,7 +71,8 @@ pub struct BertBatch<B: Backend> {
     ids: U32<B>,
     segments: U32<B>,
     labels: B::Buffer<i32>,
-    predicted: usize,
+    /// 1 / the labels that there are.
+    factor: F32<B>,
     sequences: Sequences<B>,
 }
 
@@ -258,7 +259,7 @@ impl Bert {
             ids: backend.upload(input.ids)?,
             segments: backend.upload(input.segments)?,
             labels: backend.upload(input.labels)?,
-            predicted: predicted(input.labels),
+            factor: backend.upload(&[mean_factor(input.labels)])?,
             sequences: sequences(backend, batch, length, config.num_attention_heads, input.tokens)?,
         })
     }
@@ -316,8 +317,7 @@ impl Bert {
             }
             Head::Classification { .. } => Shape::new(run.batch, self.config.num_labels),
         };
-        let factor = 1.0 / batch.predicted.max(1) as f32;
-        backend.cross_entropy(shape, factor, &batch.labels, &mut run.logits, &mut run.loss)
+        backend.cross_entropy(shape, &batch.factor, &batch.labels, &mut run.logits, &mut run.loss)
     }
 
     /// The gradients of all weights, after [`forward`](Self::forward) and [`loss`](Self::loss) of the same pass.
@@ -567,6 +567,11 @@ impl<B: Backend> BertRun<B> {
     /// Before [`Bert::loss`]: the logits, `[batch, num_labels]` or `[batch, length, vocab_size]`. After it: their gradient.
     pub fn logits(&self) -> &Act<B> {
         &self.logits
+    }
+
+    /// Where [`Bert::loss`] leaves the loss in nats: one value.
+    pub fn loss(&self) -> &F32<B> {
+        &self.loss
     }
 
     /// The loss in nats, once [`Bert::loss`] has run. Waits for the backend.

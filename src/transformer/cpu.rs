@@ -9,6 +9,7 @@ use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
 use crate::ops::{Dropout, Shape, check_len};
 use crate::{Activation, Affine, AttentionMask, Norm, Scores};
 use rayon::prelude::*;
+use std::convert::Infallible;
 use std::ops::Range;
 
 /// The CPU, with all threads of rayon's pool.
@@ -35,6 +36,16 @@ const CHUNK: usize = 1 << 13;
 impl Backend for CpuBackend {
     type Elem = f32;
     type Buffer<E: Element> = Vec<E>;
+    type Recorded = Infallible;
+
+    fn repeat(
+        &self,
+        _: &mut Option<Infallible>,
+        _: u64,
+        mut work: impl FnMut() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        work()
+    }
 
     fn zeros<E: Element>(&self, len: usize) -> Result<Vec<E>, Error> {
         Ok(vec![E::default(); len])
@@ -58,17 +69,19 @@ impl Backend for CpuBackend {
         Ok(buffer.clone())
     }
 
+    fn copy(&self, from: &Vec<f32>, to: &mut Vec<f32>, at: usize) -> Result<(), Error> {
+        let part = at..at.saturating_add(from.len());
+        part_of("copy", to, part)?.copy_from_slice(from);
+        Ok(())
+    }
+
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
         buffer.fill(E::default());
         Ok(())
     }
 
     fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
-        let (len, given) = (buffer.len(), format!("{part:?}"));
-        let part = buffer.get_mut(part).ok_or_else(|| {
-            Error::argument("clear_part", "part", format!("a part of {len} elements"), given)
-        })?;
-        part.fill(0.0);
+        part_of("clear_part", buffer, part)?.fill(0.0);
         Ok(())
     }
 
@@ -314,7 +327,7 @@ impl Backend for CpuBackend {
     fn cross_entropy(
         &self,
         shape: Shape,
-        factor: f32,
+        factor: &Vec<f32>,
         labels: &Vec<i32>,
         logits: &mut Vec<f32>,
         loss: &mut Vec<f32>,
@@ -324,6 +337,8 @@ impl Backend for CpuBackend {
         check_len(NAME, "logits", shape.elements(NAME)?, logits.len())?;
         check_len(NAME, "labels", rows, labels.len())?;
         check_len(NAME, "loss", 1, loss.len())?;
+        check_len(NAME, "factor", 1, factor.len())?;
+        let factor = factor[0];
         if let Some(label) = labels.iter().find(|&&label| label >= 0 && label as usize >= cols) {
             return Err(Error::argument(NAME, "labels", format!("below {cols}"), label));
         }
@@ -380,23 +395,36 @@ impl Backend for CpuBackend {
         &self,
         numbers: &Vec<f32>,
         norm: &Vec<f32>,
-        weight: Weight<'_, Self>,
+        weights: Vec<Weight<'_, Self>>,
     ) -> Result<(), Error> {
-        let Weight { weight, grad, m, v, decay, .. } = weight;
         const NAME: &str = "adamw";
         check_len(NAME, "numbers", ADAMW_NUMBERS, numbers.len())?;
         check_len(NAME, "norm", 2, norm.len())?;
-        for (name, len) in [("grad", grad.len()), ("m", m.len()), ("v", v.len())] {
-            check_len(NAME, name, weight.len(), len)?;
+        for Weight { weight, grad, m, v, .. } in &weights {
+            for (name, len) in [("grad", grad.len()), ("m", m.len()), ("v", v.len())] {
+                check_len(NAME, name, weight.len(), len)?;
+            }
         }
         let (numbers, clip) = (&numbers[..], norm[1]);
-        let parts = weight.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
-        let parts = parts.zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)));
-        parts.for_each(|((weight, grad), (m, v))| {
-            adamw(numbers, clip, decay, weight, grad, m, v);
-        });
+        for Weight { weight, grad, m, v, decay, .. } in weights {
+            let parts = weight.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
+            let parts = parts.zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)));
+            parts.for_each(|((weight, grad), (m, v))| {
+                adamw(numbers, clip, decay, weight, grad, m, v);
+            });
+        }
         Ok(())
     }
+}
+
+fn part_of<'a>(
+    operation: &'static str,
+    buffer: &'a mut [f32],
+    part: Range<usize>,
+) -> Result<&'a mut [f32], Error> {
+    let (len, given) = (buffer.len(), format!("{part:?}"));
+    let expected = || format!("a part of {len} elements");
+    buffer.get_mut(part).ok_or_else(|| Error::argument(operation, "part", expected(), given))
 }
 
 fn slices<'a>(lookups: &Lookups<&'a Vec<u32>>) -> Result<Lookups<&'a [u32]>, Error> {

@@ -37,8 +37,8 @@ pub struct GptBatch<B: Backend> {
     ids: U32<B>,
     /// The token to predict at each position; negative: none.
     labels: B::Buffer<i32>,
-    /// Positions that have a label.
-    predicted: usize,
+    /// 1 / the positions that have a label.
+    factor: F32<B>,
     choice: Option<Choice<B>>,
 }
 
@@ -49,8 +49,8 @@ struct Choice<B: Backend> {
     /// The right one of each group of sequences.
     labels: B::Buffer<i32>,
     groups: usize,
-    /// Groups that have a label.
-    predicted: usize,
+    /// 1 / the groups that have a label.
+    factor: F32<B>,
 }
 
 /// Sequences and labels on the host. `rows = sequences · length`.
@@ -244,7 +244,7 @@ impl Gpt {
         Ok(GptBatch {
             ids: backend.upload(input.ids)?,
             labels: backend.upload(input.labels)?,
-            predicted: predicted(input.labels),
+            factor: backend.upload(&[mean_factor(input.labels)])?,
             choice: self.choice(backend, run, input)?,
         })
     }
@@ -282,7 +282,7 @@ impl Gpt {
             rows: backend.upload(&rows)?,
             labels: backend.upload(labels)?,
             groups: labels.len(),
-            predicted: predicted(labels),
+            factor: backend.upload(&[mean_factor(labels)])?,
         }))
     }
 
@@ -301,8 +301,7 @@ impl Gpt {
         check_tokens("gpt", run.sequences.rows(), self.config.vocab_size, ids, labels)?;
         backend.write(&mut batch.ids, ids)?;
         backend.write(&mut batch.labels, labels)?;
-        batch.predicted = predicted(labels);
-        Ok(())
+        backend.write(&mut batch.factor, &[mean_factor(labels)])
     }
 
     /// The logits of every position, and of the summary, in the memory of `run`.
@@ -346,16 +345,20 @@ impl Gpt {
         batch: &GptBatch<B>,
     ) -> Result<(), Error> {
         let shape = Shape::new(run.sequences.rows(), self.config.vocab_size);
-        let factor = 1.0 / batch.predicted.max(1) as f32;
-        backend.cross_entropy(shape, factor, &batch.labels, &mut run.logits, &mut run.loss)?;
+        backend.cross_entropy(
+            shape,
+            &batch.factor,
+            &batch.labels,
+            &mut run.logits,
+            &mut run.loss,
+        )?;
         if let (Some(linear), Some(memory), Some(choice)) =
             (&self.summary, &mut run.summary, &batch.choice)
         {
             let groups = choice.groups;
             let shape = Shape::new(groups, run.sequences.batch * linear.outputs / groups);
-            let factor = 1.0 / choice.predicted.max(1) as f32;
             let (labels, logits) = (&choice.labels, &mut memory.logits);
-            backend.cross_entropy(shape, factor, labels, logits, &mut memory.loss)?;
+            backend.cross_entropy(shape, &choice.factor, labels, logits, &mut memory.loss)?;
         }
         Ok(())
     }
@@ -564,6 +567,11 @@ impl<B: Backend> GptRun<B> {
         self.summary.as_ref().map(|summary| &summary.logits)
     }
 
+    /// Where [`Gpt::loss`] leaves the mean cross-entropy of the predicted tokens: one value.
+    pub fn loss(&self) -> &F32<B> {
+        &self.loss
+    }
+
     /// The losses, once [`Gpt::loss`] has run. Waits for the backend.
     ///
     /// # Errors
@@ -607,9 +615,9 @@ pub(crate) fn check_tokens(
     check_below(model, "labels", vocab, labels)
 }
 
-/// How many labels there are: the others are negative.
-pub(crate) fn predicted(labels: &[i32]) -> usize {
-    labels.iter().filter(|&&label| label >= 0).count()
+/// What makes the mean over the labels of a sum: the negative ones stand for none.
+pub(crate) fn mean_factor(labels: &[i32]) -> f32 {
+    1.0 / labels.iter().filter(|&&label| label >= 0).count().max(1) as f32
 }
 
 /// Refuses labels that are no class.

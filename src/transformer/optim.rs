@@ -152,16 +152,15 @@ impl<B: Backend> Optimizer<B> {
         grads: &Grads<B>,
     ) -> Result<(), Error> {
         backend.gradient_norm(&grads.0, self.settings.max_norm, &mut self.norm)?;
+        let decay = self.settings.weight_decay;
         let mut masters = params.masters.iter_mut().flatten();
         let moments = self.m.iter_mut().zip(&mut self.v);
-        let weights = params.weights.iter_mut().zip(&grads.0).zip(moments);
-        for (spec, ((weight, grad), (m, v))) in specs.iter().zip(weights) {
-            let decay = if spec.decays() { self.settings.weight_decay } else { 0.0 };
-            let master = masters.next();
-            let weight = Weight { weight, master, grad, m, v, decay };
-            backend.adamw(&self.numbers, &self.norm, weight)?;
-        }
-        Ok(())
+        let weights = params.weights.iter_mut().zip(&grads.0).zip(moments).zip(specs.iter());
+        let weights = weights.map(|(((weight, grad), (m, v)), spec)| {
+            let decay = if spec.decays() { decay } else { 0.0 };
+            Weight { weight, master: masters.next(), grad, m, v, decay }
+        });
+        backend.adamw(&self.numbers, &self.norm, weights.collect())
     }
 
     /// [`advance`](Self::advance) and [`apply`](Self::apply).

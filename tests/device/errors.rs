@@ -1,6 +1,6 @@
 //! What a device answers after a refused call, and a lost one: errors, and no panic.
 
-use crate::{gpu, trial};
+use crate::{gpu, together, trial};
 use fused_dropout::cuda::Gpu;
 use fused_dropout::device::{Call, KeyAddresses, dropout};
 use fused_dropout::{Dropout, Error, Key, Probability, Shape};
@@ -14,9 +14,12 @@ const SHAPE: Shape = Shape { rows: 8, cols: 64 };
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::ignorable_test("a lost device is an error", || match gpu() {
-            Ok(_) => a_lost_device().map(|()| Completion::Completed).map_err(Into::into),
-            Err(reason) => Ok(Completion::ignored_with(reason)),
+        Trial::ignorable_test("a lost device is an error", || {
+            let _turn = together();
+            match gpu() {
+                Ok(_) => a_lost_device().map(|()| Completion::Completed).map_err(Into::into),
+                Err(reason) => Ok(Completion::ignored_with(reason)),
+            }
         }),
         trial("an error leaves no trace on later calls", an_error_leaves_no_trace),
     ]

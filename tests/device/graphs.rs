@@ -4,11 +4,11 @@
 #[path = "../../benches/device/operators.rs"]
 mod operators;
 
-use crate::kernels;
+use crate::trial_alone;
 use fused_dropout::cuda::Gpu;
 use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_dropout::{Dropout, Key, Probability};
-use libtest_mimic::{Completion, Trial};
+use libtest_mimic::Trial;
 use operators::{Case, Data, Operator, PASSES, Pass, STORAGES};
 
 /// Several blocks, a last one that is not full, and two tiles of rows.
@@ -17,16 +17,7 @@ const COLS: usize = 1032;
 
 pub fn trials() -> Vec<Trial> {
     let trial = |(operator, pass): (Operator, Pass)| {
-        Trial::ignorable_test(format!("graph: {operator:?} {pass:?}"), move || match kernels() {
-            Ok(kernels) => {
-                // SAFETY: one stream for everything. A capture does not get on with cudarc's events.
-                unsafe { kernels.context().disable_event_tracking() };
-                let gpu = Gpu::new(&kernels, kernels.context().new_stream().unwrap()).unwrap();
-                check(&gpu, operator, pass);
-                Ok(Completion::Completed)
-            }
-            Err(reason) => Ok(Completion::ignored_with(reason)),
-        })
+        trial_alone(&format!("graph: {operator:?} {pass:?}"), move |gpu| check(gpu, operator, pass))
     };
     PASSES.into_iter().map(trial).collect()
 }

@@ -5,16 +5,16 @@ use fused_dropout::Error;
 use fused_dropout::cuda::Gpu;
 use fused_dropout::device::{Readable, Writable};
 
-/// A stream to test.
-pub struct Lab(Gpu);
+/// A stream to test, and what its trial holds.
+pub struct Lab<H>(Gpu, H);
 
 /// Bytes of canary on each side of a tensor.
 const GUARD: usize = 64;
 const CANARY: u8 = 0xa5;
 
-impl Lab {
-    pub fn on(gpu: Gpu) -> Self {
-        Self(gpu)
+impl<H> Lab<H> {
+    pub fn on(gpu: Gpu, hold: H) -> Self {
+        Self(gpu, hold)
     }
 
     /// `host` between canaries, `offset` elements behind an aligned address.
@@ -30,7 +30,7 @@ impl Lab {
 
 // Everything but the operators is expected to work on the test's device: a failure there is no
 // case's result.
-impl cases::lab::Lab for Lab {
+impl<H> cases::lab::Lab for Lab<H> {
     type D = Gpu;
     fn name(&self) -> String {
         "cuda".to_owned()

@@ -2,7 +2,7 @@
 //!
 //! Host memory holds a piece at a time: a piece of the mask is that of a shard, and the CPU draws it.
 
-use crate::gpu;
+use crate::{alone, gpu};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::cuda::Gpu;
 use fused_dropout::cuda::cudarc::driver::{CudaSlice, CudaView};
@@ -11,7 +11,6 @@ use fused_dropout::{Dropout, Key, Place, Probability, RowMap, Shape};
 use half::bf16;
 use libtest_mimic::{Completion, Trial};
 use rayon::prelude::*;
-use std::sync::Mutex;
 
 /// 2^31 elements and more, in octets that are aligned.
 const ALIGNED: Shape = Shape { rows: (1 << 16) + 3, cols: 1 << 15 };
@@ -45,11 +44,12 @@ fn large(name: &str, elements: usize, check: fn(&Gpu)) -> Trial {
     // Beside the tensors, something for the driver.
     let needed = elements * size_of::<bf16>() + (512 << 20);
     Trial::ignorable_test(name, move || {
+        // Each takes much of the device's memory.
+        let _turn = alone();
         let gpu = match gpu() {
             Ok(gpu) => gpu,
             Err(reason) => return Ok(Completion::ignored_with(reason)),
         };
-        let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let (free, _) = gpu.stream().context().mem_get_info().unwrap();
         if free < needed {
             let reason =
@@ -62,9 +62,6 @@ fn large(name: &str, elements: usize, check: fn(&Gpu)) -> Trial {
         Ok(Completion::Completed)
     })
 }
-
-/// One at a time: each takes much of the device's memory.
-static TURN: Mutex<()> = Mutex::new(());
 
 fn drop() -> Dropout<'static> {
     Dropout::new(Key::new(42, 7), Probability::new(0.1).unwrap())

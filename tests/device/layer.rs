@@ -1,14 +1,14 @@
 //! The CUDA layer: loading, launching, what it refuses, streams and graphs. That the operators compute what they
 //! should is the case table's business.
 
-use crate::{kernels, trial};
+use crate::{trial, trial_alone};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_dropout::cuda::cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
 use fused_dropout::cuda::{self, Gpu};
 use fused_dropout::device::{Call, dropout};
 use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape};
-use libtest_mimic::{Completion, Trial};
+use libtest_mimic::Trial;
 
 /// Odd in both directions, and more than one block.
 const SHAPE: Shape = Shape { rows: 37, cols: 1003 };
@@ -28,23 +28,8 @@ pub fn trials() -> Vec<Trial> {
         trial("another context is refused", another_context_is_refused),
         trial("several streams at once", several_streams_at_once),
         trial("the stream number from device memory", the_stream_number_from_device_memory),
-        alone("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
+        trial_alone("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
     ]
-}
-
-/// A check on a context object that no other trial uses: a capture does not get on with cudarc's events, and
-/// they are switched off for a context as a whole.
-fn alone(name: &str, check: fn(&Gpu)) -> Trial {
-    Trial::ignorable_test(name, move || {
-        let kernels = match kernels() {
-            Ok(kernels) => kernels,
-            Err(reason) => return Ok(Completion::ignored_with(reason)),
-        };
-        // SAFETY: the check uses one stream for everything.
-        unsafe { kernels.context().disable_event_tracking() };
-        check(&Gpu::new(&kernels, kernels.context().new_stream().unwrap()).unwrap());
-        Ok(Completion::Completed)
-    })
 }
 
 /// Runs everywhere: a machine without a driver, or without a hundred devices.

@@ -20,7 +20,7 @@ mod oracle;
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use libtest_mimic::{Arguments, Completion, Trial};
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 fn main() -> ExitCode {
     if std::env::var_os(errors::LOSE_THE_DEVICE).is_some() {
@@ -42,19 +42,54 @@ fn table() -> Vec<Trial> {
     if let Some(every) = std::env::var("FUSED_DROPOUT_EVERY").ok().and_then(|n| n.parse().ok()) {
         cases = cases.into_iter().step_by(every).collect();
     }
-    let open = || Ok(cases::lab::Kernels(lab::Lab::on(gpu()?)));
+    let open = || {
+        let turn = together();
+        Ok(cases::lab::Kernels(lab::Lab::on(gpu()?, turn)))
+    };
     cases::trials::trials("table", &Arc::new(cases), open)
 }
 
 /// A check on a stream of its own.
 fn trial(name: &str, check: fn(&Gpu)) -> Trial {
-    Trial::ignorable_test(name, move || match gpu() {
-        Ok(gpu) => {
-            check(&gpu);
-            Ok(Completion::Completed)
+    Trial::ignorable_test(name, move || {
+        let _turn = together();
+        match gpu() {
+            Ok(gpu) => {
+                check(&gpu);
+                Ok(Completion::Completed)
+            }
+            Err(reason) => Ok(Completion::ignored_with(reason)),
         }
-        Err(reason) => Ok(Completion::ignored_with(reason)),
     })
+}
+
+/// A check on a context object that no other trial uses, with nothing else running: a capture does not get on
+/// with cudarc's events, which are switched off for a context object as a whole, nor with another thread's
+/// waits for the device, which loading and unloading of modules may be.
+fn trial_alone(name: &str, check: impl FnOnce(&Gpu) + Send + 'static) -> Trial {
+    Trial::ignorable_test(name, move || {
+        let _turn = alone();
+        let kernels = match kernels() {
+            Ok(kernels) => kernels,
+            Err(reason) => return Ok(Completion::ignored_with(reason)),
+        };
+        // SAFETY: the check uses one stream for everything.
+        unsafe { kernels.context().disable_event_tracking() };
+        check(&Gpu::new(&kernels, kernels.context().new_stream().unwrap()).unwrap());
+        Ok(Completion::Completed)
+    })
+}
+
+static TURN: RwLock<()> = RwLock::new(());
+
+/// Held by a trial that others may run beside.
+fn together() -> RwLockReadGuard<'static, ()> {
+    TURN.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Held by a trial that runs alone.
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    TURN.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A stream of the first GPU. The kernels are loaded once.

@@ -10,12 +10,15 @@ mod transformer_device;
 #[path = "../transformer_kernels.rs"]
 mod transformer_kernels;
 
+use crate::alone;
 use fused_dropout::transformer::backend::{Backend, Element};
-use fused_dropout::transformer::device::{Accelerator, CudaDevice, StepGraph};
-use fused_dropout::{Dtype, Error};
+use fused_dropout::transformer::device::{Accelerator, CudaDevice};
+use fused_dropout::transformer::{Pass, Site};
+use fused_dropout::{Activation, Dtype, Error, Probability, Shape};
 use half::{bf16, f16};
 use hf_parity::{Fixture, folders};
 use libtest_mimic::{Completion, Trial};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use transformer_device::Training;
 
 const CUDA_ERROR_OUT_OF_MEMORY: u32 = 2;
@@ -35,19 +38,28 @@ pub fn trials() -> Vec<Trial> {
         trial("models equal Hugging Face's", models_equal_hugging_face),
         trial("a captured step trains like a submitted one", a_captured_step),
         trial("a copy is refused in a capture", a_copy_in_a_capture),
+        trial("a graph outlives its buffers and stays on its device", a_graph_without_its_buffers),
+        trial("memory of another device is refused", memory_of_another_device),
+        trial(
+            "a device that another thread drops does not end a capture",
+            a_device_dropped_during_a_capture,
+        ),
         trial("no memory left is an error", no_memory_left),
     ]
 }
 
 /// A check on a backend of its own, skipped where there is no GPU or no cuBLAS.
 fn trial<T: Dtype + Element>(name: &str, check: fn(&Gpu<T>)) -> Trial {
-    Trial::ignorable_test(format!("models: {name}"), move || match open() {
-        Ok(backend) => {
-            check(&backend);
-            Ok(Completion::Completed)
+    Trial::ignorable_test(format!("models: {name}"), move || {
+        let _turn = alone();
+        match open() {
+            Ok(backend) => {
+                check(&backend);
+                Ok(Completion::Completed)
+            }
+            Err(error @ Error::Unavailable { .. }) => Ok(Completion::ignored_with(error)),
+            Err(error) => Err(error.into()),
         }
-        Err(error @ Error::Unavailable { .. }) => Ok(Completion::ignored_with(error)),
-        Err(error) => Err(error.into()),
     })
 }
 
@@ -67,36 +79,99 @@ fn models_equal_hugging_face(backend: &Gpu<f32>) {
     }
 }
 
-/// The same bits, fresh masks included.
-fn a_captured_step(backend: &Gpu<f32>) {
+/// A step that is captured once and replayed trains as one that is submitted every time: the same bits,
+/// fresh masks included. Stream numbers that come later, more than a buffer of them, change nothing.
+fn a_captured_step(device: &Gpu<f32>) {
     let submitting = open::<f32>().unwrap();
     let mut expected = Training::new(&submitting, 7, false).unwrap();
     let losses = expected.losses(6, |_| {});
-
-    let mut training = Training::new(backend, 7, false).unwrap();
-    training.prepare(0).unwrap();
-    let graph = StepGraph::capture(backend, 0, || training.work(0)).unwrap();
-    let mut replayed = vec![training.loss().unwrap()];
-    for step in 1..6 {
-        training.prepare(step).unwrap();
-        // SAFETY: it is this backend's graph, and `training` keeps all buffers.
-        unsafe { graph.replay(backend, step).unwrap() };
-        replayed.push(training.loss().unwrap());
-    }
-    assert_eq!(replayed, losses);
+    let draws = |step| (100..400).for_each(|layer| draw(device, step, layer).unwrap());
+    let mut training = Training::new(device, 7, false).unwrap();
+    assert_eq!(training.repeated_losses(6, draws), losses);
     assert_eq!(training.weights(), expected.weights());
+    // Another model on the same backend begins again at step 0.
+    let mut training = Training::new(device, 7, false).unwrap();
+    assert_eq!(training.repeated_losses(6, |_| {}), losses);
 }
 
-/// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards.
-fn a_copy_in_a_capture(backend: &Gpu<f32>) {
-    let mut training = Training::new(backend, 7, false).unwrap();
-    let error = StepGraph::capture(backend, 0, || {
+/// Takes the stream number of a site of a layer.
+fn draw(device: &Gpu<f32>, step: u64, layer: usize) -> Result<(), Error> {
+    let pass = Pass::Train { seed: 1, step };
+    let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?);
+    let (x, bias, mut y) = (device.zeros(8)?, device.zeros(8)?, device.zeros(8)?);
+    device.bias_act_dropout(&dropout, Shape::new(1, 8), Activation::Identity, &x, &bias, &mut y)
+}
+
+/// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards; after a
+/// panic too.
+fn a_copy_in_a_capture(device: &Gpu<f32>) {
+    let mut training = Training::new(device, 7, false).unwrap();
+    let error = device.repeat(&mut None, 0, || {
         training.prepare(0)?;
         training.work(0)
     });
-    let error = error.err().expect("the copies of `prepare`");
+    let error = error.expect_err("the copies of `prepare`");
     assert!(matches!(error, Error::Argument { operator: "graph", .. }), "{error}");
     assert!(training.loss().unwrap().is_finite());
+
+    let mut runs = 0;
+    let capture = || {
+        device.repeat(&mut None, 0, || {
+            runs += 1;
+            assert!(runs == 1, "the captured run panics");
+            training.work(0)
+        })
+    };
+    assert!(catch_unwind(AssertUnwindSafe(capture)).is_err());
+    training.prepare(0).unwrap();
+    assert!(training.loss().unwrap().is_finite());
+}
+
+/// A graph keeps the memory that it uses, and runs on its own device alone.
+fn a_graph_without_its_buffers(device: &Gpu<f32>) {
+    let other = open::<f32>().unwrap();
+    let mut recorded = None;
+    let mut training = Training::new(device, 7, false).unwrap();
+    training.prepare(0).unwrap();
+    device.repeat(&mut recorded, 0, || training.work(0)).unwrap();
+    drop(training);
+    let mut work = || panic!("it was recorded");
+    device.repeat(&mut recorded, 1, &mut work).unwrap();
+    device.check().unwrap();
+    let error = other.repeat(&mut recorded, 2, &mut work).unwrap_err();
+    assert!(matches!(error, Error::Argument { argument: "device", .. }), "{error}");
+}
+
+/// Devices have streams of their own: memory of one is not used by another.
+fn memory_of_another_device(device: &Gpu<f32>) {
+    let other = open::<f32>().unwrap();
+    let buffer = other.upload(&[1.0f32]).unwrap();
+    let error = device.read(&buffer).unwrap_err();
+    assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
+}
+
+/// Closing cuBLAS waits for the whole device, and the driver ends a capture that meets such a wait.
+fn a_device_dropped_during_a_capture(device: &Gpu<f32>) {
+    let mut other = Some(CudaDevice::open(0).unwrap());
+    let mut buffer = device.zeros::<f32>(4).unwrap();
+    let (mut runs, mut dropping) = (0, None);
+    let repeated = device.repeat(&mut None, 0, || {
+        runs += 1;
+        if runs == 2 {
+            let other = other.take();
+            let (sender, started) = std::sync::mpsc::channel();
+            dropping = Some(std::thread::spawn(move || {
+                sender.send(()).unwrap();
+                drop(other);
+            }));
+            started.recv().unwrap();
+            // Time enough to do harm; shorter, the test could pass by chance.
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        device.clear(&mut buffer)
+    });
+    repeated.unwrap();
+    dropping.unwrap().join().unwrap();
 }
 
 /// Here, because the operators allocate nothing.

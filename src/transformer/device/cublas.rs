@@ -1,15 +1,17 @@
 //! cuBLAS: finding it, and a batch of row-major products as its calls, which are column-major.
 
+use super::capture;
 use crate::cuda::driver;
 use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
 use crate::transformer::backend::{Layout, MatMul};
 use cudarc::cublas::result::{self, CublasError};
-use cudarc::cublas::{CudaBlas, sys};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::cublas::sys;
+use cudarc::driver::result::ctx;
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use libloading::Library;
 use std::error::Error as _;
-use std::ffi::c_void;
+use std::ffi::{OsStr, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
@@ -28,7 +30,7 @@ const HELPERS: &[&str] = if cfg!(windows) {
     &["libcublasLt.so.13", "libcublasLt.so.12"]
 };
 
-/// What this crate and cudarc's handle call: cudarc panics where one is missing.
+/// What this crate calls: cudarc panics where one is missing.
 const FUNCTIONS: &[&[u8]] = &[
     b"cublasCreate_v2\0",
     b"cublasDestroy_v2\0",
@@ -60,7 +62,7 @@ pub(super) fn find() -> Result<(), Error> {
     }
     let reason = format!(
         "{reason} (looked for {NAMES:?} where the system does and in {} folders more; the wheel \
-         nvidia-cublas in an active Python environment is enough)",
+         nvidia-cublas in the Python environment that is active or on the PATH is enough)",
         folders.len()
     );
     Err(Error::Unavailable { backend: "cublas", reason })
@@ -106,16 +108,36 @@ fn folders() -> Vec<PathBuf> {
     for toolkit in toolkits.into_iter().flatten() {
         folders.extend(["lib64", "lib", "bin/x64", "bin"].map(|folder| toolkit.join(folder)));
     }
-    for environment in [from("VIRTUAL_ENV"), from("CONDA_PREFIX")].into_iter().flatten() {
-        let lib = environment.join(if cfg!(windows) { "Lib" } else { "lib" });
-        folders.push(lib.clone());
-        for inner in list(&lib).into_iter().chain([lib]) {
-            for package in list(&inner.join("site-packages").join("nvidia")) {
+    let active = [from("VIRTUAL_ENV"), from("CONDA_PREFIX")].into_iter().flatten();
+    let found = environments(&env::var_os("PATH").unwrap_or_default());
+    folders.extend(active.chain(found).flat_map(|environment| wheels(&environment)));
+    folders.retain(|folder| folder.is_dir());
+    folders
+}
+
+/// The Python environments of the `python3` on a PATH: where it lies, and where it points to, which for a
+/// virtual environment is what it was made from; and the one that Debian's pip installs into.
+fn environments(path: &OsStr) -> Vec<PathBuf> {
+    let python = env::split_paths(path).map(|folder| folder.join("python3")).find(|p| p.is_file());
+    let resolved = python.as_deref().and_then(|python| fs::canonicalize(python).ok());
+    let around = |python: PathBuf| Some(python.parent()?.parent()?.to_owned());
+    let mut environments: Vec<_> =
+        [python, resolved].into_iter().flatten().filter_map(around).collect();
+    environments.push(PathBuf::from("/usr/local"));
+    environments
+}
+
+/// Folders with libraries in an environment's wheels, which Debian keeps in `dist-packages`.
+fn wheels(environment: &Path) -> Vec<PathBuf> {
+    let lib = environment.join(if cfg!(windows) { "Lib" } else { "lib" });
+    let mut folders = vec![lib.clone()];
+    for inner in list(&lib).into_iter().chain([lib]) {
+        for packages in ["site-packages", "dist-packages"] {
+            for package in list(&inner.join(packages).join("nvidia")) {
                 folders.extend(["lib", "bin/x86_64", "bin"].map(|folder| package.join(folder)));
             }
         }
     }
-    folders.retain(|folder| folder.is_dir());
     folders
 }
 
@@ -130,8 +152,54 @@ fn list(folder: &Path) -> Vec<PathBuf> {
 /// A handle on a stream, with a workspace of its own: none is allocated while a graph is captured, and
 /// results repeat to the bit.
 pub(super) struct Blas {
-    handle: CudaBlas,
+    handle: Handle,
     _workspace: CudaSlice<u32>,
+}
+
+/// cuBLAS's handle. cudarc has one too, which panics when it is dropped after an error of the device, and
+/// in a thread where another context is current, or none.
+struct Handle {
+    raw: sys::cublasHandle_t,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: a handle may go from thread to thread; one thread uses it at a time, because it is not `Sync`.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self, Error> {
+        let context = stream.context().clone();
+        bind(&context)?;
+        let _no_capture = capture::none();
+        let raw = result::create_handle().map_err(blas("opening cuBLAS"))?;
+        let handle = Self { raw, context };
+        // SAFETY: both are alive.
+        unsafe { result::set_stream(raw, stream.cu_stream().cast()) }
+            .map_err(blas("opening cuBLAS"))?;
+        Ok(handle)
+    }
+
+    /// The handle, in a thread that its context is current in.
+    fn bound(&self) -> Result<sys::cublasHandle_t, Error> {
+        bind(&self.context)?;
+        Ok(self.raw)
+    }
+}
+
+impl Drop for Handle {
+    /// Waits for the device. What fails is left to the process's end.
+    fn drop(&mut self) {
+        let _no_capture = capture::none();
+        // SAFETY: the context is alive, and this is the handle's last use.
+        unsafe {
+            let _ = ctx::set_current(self.context.cu_ctx());
+            let _ = result::destroy_handle(self.raw);
+        }
+    }
+}
+
+fn bind(context: &CudaContext) -> Result<(), Error> {
+    context.bind_to_thread().map_err(driver("binding the context"))
 }
 
 /// What NVIDIA recommends for Hopper, in u32.
@@ -140,18 +208,19 @@ const WORKSPACE: usize = (32 << 20) / 4;
 impl Blas {
     pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Self, Error> {
         find()?;
-        let handle = CudaBlas::new(stream.clone()).map_err(blas("opening cuBLAS"))?;
+        let handle = Handle::new(stream)?;
         let workspace: CudaSlice<u32> =
             stream.alloc_zeros(WORKSPACE).map_err(driver("allocating memory"))?;
         // f32 in f32, and sums of 16-bit products in f32 to the end.
         let exact = sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
         // SAFETY: the handle is alive; the workspace is as long as is said, and lives as long as the handle.
         unsafe {
-            let raw = *handle.handle();
-            sys::cublasSetMathMode(raw, exact).result().map_err(blas("setting cuBLAS up"))?;
+            sys::cublasSetMathMode(handle.raw, exact)
+                .result()
+                .map_err(blas("setting cuBLAS up"))?;
             let (address, _) = workspace.device_ptr(stream);
             let address = address as *mut c_void;
-            sys::cublasSetWorkspace_v2(raw, address, WORKSPACE * 4)
+            sys::cublasSetWorkspace_v2(handle.raw, address, WORKSPACE * 4)
                 .result()
                 .map_err(blas("setting cuBLAS up"))?;
         }
@@ -175,10 +244,11 @@ impl Blas {
         let [a, b, c] = gemm.in_order(addresses);
         let [stride_a, stride_b, stride_c] = gemm.in_order(strides).map(|stride| stride as i64);
         let (alpha, beta) = (1.0f32, gemm.beta());
+        let handle = self.handle.bound()?;
         // SAFETY: the caller's promise; alpha and beta are read before the call returns.
         unsafe {
             result::gemm_strided_batched_ex(
-                *self.handle.handle(),
+                handle,
                 op_a,
                 op_b,
                 m,
@@ -221,10 +291,11 @@ impl Blas {
         let count = int("batch", count)?;
         let [a, b, c] = gemm.in_order(lists);
         let (alpha, beta) = (1.0f32, gemm.beta());
+        let handle = self.handle.bound()?;
         // SAFETY: as in `strided`.
         unsafe {
             sys::cublasGemmBatchedEx(
-                *self.handle.handle(),
+                handle,
                 op_a,
                 op_b,
                 m,
@@ -282,6 +353,29 @@ pub(super) fn one_stride(what: &MatMul) -> Option<(usize, [usize; 3])> {
         return Some((outer * inner, strides(1)));
     }
     (inner == 1).then(|| (outer, strides(0)))
+}
+
+/// Whether cuBLAS may be given the batch as a list of addresses: it does not look at them, and reads 16 bytes at once.
+pub(super) fn listable(what: &MatMul, base: [u64; 3], size: [usize; 3]) -> bool {
+    let whole = |(base, (layout, size)): (u64, (Layout, usize))| {
+        let [outer, inner] = layout.batch;
+        let mut strides = [layout.offset, outer, inner].into_iter();
+        base.is_multiple_of(16) && strides.all(|stride| (stride * size).is_multiple_of(16))
+    };
+    base.into_iter().zip([what.a, what.b, what.c].into_iter().zip(size)).all(whole)
+}
+
+/// Where the matrices of a batch begin, `[3, products]`: those of a, of b and of c, whose buffers begin at `base` and
+/// have elements of `size` bytes. The batch was checked.
+pub(super) fn addresses(what: &MatMul, base: [u64; 3], size: [usize; 3]) -> Vec<u64> {
+    let [outer, inner] = what.batch;
+    let of = |((layout, base), size): ((Layout, u64), usize)| {
+        let [of_outer, of_inner] = layout.batch;
+        let first = move |o: usize, i: usize| layout.offset + o * of_outer + i * of_inner;
+        let inner = move |o| (0..inner).map(move |i| base + (first(o, i) * size) as u64);
+        (0..outer).flat_map(inner)
+    };
+    [what.a, what.b, what.c].into_iter().zip(base).zip(size).flat_map(of).collect()
 }
 
 /// A row-major product as a column-major one.
@@ -461,6 +555,49 @@ mod tests {
         assert_eq!(of([2, 1], [99, 4], [7, 5]), Some((2, [99, 7, 99])));
         assert_eq!(of([2, 3], [12, 4], [16, 5]), None);
         assert_eq!(of([2, 3], [12, 4], [0, 5]), None);
+    }
+
+    #[test]
+    fn a_list_has_the_addresses_of_all_matrices() {
+        let layout = |offset, batch| Layout { offset, batch, ..Layout::rows(2) };
+        let (a, b, c) = (layout(8, [1000, 16]), layout(0, [0, 24]), layout(4, [12, 1 << 30]));
+        let what = MatMul { mnk: [2, 2, 2], batch: [40, 3], a, b, c, add: false };
+        let (base, size) = ([1 << 40, 3 << 33, 64], [2, 2, 4]);
+        let list = addresses(&what, base, size);
+        assert_eq!(list.len(), 3 * 120);
+        for (x, matrix) in [a, b, c].into_iter().enumerate() {
+            for i in 0..120 {
+                let elements = matrix.offset + i / 3 * matrix.batch[0] + i % 3 * matrix.batch[1];
+                assert_eq!(list[x * 120 + i], base[x] + (elements * size[x]) as u64);
+            }
+        }
+        assert!(listable(&what, base, size));
+        assert!(!listable(&what, [8, 16, 16], size));
+        for a in [layout(4, [1000, 16]), layout(8, [1004, 16]), layout(8, [1000, 4])] {
+            assert!(!listable(&MatMul { a, ..what }, base, size), "{a:?}");
+        }
+        assert!(list.iter().all(|address| address.is_multiple_of(16)));
+    }
+
+    /// PyTorch's environment, not activated, and a link to its Python from elsewhere.
+    #[cfg(unix)]
+    #[test]
+    fn wheels_of_the_python_on_the_path_are_found() {
+        let root = env::temp_dir().join(format!("fused-dropout-wheels-{}", std::process::id()));
+        let lib = root.join("torch/lib/python3.12/site-packages/nvidia/cu13/lib");
+        for folder in [&lib, &root.join("torch/bin"), &root.join("elsewhere/bin")] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        fs::write(root.join("torch/bin/python3"), "").unwrap();
+        let link = root.join("elsewhere/bin/python3");
+        std::os::unix::fs::symlink(root.join("torch/bin/python3"), link).unwrap();
+        let looked_in = |folder: &str| -> Vec<PathBuf> {
+            let path = env::join_paths([root.join("nothing"), root.join(folder)]).unwrap();
+            environments(&path).iter().flat_map(|environment| wheels(environment)).collect()
+        };
+        let found = ["torch/bin", "elsewhere/bin"].map(|folder| looked_in(folder).contains(&lib));
+        fs::remove_dir_all(&root).unwrap();
+        assert_eq!(found, [true; 2]);
     }
 
     /// Whatever this machine has: an answer, and no panic.

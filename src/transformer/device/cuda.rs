@@ -1,34 +1,48 @@
 //! A GPU as a device with memory and cuBLAS, and a training step as a CUDA graph.
 
-use super::cublas::{Blas, Gemm, one_stride};
-use super::{Accelerator, Memory, kernels};
+use super::Memory;
+use super::capture::Capture;
+use super::cublas::{Blas, Gemm, addresses, listable, one_stride};
 use crate::cuda::{Gpu, Kernels, driver};
 use crate::device::{Address, Device, Kernel, Readable, Writable};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::transformer::backend::{Element, MatMul};
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
+use cudarc::driver::result::memset_d8_async;
+use cudarc::driver::result::{memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async};
+use cudarc::driver::sys::CUstream;
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
 use std::cell::RefCell;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::ops::Range;
-
-/// Products of a batch that needs a list of addresses.
-const MOST_LISTED: usize = 1 << 16;
+use std::sync::Arc;
 
 /// A GPU: a stream of its own, the crate's kernels and cuBLAS.
 pub struct CudaDevice {
     gpu: Gpu,
     blas: Blas,
-    /// `[3, products]`, the addresses of the matrices of the batch that is being submitted.
-    pointers: RefCell<CudaBuffer<u64>>,
+    /// The addresses of the matrices of each batch of products that needs a list of them.
+    lists: RefCell<HashMap<Batch, CudaBuffer<u64>>>,
+    /// While a graph is captured: the memory that it uses.
+    used: RefCell<Option<Used>>,
 }
 
-/// Memory of a [`CudaDevice`].
+/// What a list of addresses follows from, so that one that was made once is right for good: the products, where their
+/// buffers begin, and the bytes of an element.
+type Batch = (MatMul, [u64; 3], [usize; 3]);
+
+/// Memory by its address.
+pub(super) type Used = HashMap<u64, Arc<CudaSlice<u8>>>;
+
+/// Memory of a [`CudaDevice`]. A [`StepGraph`] that uses it keeps it alive.
 pub struct CudaBuffer<E> {
-    /// At least one element: the driver allocates no zero bytes.
-    memory: CudaSlice<E>,
+    /// At least one byte: the driver allocates no zero bytes.
+    memory: Arc<CudaSlice<u8>>,
     len: usize,
+    element: PhantomData<E>,
 }
 
 impl CudaDevice {
@@ -40,29 +54,73 @@ impl CudaDevice {
     pub fn open(ordinal: usize) -> Result<Self, Error> {
         let context = crate::cuda::context(ordinal)?;
         // A graph's capture does not get on with cudarc's events.
-        // SAFETY: this context object and its stream are this device's own. Neither they nor the slices
-        // in its buffers are given away, so everything is ordered by the one stream.
+        // SAFETY: this context object and its stream are this device's own. The slices in its buffers are not
+        // given away, and another device's stream is refused (`CudaBuffer::address`), so everything is ordered
+        // by the one stream.
         unsafe { context.disable_event_tracking() };
         let kernels = Kernels::load(&context)?;
         let stream = context.new_stream().map_err(driver("making a stream"))?;
         let gpu = Gpu::new(&kernels, stream)?;
         let blas = Blas::new(gpu.stream())?;
-        let pointers = RefCell::new(zeros(&gpu, 3 * MOST_LISTED)?);
-        Ok(Self { gpu, blas, pointers })
+        Ok(Self { gpu, blas, lists: RefCell::default(), used: RefCell::new(None) })
+    }
+
+    /// The device's name, as the driver has it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn name(&self) -> Result<String, Error> {
+        self.gpu.stream().context().name().map_err(driver("asking for the device's name"))
+    }
+
+    /// The stream, for the driver's own functions: its context is this thread's.
+    fn stream(&self) -> Result<CUstream, Error> {
+        let stream = self.gpu.stream();
+        stream.context().bind_to_thread().map_err(driver("binding the context"))?;
+        Ok(stream.cu_stream())
+    }
+
+    /// The list of addresses of a batch's matrices, `[3, products]`.
+    fn list(&self, what: &MatMul, base: [u64; 3], size: [usize; 3]) -> Result<u64, Error> {
+        let mut lists = self.lists.borrow_mut();
+        let list = match lists.entry((*what, base, size)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                if self.used.borrow().is_some() {
+                    let expected = "no batch of products that the step before did not have";
+                    return Err(Error::argument("graph", "work", expected, format!("{what:?}")));
+                }
+                let list = addresses(what, base, size);
+                let mut buffer = self.zeros(list.len())?;
+                Memory::write(self, &mut buffer, &list)?;
+                place.insert(buffer)
+            }
+        };
+        Ok(list.address(self)?.pointer)
     }
 }
 
-impl<E> CudaBuffer<E> {
-    /// Where it begins.
-    pub(super) fn address(&self) -> u64 {
-        let stream = self.memory.stream();
-        self.memory.device_ptr(stream).0
+impl<E: Element> CudaBuffer<E> {
+    /// Where it begins. A graph that is being captured keeps it from now on.
+    fn address<'a>(&'a self, device: &'a CudaDevice) -> Result<Address<'a, CudaDevice>, Error> {
+        if !Arc::ptr_eq(self.memory.stream(), device.gpu.stream()) {
+            return Err(Error::argument("cuda", "tensor", "one of this device", "another's"));
+        }
+        let Address { pointer, hold } = Readable::<u8, Gpu>::read(&*self.memory, &device.gpu)?;
+        if let Some(used) = &mut *device.used.borrow_mut() {
+            used.entry(pointer).or_insert_with(|| self.memory.clone());
+        }
+        Ok(Address { pointer, hold })
     }
-}
 
-fn zeros<E: Element>(gpu: &Gpu, len: usize) -> Result<CudaBuffer<E>, Error> {
-    let memory = gpu.stream().alloc_zeros(len.max(1)).map_err(driver("allocating memory"))?;
-    Ok(CudaBuffer { memory, len })
+    /// Refuses a part that it has not.
+    fn check_part(&self, operation: &'static str, part: &Range<usize>) -> Result<(), Error> {
+        if part.start <= part.end && part.end <= self.len {
+            return Ok(());
+        }
+        let expected = format!("a part of {} elements", self.len);
+        Err(Error::argument(operation, "part", expected, format!("{part:?}")))
+    }
 }
 
 impl Device for CudaDevice {
@@ -80,31 +138,36 @@ impl Device for CudaDevice {
     }
 }
 
-// SAFETY: a buffer's memory has at least the `len` elements that it says; the rest is `Gpu`'s word.
+// SAFETY: a buffer's memory has at least the `len` elements that it says, and the driver's allocations are aligned to
+// 256 bytes; the rest is `Gpu`'s word.
 unsafe impl<E: Element> Readable<E, CudaDevice> for CudaBuffer<E> {
     fn elements(&self) -> usize {
         self.len
     }
 
     fn read<'a>(&'a self, device: &'a CudaDevice) -> Result<Address<'a, CudaDevice>, Error> {
-        let Address { pointer, hold } = Readable::<E, Gpu>::read(&self.memory, &device.gpu)?;
-        Ok(Address { pointer, hold })
+        self.address(device)
     }
 }
 
-// SAFETY: as above; any bits are an `Element`.
+// SAFETY: as above; the borrow is exclusive, a graph that shares the memory runs behind what was submitted before it,
+// and any bits are an `Element`.
 unsafe impl<E: Element> Writable<E, CudaDevice> for CudaBuffer<E> {
     fn write<'a>(&'a mut self, device: &'a CudaDevice) -> Result<Address<'a, CudaDevice>, Error> {
-        let Address { pointer, hold } = Writable::<E, Gpu>::write(&mut self.memory, &device.gpu)?;
-        Ok(Address { pointer, hold })
+        self.address(device)
     }
 }
 
 impl Memory for CudaDevice {
     type Buffer<E: Element> = CudaBuffer<E>;
+    type Graph = StepGraph;
 
     fn zeros<E: Element>(&self, len: usize) -> Result<CudaBuffer<E>, Error> {
-        zeros(&self.gpu, len)
+        let too_long = || Error::argument("zeros", "len", "a length that memory has", len);
+        let bytes = len.checked_mul(size_of::<E>()).ok_or_else(too_long)?;
+        let memory = self.gpu.stream().alloc_zeros(bytes.max(1));
+        let memory = Arc::new(memory.map_err(driver("allocating memory"))?);
+        Ok(CudaBuffer { memory, len, element: PhantomData })
     }
 
     fn write<E: Element>(&self, buffer: &mut CudaBuffer<E>, values: &[E]) -> Result<(), Error> {
@@ -115,35 +178,94 @@ impl Memory for CudaDevice {
         if values.is_empty() {
             return Ok(());
         }
-        let copied = self.gpu.stream().memcpy_htod(values, &mut buffer.memory);
-        copied.map_err(driver("copying to the device"))
+        let to = buffer.address(self)?;
+        // SAFETY: the buffer has room for the values. The driver has taken them from pageable memory when it returns.
+        unsafe { memcpy_htod_async(to.pointer, values, self.stream()?) }
+            .map_err(driver("copying to the device"))
     }
 
     fn read<E: Element>(&self, buffer: &CudaBuffer<E>) -> Result<Vec<E>, Error> {
-        let mut values = vec![E::default(); buffer.len.max(1)];
-        let stream = self.gpu.stream();
-        stream
-            .memcpy_dtoh(&buffer.memory, &mut values)
-            .map_err(driver("copying from the device"))?;
-        stream.synchronize().map_err(driver("waiting for the device"))?;
-        values.truncate(buffer.len);
+        let mut values = vec![E::default(); buffer.len];
+        if values.is_empty() {
+            return Ok(values);
+        }
+        let from = buffer.address(self)?;
+        // SAFETY: both have `len` elements, any bits are an `Element`, and `values` lives until the stream is done.
+        let copied = unsafe { memcpy_dtoh_async(&mut values, from.pointer, self.stream()?) };
+        // In any case: the copy may be under way.
+        let done = self.gpu.stream().synchronize();
+        copied.map_err(driver("copying from the device"))?;
+        done.map_err(driver("waiting for the device"))?;
         Ok(values)
     }
 
-    fn clear<E: Element>(&self, buffer: &mut CudaBuffer<E>) -> Result<(), Error> {
-        self.gpu.stream().memset_zeros(&mut buffer.memory).map_err(driver("clearing memory"))
-    }
-
-    fn clear_part(&self, buffer: &mut CudaBuffer<f32>, part: Range<usize>) -> Result<(), Error> {
-        if part.start > part.end || part.end > buffer.len {
-            let expected = format!("a part of {} elements", buffer.len);
-            return Err(Error::argument("clear_part", "part", expected, format!("{part:?}")));
-        }
+    fn copy(
+        &self,
+        from: &CudaBuffer<f32>,
+        to: &mut CudaBuffer<f32>,
+        at: usize,
+    ) -> Result<(), Error> {
+        let part = at..at.saturating_add(from.len);
+        to.check_part("copy", &part)?;
         if part.is_empty() {
             return Ok(());
         }
-        let mut part = buffer.memory.slice_mut(part);
-        self.gpu.stream().memset_zeros(&mut part).map_err(driver("clearing memory"))
+        let (from, to) = (from.address(self)?, to.address(self)?);
+        let to = to.pointer + (at * size_of::<f32>()) as u64;
+        // SAFETY: the part has as many elements as `from`, and lies in another buffer.
+        unsafe {
+            memcpy_dtod_async(to, from.pointer, part.len() * size_of::<f32>(), self.stream()?)
+        }
+        .map_err(driver("copying on the device"))
+    }
+
+    fn clear<E: Element>(&self, buffer: &mut CudaBuffer<E>) -> Result<(), Error> {
+        if buffer.len == 0 {
+            return Ok(());
+        }
+        let address = buffer.address(self)?.pointer;
+        // SAFETY: the buffer has so many bytes, and zeros are an `Element`.
+        unsafe { memset_d8_async(address, 0, buffer.len * size_of::<E>(), self.stream()?) }
+            .map_err(driver("clearing memory"))
+    }
+
+    fn clear_part(&self, buffer: &mut CudaBuffer<f32>, part: Range<usize>) -> Result<(), Error> {
+        buffer.check_part("clear_part", &part)?;
+        if part.is_empty() {
+            return Ok(());
+        }
+        let size = size_of::<f32>();
+        let address = buffer.address(self)?.pointer + (part.start * size) as u64;
+        // SAFETY: the buffer has this part.
+        unsafe { memset_d8_async(address, 0, part.len() * size, self.stream()?) }
+            .map_err(driver("clearing memory"))
+    }
+
+    fn record(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Option<StepGraph>, Error> {
+        let stream = self.gpu.stream();
+        stream.synchronize().map_err(driver("waiting for the device"))?;
+        let capture = Capture::begin(stream, &self.used)?;
+        let recorded = work();
+        let captured = capture.end();
+        recorded?;
+        let (graph, used) = captured?;
+        let nothing = || Error::argument("graph", "work", "a training step", "nothing");
+        let graph = graph.ok_or_else(nothing)?;
+        Ok(Some(StepGraph { graph, stream: stream.clone(), _used: used }))
+    }
+
+    fn replay(&self, graph: &StepGraph) -> Result<(), Error> {
+        if !Arc::ptr_eq(&graph.stream, self.gpu.stream()) {
+            return Err(Error::argument(
+                "graph",
+                "device",
+                "the one it was captured on",
+                "another",
+            ));
+        }
+        // What the graph's kernels read and write is there: buffers in `_used`, lists and cuBLAS's workspace with
+        // this device, whose stream it is. They run behind all that was submitted before.
+        graph.graph.launch().map_err(driver("launching a graph"))
     }
 
     fn matmul<T: Dtype + Element, C: Dtype + Element>(
@@ -162,75 +284,47 @@ impl Memory for CudaDevice {
         if m * n == 0 || what.batch.contains(&0) {
             return Ok(());
         }
+        let first = |outer: usize| {
+            let matrices = [what.a, what.b, what.c];
+            let element = |x: usize| matrices[x].offset + outer * matrices[x].batch[0];
+            std::array::from_fn(|x| base[x] + (element(x) * size[x]) as u64)
+        };
         if let Some(batch) = one_stride(what) {
-            let offsets = [what.a.offset, what.b.offset, what.c.offset];
-            let first = std::array::from_fn(|x| base[x] + (offsets[x] * size[x]) as u64);
             // SAFETY: `check` has found all matrices in their buffers, which are held until the end.
-            return unsafe { self.blas.strided::<T, C>(&gemm, batch, first) };
+            return unsafe { self.blas.strided::<T, C>(&gemm, batch, first(0)) };
         }
-        let mut pointers = self.pointers.borrow_mut();
-        kernels::matmul_pointers(self, what, base, size, &mut *pointers)?;
-        let count = what.batch[0] * what.batch[1];
-        let lists = pointers.address();
-        let lists = std::array::from_fn(|x| lists + (x * count * size_of::<u64>()) as u64);
-        // SAFETY: as above; the kernel before it writes the lists.
-        unsafe { self.blas.listed::<T, C>(&gemm, count, lists) }
+        let [outer, inner] = what.batch;
+        if listable(what, base, size) {
+            let list = self.list(what, base, size)?;
+            let lists =
+                std::array::from_fn(|x| list + (x * outer * inner * size_of::<u64>()) as u64);
+            // SAFETY: as above; the list was copied to the device before, and stays there.
+            return unsafe { self.blas.listed::<T, C>(&gemm, outer * inner, lists) };
+        }
+        let batch = (inner, [what.a, what.b, what.c].map(|layout| layout.batch[1]));
+        // SAFETY: as above.
+        (0..outer)
+            .try_for_each(|outer| unsafe { self.blas.strided::<T, C>(&gemm, batch, first(outer)) })
     }
 }
 
-/// A training step, captured once and replayed with other numbers.
+/// A training step of an [`Accelerator`](super::Accelerator) on a GPU, captured once and replayed with other numbers.
 ///
-/// The graph keeps the step's kernels, their parameters and the addresses of its buffers. What the host may
-/// change between replays lies in buffers: ids, labels, and the numbers of AdamW. Stream numbers are resident
-/// ([`Accelerator::resident`]), so every replay draws fresh masks, those of the step it is told.
+/// It has the step's kernels, their parameters, and the memory that they use. What the host changes between replays
+/// lies in buffers: ids, labels, the numbers of AdamW, and stream numbers.
+///
+/// While it is captured no thread may wait for the whole device or context (`CudaContext::synchronize`,
+/// `cudaDeviceSynchronize`): the driver ends the capture with an error. Opening and dropping a [`CudaDevice`] in another
+/// thread waits for the capture's end.
 pub struct StepGraph {
     graph: CudaGraph,
+    stream: Arc<CudaStream>,
+    _used: Used,
 }
 
-impl StepGraph {
-    /// Runs `work`, training step `step`, once as usual, which allocates the scratch memory and loads the
-    /// kernels, and captures what it does then. `work` reads nothing, writes nothing from the host,
-    /// allocates nothing and drops no buffer; its passes are of step `step`.
-    ///
-    /// # Errors
-    /// What `work` says; [`Error::Argument`] where it does what a graph cannot repeat; what the driver says.
-    pub fn capture<T: Dtype + Element>(
-        backend: &Accelerator<CudaDevice, T>,
-        step: u64,
-        mut work: impl FnMut() -> Result<(), Error>,
-    ) -> Result<Self, Error> {
-        backend.resident(step)?;
-        work()?;
-        let stream = backend.device.gpu.stream();
-        stream.synchronize().map_err(driver("waiting for the device"))?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(driver("beginning a capture"))?;
-        backend.capturing.set(true);
-        let captured = work();
-        backend.capturing.set(false);
-        // Ended in any case: the stream would stay in capture.
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
-        captured?;
-        let graph = graph.map_err(driver("ending a capture"))?;
-        let nothing = || Error::argument("graph", "work", "a training step", "nothing");
-        Ok(Self { graph: graph.ok_or_else(nothing)? })
-    }
-
-    /// Runs training step `step`.
-    ///
-    /// # Safety
-    /// `backend` is the one that the graph was captured on, [`Accelerator::resident`] was not called on it
-    /// since, and every buffer that `work` used is still there.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] where there is no such step; otherwise what the driver says.
-    pub unsafe fn replay<T: Dtype + Element>(
-        &self,
-        backend: &Accelerator<CudaDevice, T>,
-        step: u64,
-    ) -> Result<(), Error> {
-        backend.advance(step)?;
-        backend.reports.set(true);
-        self.graph.launch().map_err(driver("launching a graph"))
+impl Drop for StepGraph {
+    /// Waits for the last replay. An error will be back in the next call.
+    fn drop(&mut self) {
+        _ = self.stream.synchronize();
     }
 }

@@ -6,10 +6,20 @@ use crate::emulator::Emulator;
 use crate::error::Error;
 use crate::transformer::CpuBackend;
 use crate::transformer::backend::{Backend, Element, Layout, MatMul};
+use std::convert::Infallible;
 use std::ops::Range;
 
 impl Memory for Emulator {
     type Buffer<E: Element> = Vec<E>;
+    type Graph = Infallible;
+
+    fn record(&self, _: impl FnOnce() -> Result<(), Error>) -> Result<Option<Infallible>, Error> {
+        Ok(None)
+    }
+
+    fn replay(&self, graph: &Infallible) -> Result<(), Error> {
+        match *graph {}
+    }
 
     fn zeros<E: Element>(&self, len: usize) -> Result<Vec<E>, Error> {
         CpuBackend::new().zeros(len)
@@ -21,6 +31,10 @@ impl Memory for Emulator {
 
     fn read<E: Element>(&self, buffer: &Vec<E>) -> Result<Vec<E>, Error> {
         CpuBackend::new().read(buffer)
+    }
+
+    fn copy(&self, from: &Vec<f32>, to: &mut Vec<f32>, at: usize) -> Result<(), Error> {
+        CpuBackend::new().copy(from, to, at)
     }
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {

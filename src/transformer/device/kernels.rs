@@ -1,14 +1,10 @@
 //! The transformer's own kernels (`kernels/transformer/`) as launches, for every [`Device`].
 
-#[cfg(any(feature = "cuda", test))]
-use crate::device::abi::IndexDivisor;
-use crate::device::{Device, Kernel, Readable, Writable, aligned, kernel, launch};
+use crate::device::{Address, Device, Kernel, Readable, Writable, aligned, kernel, launch};
 use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
 use crate::ops::{Shape, check_len};
 use crate::transformer::backend::ADAMW_NUMBERS;
-#[cfg(any(feature = "cuda", test))]
-use crate::transformer::backend::MatMul;
 
 /// Elements of a block that takes them one by one: `ELEMENTS_A_BLOCK` in `kernels/transformer/elements.cuh`.
 const ELEMENTS_A_BLOCK: usize = 1024;
@@ -19,26 +15,29 @@ const PART_ELEMENTS: usize = 1 << 14;
 /// A tensor that is updated: `InOut` in `kernels/transformer/elements.cuh`.
 type InOut = [u64; 2];
 
+/// Columns up to which a warp takes a row of the cross-entropy: 32 lanes of four octets.
+const WARP_COLS: usize = 1024;
+
 /// `CrossEntropyParams` in `kernels/transformer/cross_entropy.cu`.
 #[repr(C)]
 struct CrossEntropyParams {
     logits: InOut,
     labels: u64,
+    factor: u64,
     losses: u64,
     cols: u64,
-    factor: f32,
+    rows: u32,
     padding: u32,
 }
-const _: () = assert!(size_of::<CrossEntropyParams>() == 48);
+const _: () = assert!(size_of::<CrossEntropyParams>() == 56);
 
 /// `CrossEntropyLossParams` in the same file.
 #[repr(C)]
 struct CrossEntropyLossParams {
     losses: u64,
+    factor: u64,
     loss: u64,
     rows: u64,
-    factor: f32,
-    padding: u32,
 }
 const _: () = assert!(size_of::<CrossEntropyLossParams>() == 32);
 
@@ -47,7 +46,7 @@ const _: () = assert!(size_of::<CrossEntropyLossParams>() == 32);
 pub(super) fn cross_entropy<T: Dtype, D: Device>(
     device: &D,
     shape: Shape,
-    factor: f32,
+    factor: &dyn Readable<f32, D>,
     labels: &dyn Readable<i32, D>,
     logits: &mut dyn Writable<T, D>,
     losses: &mut dyn Writable<f32, D>,
@@ -55,47 +54,80 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     const NAME: &str = "cross_entropy";
     check_len(NAME, "logits", shape.elements(NAME)?, logits.elements())?;
+    check_len(NAME, "factor", 1, factor.elements())?;
     check_len(NAME, "labels", shape.rows, labels.elements())?;
     check_len(NAME, "losses", shape.rows, losses.elements())?;
     check_len(NAME, "loss", 1, loss.elements())?;
-    let (labels, logits) = (labels.read(device)?, logits.write(device)?);
-    let (losses, loss) = (losses.write(device)?, loss.write(device)?);
-    let kernel = match aligned(shape.cols, &[logits.pointer]) {
-        true => kernel!(NAME, "cross_entropy", T),
-        false => kernel!(NAME, "cross_entropy_any", T),
+    let rows = u32::try_from(shape.rows)
+        .map_err(|_| Error::argument(NAME, "rows", "fewer than 2^32 rows", shape.rows))?;
+    let (factor, labels) = (factor.read(device)?, labels.read(device)?);
+    let (logits, losses, loss) =
+        (logits.write(device)?, losses.write(device)?, loss.write(device)?);
+    let aligned = aligned(shape.cols, &[logits.pointer]);
+    let (kernel, rows_a_block) = match (shape.cols <= WARP_COLS, aligned) {
+        (true, true) => (kernel!(NAME, "cross_entropy_warp", T), 8),
+        (true, false) => (kernel!(NAME, "cross_entropy_warp_any", T), 8),
+        (false, true) => (kernel!(NAME, "cross_entropy_block", T), 1),
+        (false, false) => (kernel!(NAME, "cross_entropy_block_any", T), 1),
     };
     let params = CrossEntropyParams {
         logits: [logits.pointer; 2],
         labels: labels.pointer,
+        factor: factor.pointer,
         losses: losses.pointer,
         cols: shape.cols as u64,
-        factor,
+        rows,
         padding: 0,
     };
     let sum = CrossEntropyLossParams {
         losses: losses.pointer,
+        factor: factor.pointer,
         loss: loss.pointer,
         rows: shape.rows as u64,
-        factor,
-        padding: 0,
     };
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
     unsafe {
         if shape.rows > 0 {
-            launch(device, kernel, shape.rows, &params)?;
+            launch(device, kernel, shape.rows.div_ceil(rows_a_block), &params)?;
         }
         launch(device, Kernel { operator: NAME, name: "cross_entropy_loss_f32" }, 1, &sum)
+    }
+}
+
+/// Tensors of a launch that takes several: `TENSORS` in `kernels/transformer/elements.cuh`.
+const TENSORS: usize = 48;
+
+/// `Blocks` in the same file.
+#[repr(C)]
+struct Blocks([u32; TENSORS]);
+
+impl Blocks {
+    /// Of tensors of so many elements, of which a block takes `a_block`; and the number of all blocks.
+    fn new(
+        operator: &'static str,
+        elements: impl Iterator<Item = usize>,
+        a_block: usize,
+    ) -> Result<(Self, usize), Error> {
+        let mut first = [u32::MAX; TENSORS];
+        let mut blocks = 0usize;
+        for (first, elements) in first.iter_mut().zip(elements) {
+            *first = u32::try_from(blocks)
+                .map_err(|_| Error::argument(operator, "tensors", "fewer elements", blocks))?;
+            blocks += elements.div_ceil(a_block);
+        }
+        Ok((Self(first), blocks))
     }
 }
 
 /// `SquaresParams` in `kernels/transformer/gradient_norm.cu`.
 #[repr(C)]
 struct SquaresParams {
-    values: u64,
     parts: u64,
-    count: u64,
+    blocks: Blocks,
+    values: [u64; TENSORS],
+    counts: [u64; TENSORS],
 }
-const _: () = assert!(size_of::<SquaresParams>() == 24);
+const _: () = assert!(size_of::<SquaresParams>() == 968);
 
 /// `NormParams` in the same file.
 #[repr(C)]
@@ -128,18 +160,23 @@ pub(super) fn gradient_norm<D: Device>(
     check_len(NAME, "norm", 2, norm.elements())?;
     let (parts, norm) = (parts.write(device)?, norm.write(device)?);
     let mut next = parts.pointer;
-    for grad in grads {
-        let blocks = grad.elements().div_ceil(PART_ELEMENTS);
-        if blocks == 0 {
+    for grads in grads.chunks(TENSORS) {
+        let elements = grads.iter().map(|grad| grad.elements());
+        let (blocks, count) = Blocks::new(NAME, elements, PART_ELEMENTS)?;
+        if count == 0 {
             continue;
         }
-        let values = grad.read(device)?;
-        let params =
-            SquaresParams { values: values.pointer, parts: next, count: grad.elements() as u64 };
+        let held = grads.iter().map(|grad| grad.read(device)).collect::<Result<Vec<_>, _>>()?;
+        let params = SquaresParams {
+            parts: next,
+            blocks,
+            values: std::array::from_fn(|i| held.get(i).map_or(0, |values| values.pointer)),
+            counts: std::array::from_fn(|i| grads.get(i).map_or(0, |grad| grad.elements() as u64)),
+        };
         let kernel = Kernel { operator: NAME, name: "gradient_norm_squares_f32" };
         // SAFETY: a block writes one of the parts, whose number was checked; the addresses are held.
-        unsafe { launch(device, kernel, blocks, &params)? };
-        next += (blocks * size_of::<f32>()) as u64;
+        unsafe { launch(device, kernel, count, &params)? };
+        next += (count * size_of::<f32>()) as u64;
     }
     let params = NormParams {
         parts: parts.pointer,
@@ -152,11 +189,10 @@ pub(super) fn gradient_norm<D: Device>(
     unsafe { launch(device, Kernel { operator: NAME, name: "gradient_norm_f32" }, 1, &params) }
 }
 
-/// `AdamwParams` in `kernels/transformer/adamw.cu`.
+/// `AdamwWeight` in `kernels/transformer/adamw.cu`.
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
-struct AdamwParams {
-    numbers: u64,
-    norm: u64,
+struct AdamwWeight {
     grad: u64,
     m: InOut,
     v: InOut,
@@ -166,57 +202,101 @@ struct AdamwParams {
     decay: f32,
     padding: u32,
 }
-const _: () = assert!(size_of::<AdamwParams>() == 96);
+
+/// `AdamwParams` in the same file.
+#[repr(C)]
+struct AdamwParams {
+    numbers: u64,
+    norm: u64,
+    blocks: Blocks,
+    weights: [AdamwWeight; TENSORS],
+}
+const _: () = assert!(size_of::<AdamwParams>() == 4048);
+
+/// A weight and what AdamW keeps of it: [`Weight`](crate::transformer::backend::Weight) with a device's tensors.
+pub(super) struct DeviceWeight<'a, T, D: Device> {
+    pub weight: &'a mut dyn Writable<T, D>,
+    pub master: Option<&'a mut dyn Writable<f32, D>>,
+    pub grad: &'a dyn Readable<f32, D>,
+    pub m: &'a mut dyn Writable<f32, D>,
+    pub v: &'a mut dyn Writable<f32, D>,
+    pub decay: f32,
+}
+
+/// The addresses of a weight, held for one launch.
+struct HeldWeight<'a, D: Device> {
+    params: AdamwWeight,
+    _held: [Option<Address<'a, D>>; 5],
+}
+
+impl<T: Dtype, D: Device> DeviceWeight<'_, T, D> {
+    fn check(&self, operator: &'static str) -> Result<(), Error> {
+        let count = self.weight.elements();
+        check_len(operator, "grad", count, self.grad.elements())?;
+        check_len(operator, "m", count, self.m.elements())?;
+        check_len(operator, "v", count, self.v.elements())?;
+        match &self.master {
+            Some(master) => check_len(operator, "master", count, master.elements()),
+            None if T::ID == DtypeId::F32 => Ok(()),
+            None => Err(Error::argument(operator, "master", "the weight in f32", "none")),
+        }
+    }
+
+    fn hold<'h>(&'h mut self, device: &'h D) -> Result<HeldWeight<'h, D>, Error> {
+        let count = self.weight.elements() as u64;
+        let (grad, m, v) = (self.grad.read(device)?, self.m.write(device)?, self.v.write(device)?);
+        let weight = self.weight.write(device)?;
+        let master = self.master.as_mut().map(|master| master.write(device)).transpose()?;
+        let (master_at, rounded) = match &master {
+            Some(master) => (master.pointer, weight.pointer),
+            None => (weight.pointer, 0),
+        };
+        let params = AdamwWeight {
+            grad: grad.pointer,
+            m: [m.pointer; 2],
+            v: [v.pointer; 2],
+            master: [master_at; 2],
+            weight: rounded,
+            count,
+            decay: self.decay,
+            padding: 0,
+        };
+        Ok(HeldWeight { params, _held: [Some(grad), Some(m), Some(v), Some(weight), master] })
+    }
+}
 
 /// [`Backend::adamw`](crate::transformer::Backend::adamw).
 pub(super) fn adamw<T: Dtype, D: Device>(
     device: &D,
     numbers: &dyn Readable<f32, D>,
     norm: &dyn Readable<f32, D>,
-    weight: &mut dyn Writable<T, D>,
-    master: Option<&mut dyn Writable<f32, D>>,
-    grad: &dyn Readable<f32, D>,
-    m: &mut dyn Writable<f32, D>,
-    v: &mut dyn Writable<f32, D>,
-    decay: f32,
+    weights: &mut [DeviceWeight<'_, T, D>],
 ) -> Result<(), Error> {
     const NAME: &str = "adamw";
-    let count = weight.elements();
     check_len(NAME, "numbers", ADAMW_NUMBERS, numbers.elements())?;
     check_len(NAME, "norm", 2, norm.elements())?;
-    check_len(NAME, "grad", count, grad.elements())?;
-    check_len(NAME, "m", count, m.elements())?;
-    check_len(NAME, "v", count, v.elements())?;
-    match &master {
-        Some(master) => check_len(NAME, "master", count, master.elements())?,
-        None if T::ID == DtypeId::F32 => {}
-        None => return Err(Error::argument(NAME, "master", "the weight in f32", "none")),
+    weights.iter().try_for_each(|weight| weight.check(NAME))?;
+    let (numbers, norm) = (numbers.read(device)?, norm.read(device)?);
+    for weights in weights.chunks_mut(TENSORS) {
+        let elements = weights.iter().map(|weight| weight.weight.elements());
+        let (blocks, count) = Blocks::new(NAME, elements, ELEMENTS_A_BLOCK)?;
+        if count == 0 {
+            continue;
+        }
+        let held = weights.iter_mut().map(|weight| weight.hold(device));
+        let held = held.collect::<Result<Vec<_>, _>>()?;
+        let params = AdamwParams {
+            numbers: numbers.pointer,
+            norm: norm.pointer,
+            blocks,
+            weights: std::array::from_fn(|i| {
+                held.get(i).map_or(AdamwWeight::default(), |w| w.params)
+            }),
+        };
+        // SAFETY: the lengths were checked; the addresses are held until the end.
+        unsafe { launch(device, kernel!(NAME, "adamw", T), count, &params)? };
     }
-    let (numbers, norm, grad) = (numbers.read(device)?, norm.read(device)?, grad.read(device)?);
-    let (m, v, weight) = (m.write(device)?, v.write(device)?, weight.write(device)?);
-    let master = master.map(|master| master.write(device)).transpose()?;
-    let (master, rounded) = match &master {
-        Some(master) => (master.pointer, weight.pointer),
-        None => (weight.pointer, 0),
-    };
-    let params = AdamwParams {
-        numbers: numbers.pointer,
-        norm: norm.pointer,
-        grad: grad.pointer,
-        m: [m.pointer; 2],
-        v: [v.pointer; 2],
-        master: [master; 2],
-        weight: rounded,
-        count: count as u64,
-        decay,
-        padding: 0,
-    };
-    let blocks = count.div_ceil(ELEMENTS_A_BLOCK);
-    if blocks == 0 {
-        return Ok(());
-    }
-    // SAFETY: the lengths were checked; the addresses are held until the end.
-    unsafe { launch(device, kernel!(NAME, "adamw", T), blocks, &params) }
+    Ok(())
 }
 
 /// `AccumulateParams` in `kernels/transformer/accumulate.cu`.
@@ -245,86 +325,4 @@ pub(super) fn accumulate<T: Dtype, D: Device>(
     let params = AccumulateParams { from: from.pointer, to: [to.pointer; 2], count: count as u64 };
     // SAFETY: the lengths were checked; the addresses are held until the end.
     unsafe { launch(device, kernel!(NAME, "accumulate", T), blocks, &params) }
-}
-
-/// `PointersParams` in `kernels/transformer/matmul_pointers.cu`.
-#[cfg(any(feature = "cuda", test))]
-#[repr(C)]
-struct PointersParams {
-    pointers: u64,
-    base: [u64; 3],
-    stride: [[u64; 2]; 3],
-    count: u32,
-    inner: IndexDivisor,
-}
-#[cfg(any(feature = "cuda", test))]
-const _: () = assert!(size_of::<PointersParams>() == 96);
-
-/// The addresses of the matrices of a batch, `[3, products]`: those of a, of b and of c, whose buffers begin at
-/// `base` and have elements of `size` bytes. Only CUDA's products need it; the emulator tests it.
-#[cfg(any(feature = "cuda", test))]
-pub(super) fn matmul_pointers<D: Device>(
-    device: &D,
-    what: &MatMul,
-    base: [u64; 3],
-    size: [usize; 3],
-    pointers: &mut dyn Writable<u64, D>,
-) -> Result<(), Error> {
-    const NAME: &str = "matmul_pointers";
-    let [outer, inner] = what.batch;
-    let count = outer.saturating_mul(inner);
-    let room = pointers.elements() / 3;
-    if count == 0 || count > room {
-        return Err(Error::argument(NAME, "batch", format!("1 to {room} products"), count));
-    }
-    let matrices = [what.a, what.b, what.c];
-    let bytes = |x: usize, elements: usize| (elements * size[x]) as u64;
-    let pointers = pointers.write(device)?;
-    let params = PointersParams {
-        pointers: pointers.pointer,
-        base: std::array::from_fn(|x| base[x] + bytes(x, matrices[x].offset)),
-        stride: std::array::from_fn(|x| matrices[x].batch.map(|stride| bytes(x, stride))),
-        count: count as u32,
-        inner: IndexDivisor::new(inner as u32),
-    };
-    let kernel = Kernel { operator: NAME, name: "matmul_pointers_u64" };
-    // SAFETY: three addresses a product are written, and there is room for them.
-    unsafe { launch(device, kernel, count.div_ceil(ELEMENTS_A_BLOCK), &params) }
-}
-
-#[cfg(all(test, feature = "emulator"))]
-mod tests {
-    use super::*;
-    use crate::emulator::Emulator;
-    use crate::transformer::backend::Layout;
-
-    #[test]
-    fn pointers_are_those_of_the_matrices() {
-        let layout = |offset, batch| Layout { offset, batch, ..Layout::rows(2) };
-        let what = MatMul {
-            mnk: [2, 2, 2],
-            batch: [400, 3],
-            a: layout(5, [1000, 7]),
-            b: layout(0, [0, 9]),
-            c: layout(1, [13, 1 << 30]),
-            add: false,
-        };
-        let (base, size) = ([1 << 40, 3 << 33, 64], [2, 2, 4]);
-        for order in [0, 1, 2] {
-            let device = Emulator::new().order(order);
-            let mut pointers = vec![u64::MAX; 3 * 1200 + 6];
-            matmul_pointers(&device, &what, base, size, &mut pointers).unwrap();
-            for (x, matrix) in [what.a, what.b, what.c].into_iter().enumerate() {
-                for i in 0..1200 {
-                    let elements =
-                        matrix.offset + i / 3 * matrix.batch[0] + i % 3 * matrix.batch[1];
-                    assert_eq!(pointers[x * 1200 + i], base[x] + (elements * size[x]) as u64);
-                }
-            }
-            assert_eq!(pointers[3600..], [u64::MAX; 6]);
-        }
-        let mut few = vec![0; 3 * 1199];
-        let error = matmul_pointers(&Emulator::new(), &what, base, size, &mut few).unwrap_err();
-        assert!(matches!(error, Error::Argument { argument: "batch", .. }), "{error}");
-    }
 }

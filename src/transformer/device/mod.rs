@@ -19,9 +19,10 @@
 //! A device cannot refuse a token that is in no table: such a row is zeros, and
 //! [`Backend::read`] and [`Accelerator::check`] return the error.
 //!
-//! # Stream numbers in device memory
-//! A captured graph has its parameters fixed. [`Accelerator::resident`] makes every call read its stream number
-//! from device memory, and [`Accelerator::advance`] writes those of the next step there.
+//! # A training step as a graph
+//! [`Backend::repeat`] captures a step on a GPU and replays it: one launch in place of hundreds. The parameters of a
+//! captured kernel are fixed, so stream numbers lie in device memory ([`Accelerator::resident`]), where every step finds
+//! its own.
 
 use super::backend::{Backend, Element, MatMul, Weight};
 use super::streams::{MAX_STEPS, STEP_SHIFT, kept};
@@ -41,6 +42,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
+mod capture;
+#[cfg(feature = "cuda")]
 mod cublas;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -55,6 +58,24 @@ pub use cuda::{CudaBuffer, CudaDevice, StepGraph};
 pub trait Memory: Device + Sized {
     /// `E`s in the device's memory.
     type Buffer<E: Element>: Writable<E, Self>;
+    /// Work that the device can do again as a whole.
+    type Graph;
+
+    /// Calls `work` and keeps what it submits, in place of doing it; `None`, and `work` was not called, on a device
+    /// that has no graphs. The graph keeps the memory that it uses.
+    ///
+    /// # Errors
+    /// What `work` says; [`Error::Argument`] where it cannot be kept; otherwise what the device says.
+    fn record(
+        &self,
+        work: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Option<Self::Graph>, Error>;
+
+    /// Does the work of a graph.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where it is another device's; otherwise what the device says.
+    fn replay(&self, graph: &Self::Graph) -> Result<(), Error>;
 
     /// A buffer of `len` zeros.
     ///
@@ -73,6 +94,17 @@ pub trait Memory: Device + Sized {
     /// # Errors
     /// What the device says, also about earlier work.
     fn read<E: Element>(&self, buffer: &Self::Buffer<E>) -> Result<Vec<E>, Error>;
+
+    /// Copies `from` to another buffer, from its element `at` on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where that has no room; otherwise what the device says.
+    fn copy(
+        &self,
+        from: &Self::Buffer<f32>,
+        to: &mut Self::Buffer<f32>,
+        at: usize,
+    ) -> Result<(), Error>;
 
     /// Sets every value to zero.
     ///
@@ -112,6 +144,22 @@ pub struct Accelerator<D: Memory, T> {
     element: PhantomData<T>,
 }
 
+/// Says that a graph is being captured, until it is dropped: after a panic too.
+struct Capturing<'a>(&'a Cell<bool>);
+
+impl<'a> Capturing<'a> {
+    fn new(capturing: &'a Cell<bool>) -> Self {
+        capturing.set(true);
+        Self(capturing)
+    }
+}
+
+impl Drop for Capturing<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
 /// Stream numbers in device memory, one for each layer and site that a step has used.
 struct Streams<D: Memory> {
     step: u64,
@@ -119,11 +167,12 @@ struct Streams<D: Memory> {
     slots: HashMap<u64, usize>,
     /// The whole numbers, as they are in the device's memory.
     host: Vec<u64>,
-    device: D::Buffer<u64>,
+    /// [`CHUNK`] numbers each. They never move: a captured graph has their addresses.
+    device: Vec<D::Buffer<u64>>,
 }
 
-/// Stream numbers that there is room for at first.
-const FIRST_SLOTS: usize = 256;
+/// Stream numbers of a buffer.
+const CHUNK: usize = 256;
 
 /// One number of a buffer.
 struct Slot<'a, D: Memory> {
@@ -146,29 +195,37 @@ unsafe impl<D: Memory> Readable<u64, D> for Slot<'_, D> {
 }
 
 impl<D: Memory> Streams<D> {
-    fn new(device: &D, step: u64) -> Result<Self, Error> {
-        let buffer = device.zeros(FIRST_SLOTS)?;
-        Ok(Self { step, slots: HashMap::new(), host: Vec::new(), device: buffer })
+    fn new(step: u64) -> Self {
+        Self { step, slots: HashMap::new(), host: Vec::new(), device: Vec::new() }
     }
 
     /// A slot for the layer and site of stream number `low`, which has none.
     fn add(&mut self, device: &D, low: u64) -> Result<usize, Error> {
         let index = self.host.len();
-        self.host.push(self.step << STEP_SHIFT | low);
-        if index == self.device.elements() {
-            self.device = device.zeros(2 * index)?;
+        if index == CHUNK * self.device.len() {
+            self.device.push(device.zeros(CHUNK)?);
         }
-        device.write(&mut self.device, &self.host)?;
+        self.host.push(self.step << STEP_SHIFT | low);
+        self.upload(device, index / CHUNK)?;
         self.slots.insert(low, index);
         Ok(index)
     }
 
     fn advance(&mut self, device: &D, step: u64) -> Result<(), Error> {
-        self.step = step;
+        if self.step == step {
+            return Ok(());
+        }
         for number in &mut self.host {
             *number = step << STEP_SHIFT | (*number & LOW_BITS);
         }
-        device.write(&mut self.device, &self.host)
+        (0..self.device.len()).try_for_each(|chunk| self.upload(device, chunk))?;
+        self.step = step;
+        Ok(())
+    }
+
+    fn upload(&mut self, device: &D, chunk: usize) -> Result<(), Error> {
+        let numbers = self.host.chunks(CHUNK).nth(chunk).unwrap_or_default();
+        device.write(&mut self.device[chunk], numbers)
     }
 }
 
@@ -225,33 +282,17 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
         check_report(found)
     }
 
-    /// From now on kernels take stream numbers from device memory, of step `step` until
-    /// [`advance`](Self::advance). A call's own stream number says which layer and site it is; its step must
-    /// be the one that the device is at.
+    /// From now on kernels take stream numbers from device memory, where they are those of step `step`: one small
+    /// copy, behind what was submitted before. A call's own stream number says which layer and site it is; its step
+    /// must be the one that the device is at.
     ///
     /// # Errors
     /// [`Error::Argument`] where there is no such step; otherwise what the device says.
     pub fn resident(&self, step: u64) -> Result<(), Error> {
         check_step(step)?;
         self.no_capture("no other stream numbers")?;
-        *self.streams.borrow_mut() = Some(Streams::new(&self.device, step)?);
-        Ok(())
-    }
-
-    /// Writes the stream numbers of step `step` to device memory: one small copy, behind what was submitted
-    /// before.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] where there is no such step or [`resident`](Self::resident) was not called;
-    /// otherwise what the device says.
-    pub fn advance(&self, step: u64) -> Result<(), Error> {
-        check_step(step)?;
-        self.no_capture("no other stream numbers")?;
         let mut streams = self.streams.borrow_mut();
-        let streams = streams.as_mut().ok_or_else(|| {
-            Error::argument("streams", "step", "stream numbers in device memory", "none")
-        })?;
-        streams.advance(&self.device, step)
+        streams.get_or_insert_with(|| Streams::new(step)).advance(&self.device, step)
     }
 
     /// Refuses what must not get into a graph.
@@ -277,8 +318,9 @@ impl<D: Memory, T: Dtype + Element> Accelerator<D, T> {
         }
         let index = self.slot(dropout.key.stream)?;
         let streams = self.streams.borrow();
-        let numbers = &streams.as_ref().expect("it was there above").device;
-        work(&Call::on(&self.device).stream_number(&Slot { numbers, index }))
+        let numbers = &streams.as_ref().expect("it was there above").device[index / CHUNK];
+        let slot = Slot { numbers, index: index % CHUNK };
+        work(&Call::on(&self.device).stream_number(&slot))
     }
 
     /// Where a stream number lies in device memory.
@@ -327,6 +369,28 @@ macro_rules! readable {
 impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
     type Elem = T;
     type Buffer<E: Element> = D::Buffer<E>;
+    type Recorded = D::Graph;
+
+    /// The first call does the work as usual, which allocates the scratch memory and loads the kernels, and records it
+    /// behind that.
+    fn repeat(
+        &self,
+        recorded: &mut Option<D::Graph>,
+        step: u64,
+        mut work: impl FnMut() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.resident(step)?;
+        if let Some(graph) = recorded {
+            self.reports.set(true);
+            return self.device.replay(graph);
+        }
+        work()?;
+        *recorded = self.device.record(|| {
+            let _until_here = Capturing::new(&self.capturing);
+            work()
+        })?;
+        Ok(())
+    }
 
     fn zeros<E: Element>(&self, len: usize) -> Result<D::Buffer<E>, Error> {
         self.no_capture("no allocation")?;
@@ -343,6 +407,10 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         self.no_capture("no copy to the host")?;
         self.check()?;
         self.device.read(buffer)
+    }
+
+    fn copy(&self, from: &D::Buffer<f32>, to: &mut D::Buffer<f32>, at: usize) -> Result<(), Error> {
+        self.device.copy(from, to, at)
     }
 
     fn clear<E: Element>(&self, buffer: &mut D::Buffer<E>) -> Result<(), Error> {
@@ -614,7 +682,7 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
     fn cross_entropy(
         &self,
         shape: Shape,
-        factor: f32,
+        factor: &D::Buffer<f32>,
         labels: &D::Buffer<i32>,
         logits: &mut D::Buffer<T>,
         loss: &mut D::Buffer<f32>,
@@ -643,11 +711,15 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         &self,
         numbers: &D::Buffer<f32>,
         norm: &D::Buffer<f32>,
-        weight: Weight<'_, Self>,
+        weights: Vec<Weight<'_, Self>>,
     ) -> Result<(), Error> {
-        let Weight { weight, master, grad, m, v, decay } = weight;
-        let master = master.map(|master| master as &mut dyn Writable<f32, D>);
-        kernels::adamw(&self.device, numbers, norm, weight, master, grad, m, v, decay)
+        let of_device = weights.into_iter().map(|weight| {
+            let Weight { weight, master, grad, m, v, decay } = weight;
+            let master = master.map(|master| master as _);
+            kernels::DeviceWeight { weight: weight as _, master, grad, m, v, decay }
+        });
+        let mut weights: Vec<kernels::DeviceWeight<'_, T, D>> = of_device.collect();
+        kernels::adamw(&self.device, numbers, norm, &mut weights)
     }
 }
 
@@ -704,7 +776,7 @@ mod tests {
             backend.capturing.set(true);
             step().unwrap();
             assert!(backend.zeros::<f32>(1).is_err());
-            assert!(backend.check().is_err() && backend.advance(4).is_err());
+            assert!(backend.check().is_err() && backend.resident(4).is_err());
         }
     }
 }
