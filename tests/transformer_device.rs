@@ -185,7 +185,8 @@ mod on_a_device {
             Ok(backend) => Some(backend),
             Err(error) => {
                 // Past the test harness, which keeps a passing test's output to itself.
-                writeln!(std::io::stderr(), "skipped: {what}: {error}").unwrap();
+                let mut report = std::io::stderr();
+                writeln!(report, "skipped: {what}: {error}").unwrap();
                 None
             }
         }

@@ -156,13 +156,15 @@ impl Device {
 
     /// What every call asks first.
     pub fn check(&self, caller: Caller) -> Result {
-        if !self.initialised {
-            return Err(NOT_INITIALIZED);
-        }
+        self.check_initialised()?;
         if !self.contexts.contains_key(&caller.context) {
             return Err(INVALID_CONTEXT);
         }
         self.sound()
+    }
+
+    pub fn check_initialised(&self) -> Result {
+        if self.initialised { Ok(()) } else { Err(NOT_INITIALIZED) }
     }
 
     fn sound(&self) -> Result {
@@ -172,6 +174,7 @@ impl Device {
     // ---- contexts ----------------------------------------------------------------------------
 
     pub fn retain_primary(&mut self) -> Result<usize> {
+        self.check_initialised()?;
         self.sound()?;
         *self.contexts.entry(PRIMARY).or_insert_with(|| 0) += 1;
         self.add_stream(PRIMARY, PRIMARY, true);
@@ -188,6 +191,7 @@ impl Device {
     }
 
     pub fn create_context(&mut self) -> Result<usize> {
+        self.check_initialised()?;
         self.sound()?;
         let context = self.handle();
         self.contexts.insert(context, 1);
@@ -494,15 +498,11 @@ impl Device {
         match self.event(event)?.recorded.clone() {
             Recorded::Captured(capture) => {
                 self.invalidate(capture);
-                return Err(CAPTURED_EVENT);
+                Err(CAPTURED_EVENT)
             }
-            Recorded::Never => {
-                self.unsafe_call(caller)?;
-                Ok(None)
-            }
+            Recorded::Never => self.unsafe_call(caller).map(|()| None),
             Recorded::At { stream, position, .. } => {
-                self.unsafe_call(caller)?;
-                Ok(Some((stream, position)))
+                self.unsafe_call(caller).map(|()| Some((stream, position)))
             }
         }
     }
@@ -754,10 +754,9 @@ impl Device {
     }
 
     fn is_pinned(&self, host: usize, bytes: usize) -> bool {
-        let holds = |(&start, memory): (&usize, &Box<[u128]>)| {
+        self.pinned.iter().any(|(&start, memory)| {
             host >= start && host + bytes <= start + size_of_val(&memory[..])
-        };
-        self.pinned.iter().any(holds)
+        })
     }
 
     /// A copy from the host. Pageable memory is read now, page-locked memory when the stream gets there.
