@@ -108,7 +108,7 @@ impl Case {
     /// aligned.
     pub fn fits(&self) -> bool {
         let elements = self.rows.checked_mul(self.cols);
-        self.cols % 8 == 0 && elements.is_some_and(|n| (1..=1 << 32).contains(&n))
+        self.cols.is_multiple_of(8) && elements.is_some_and(|n| (1..=1 << 32).contains(&n))
     }
 
     /// Allocates `sets` sets of tensors, the inputs of random numbers.
@@ -566,7 +566,7 @@ impl<T: Stored> Work for Tensors<T> {
                 embedding_dropout::backward(call, drop, shape, &lookups, &dy, gradients)
             }
             (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
-                let [token, position, weight, bias] = [0, 1, 2, 3].map(|i| parameter(i));
+                let [token, position, weight, bias] = [0, 1, 2, 3].map(&parameter);
                 let tables: Tables<&dyn Readable<T, Gpu>> =
                     Tables { token: &token, position: Some(&position), segment: None };
                 let affine: Affine<&dyn Readable<T, Gpu>> =
@@ -579,7 +579,7 @@ impl<T: Stored> Work for Tensors<T> {
                 )
             }
             (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
-                let [token, position, weight] = [0, 1, 2].map(|i| parameter(i));
+                let [token, position, weight] = [0, 1, 2].map(&parameter);
                 let tables: Tables<&dyn Readable<T, Gpu>> =
                     Tables { token: &token, position: Some(&position), segment: None };
                 let gradients = Gradients {

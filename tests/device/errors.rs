@@ -1,8 +1,13 @@
 //! What a device answers after a refused call, and a lost one: errors, and no panic.
 
 use crate::{gpu, together, trial};
-use fused_dropout::cuda::Gpu;
+use fused_dropout::cuda::{Gpu, Kernels};
 use fused_dropout::device::{Call, KeyAddresses, dropout};
+#[cfg(feature = "transformer")]
+use fused_dropout::transformer::{
+    Backend,
+    device::{Accelerator, CudaBuffer, CudaDevice},
+};
 use fused_dropout::{Dropout, Error, Key, Probability, Shape};
 use libtest_mimic::{Completion, Trial};
 use std::process::{Command, ExitCode};
@@ -56,29 +61,63 @@ fn a_lost_device() -> Result<(), String> {
     }
 }
 
-/// Lets a kernel read where nothing is. Everything after it must answer with an error.
+/// Lets a kernel read where nothing is. Everything after it must answer with an error, and dropping what is
+/// left with nothing at all.
 pub fn lose_the_device() -> ExitCode {
     let gpu = gpu().expect("a device");
     let mut tensor = gpu.stream().clone_htod(&vec![1.0f32; SHAPE.rows * SHAPE.cols]).unwrap();
+    #[cfg(feature = "transformer")]
+    let model = Model::open();
     gpu.stream().synchronize().unwrap();
-    // SAFETY: this breaks the promise on purpose: no memory lies at address 16. The driver stops the kernel
+    // SAFETY: this breaks the promise on purpose: no memory lies at address 4096. The driver stops the kernel
     // and refuses everything later in this process.
     let submitted = unsafe {
         let key = KeyAddresses::default();
-        dropout::raw::forward::<f32, Gpu>(&gpu, &drop(), SHAPE, key, 16, 16)
+        dropout::raw::forward::<f32, Gpu>(&gpu, &drop(), SHAPE, key, 4096, 4096)
     };
-    let mut answers = vec![("the launch", submitted)];
+    eprintln!("the launch: {submitted:?}");
     let waited = gpu.stream().synchronize();
-    let call = Call::on(&gpu);
-    answers.push(("a later call", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)));
-    answers.push(("another", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)));
-    for (what, answer) in &answers {
-        eprintln!("{what}: {}", answer.as_ref().map_or_else(ToString::to_string, |()| "ok".into()));
-    }
     eprintln!("waiting: {waited:?}");
-    let later = answers[1..].iter().all(|(_, answer)| matches!(answer, Err(Error::Driver { .. })));
-    match waited.is_err() && later {
+    let call = Call::on(&gpu);
+    let mut answers = vec![
+        ("a later call", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)),
+        ("another", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)),
+        ("loading", Kernels::load(gpu.stream().context()).map(|_| ())),
+    ];
+    #[cfg(feature = "transformer")]
+    answers.extend(model.iter().flat_map(Model::answers));
+    for (what, answer) in &answers {
+        eprintln!("{what}: {answer:?}");
+    }
+    answers.retain(|(_, answer)| !matches!(answer, Err(Error::Driver { .. })));
+    match waited.is_err() && answers.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    }
+}
+
+/// A backend of the models with something in its memory.
+#[cfg(feature = "transformer")]
+struct Model {
+    backend: Accelerator<CudaDevice, f32>,
+    held: CudaBuffer<f32>,
+}
+
+#[cfg(feature = "transformer")]
+impl Model {
+    /// None without cuBLAS.
+    fn open() -> Option<Self> {
+        let backend = Accelerator::new(CudaDevice::open(0).ok()?).unwrap();
+        let held = backend.upload(&[1.0f32; 8]).unwrap();
+        Some(Self { backend, held })
+    }
+
+    fn answers(&self) -> [(&'static str, Result<(), Error>); 4] {
+        [
+            ("reading", self.backend.read(&self.held).map(|_| ())),
+            ("allocating", self.backend.zeros::<f32>(8).map(|_| ())),
+            ("capturing", self.backend.repeat(&mut None, 0, || Ok(()))),
+            ("opening", CudaDevice::open(0).map(|_| ())),
+        ]
     }
 }
