@@ -41,7 +41,7 @@ fn models_equal_hugging_face_on_the_emulated_kernels() {
 }
 
 /// The folders with models; a directory without any is a mistake.
-pub fn folders() -> Vec<PathBuf> {
+pub(crate) fn folders() -> Vec<PathBuf> {
     let root = std::env::var_os("HF_FIXTURES")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hf"), PathBuf::from);
     let entries = fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
@@ -55,7 +55,7 @@ pub fn folders() -> Vec<PathBuf> {
 }
 
 /// A model of Hugging Face with its answers.
-pub struct Fixture {
+pub(crate) struct Fixture {
     name: String,
     config: String,
     model: Vec<u8>,
@@ -63,7 +63,7 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    pub fn open(folder: &Path) -> Self {
+    pub(crate) fn open(folder: &Path) -> Self {
         let read = |file: &str| {
             let path = folder.join(file);
             fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
@@ -76,7 +76,7 @@ impl Fixture {
         }
     }
 
-    pub fn check<B: Backend>(&self, backend: &B, recompute: bool) {
+    pub(crate) fn check<B: Backend>(&self, backend: &B, recompute: bool) {
         let config: serde_json::Value = serde_json::from_str(&self.config).unwrap();
         let result = match config["model_type"].as_str() {
             Some("gpt2") => self.check_gpt(backend, recompute),

@@ -30,7 +30,7 @@ fn ids(step: u64) -> Vec<u32> {
 }
 
 /// A training run.
-pub struct Training<'b, B: Backend> {
+pub(crate) struct Training<'b, B: Backend> {
     backend: &'b B,
     gpt: Gpt,
     params: Params<B>,
@@ -42,7 +42,7 @@ pub struct Training<'b, B: Backend> {
 }
 
 impl<'b, B: Backend> Training<'b, B> {
-    pub fn new(backend: &'b B, seed: u64, recompute: bool) -> Result<Self, Error> {
+    pub(crate) fn new(backend: &'b B, seed: u64, recompute: bool) -> Result<Self, Error> {
         let gpt = gpt();
         let params = Params::upload(backend, &gpt.specs().init(1))?;
         let optimizer = Optimizer::new(backend, gpt.specs(), AdamW::default())?;
@@ -55,7 +55,7 @@ impl<'b, B: Backend> Training<'b, B> {
     }
 
     /// What the host writes before step `step`.
-    pub fn prepare(&mut self, step: u64) -> Result<(), Error> {
+    pub(crate) fn prepare(&mut self, step: u64) -> Result<(), Error> {
         let (backend, ids) = (self.backend, ids(step));
         let labels = shifted(&ids, LENGTH);
         self.gpt.refill(backend, &self.run, &mut self.batch, &ids, &labels)?;
@@ -63,7 +63,7 @@ impl<'b, B: Backend> Training<'b, B> {
     }
 
     /// The step: what a graph can capture.
-    pub fn work(&mut self, step: u64) -> Result<(), Error> {
+    pub(crate) fn work(&mut self, step: u64) -> Result<(), Error> {
         let pass = Pass::Train { seed: self.seed, step };
         let Self { backend, gpt, params, optimizer, grads, run, batch, .. } = self;
         gpt.forward(*backend, params, run, batch, pass)?;
@@ -72,17 +72,17 @@ impl<'b, B: Backend> Training<'b, B> {
         optimizer.apply(*backend, gpt.specs(), params, grads)
     }
 
-    pub fn loss(&self) -> Result<f32, Error> {
+    pub(crate) fn loss(&self) -> Result<f32, Error> {
         Ok(self.run.read_loss(self.backend)?.total())
     }
 
-    pub fn weights(&self) -> Vec<Vec<u32>> {
+    pub(crate) fn weights(&self) -> Vec<Vec<u32>> {
         let weights = self.params.download(self.backend).unwrap();
         weights.iter().map(|w| w.iter().map(|w| w.to_bits()).collect()).collect()
     }
 
     /// The losses of the first `steps` steps; `advance` is called before each.
-    pub fn losses(&mut self, steps: u64, advance: impl Fn(u64)) -> Vec<f32> {
+    pub(crate) fn losses(&mut self, steps: u64, advance: impl Fn(u64)) -> Vec<f32> {
         let step = |step| {
             advance(step);
             self.prepare(step).unwrap();
@@ -94,7 +94,7 @@ impl<'b, B: Backend> Training<'b, B> {
 
     /// The same, each step as the repetition of the first. Between two of them the model looks at something else.
     /// `meanwhile` is called after each.
-    pub fn repeated_losses(&mut self, steps: u64, meanwhile: impl Fn(u64)) -> Vec<f32> {
+    pub(crate) fn repeated_losses(&mut self, steps: u64, meanwhile: impl Fn(u64)) -> Vec<f32> {
         let mut recorded = None;
         let step = |step| {
             self.prepare(step).unwrap();

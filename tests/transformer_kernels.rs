@@ -13,9 +13,9 @@ use fused_dropout::{Dtype, DtypeId, Error, Shape};
 const U: f64 = 1.0 / 16_777_216.0;
 
 /// Results as bits, in the order of the checks: what must not depend on the order of threads.
-pub type Trace = Vec<u32>;
+pub(crate) type Trace = Vec<u32>;
 
-pub fn check<B: Backend>(backend: &B) -> Trace {
+pub(crate) fn check<B: Backend>(backend: &B) -> Trace {
     let mut trace = Trace::new();
     matmul(backend, &mut trace);
     cross_entropy(backend, &mut trace);
