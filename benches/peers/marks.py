@@ -16,7 +16,7 @@ import torch_peers
 import work
 
 BATCH, HEADS, LENGTH, WIDTHS = 8, 16, 2048, (64, 128)
-SETS = 3  # q, k, v and the output are 268 MB a set at width 64
+SETS = 3  # q, k, v and the output are 134 MB a set at width 64
 
 
 def attend(p, q, k, v):

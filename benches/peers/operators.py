@@ -43,6 +43,7 @@ from work import Point
 
 P = 0.1
 CHECKED_P = (0.1, 0.001)
+BUDGET = 480
 ROUNDS, SAMPLES = 5, 20  # 100 samples of everything
 DIRECTIONS = ("forward", "backward")
 MAIN = (1 << 14, 1 << 10)  # 2^24 elements at 1024 columns
@@ -56,7 +57,9 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ours", metavar="PROGRAM", help="our server: started as `PROGRAM --serve`")
+    parser.add_argument(
+        "--ours", metavar="PROGRAM", help="our server: started as `PROGRAM --serve`"
+    )
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="for peers.json, peers.svg")
     parser.add_argument(
         "--operator", metavar="NAME", action="append", choices=[*work.OPERATORS],
@@ -72,8 +75,8 @@ def arguments():
     parser.add_argument("--full", action="store_true", help="all shapes in all storage types")
     parser.add_argument("--quick", action="store_true", help="2^24 and 2^20 elements only, in bf16")
     parser.add_argument(
-        "--seconds", metavar="BUDGET", type=float, default=480,
-        help="when they are over, the rest is skipped and listed (%(default)s); --full has no limit",
+        "--seconds", metavar="BUDGET", type=float,
+        help=f"when they are over, the rest is skipped and listed ({BUDGET}; with --full no limit)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda",
@@ -81,7 +84,9 @@ def arguments():
     )  # fmt: skip
     chosen = parser.parse_args()
     if chosen.device == "cpu" and (chosen.out or chosen.ours):
-        parser.error("CPU times of peers are no result: --device cpu goes with neither --out nor --ours")
+        parser.error(
+            "CPU times of peers are no result: --device cpu goes with neither --out nor --ours"
+        )
     return chosen
 
 
@@ -226,6 +231,15 @@ def take_turns(timers, errors, device):
     return seconds
 
 
+def agreed(point, theirs, count, notes):
+    """The server's count of the least bytes, for all. A note, once a pass, where it is not ours here, ids apart."""
+    name = f"{point.operator} {point.direction}: "
+    if abs(theirs / count - 1) > 0.01 and not any(note.startswith(name) for note in notes):
+        shape = f"{point.dtype} {point.rows}x{point.cols}"
+        notes.append(f"{name}the server counts {theirs} bytes at {shape}, work.py {count}")
+    return theirs
+
+
 def timed(point, all_peers, ours, device, notes):
     """A row for each peer and ours."""
     prepared, error = attempt(prepare, point, all_peers, ours, device)
@@ -234,9 +248,8 @@ def timed(point, all_peers, ours, device, notes):
     timers, errors = prepared
     seconds = take_turns(timers, errors, device)
     count = work.least_bytes(point)
-    if "ours" in timers and (theirs := timers["ours"].bytes) != count:
-        notes.append(f"{point}: the server counts {theirs} bytes, work.py {count}")
-        count = theirs
+    if "ours" in timers:
+        count = agreed(point, timers["ours"].bytes, count, notes)
     rows = [
         point.request()
         | {"peer": name, "bytes": count, "timer": timer.kind}
@@ -313,7 +326,8 @@ def no_device(device):
 
 
 def run(chosen, ours):
-    deadline = time.monotonic() + (float("inf") if chosen.full else chosen.seconds)
+    budget = chosen.seconds or (float("inf") if chosen.full else BUDGET)
+    deadline = time.monotonic() + budget
     result = {"device": described(chosen.device, ours), "command": shlex.join(sys.argv), "p": P}
     result |= {name: [] for name in ("checks", "attention", "memory", "rows", "skipped", "notes")}
     all_peers = peers(chosen)
@@ -340,7 +354,10 @@ def main():
     else:
         # One stream for everything, and not the default one, on which nothing can be captured.
         torch.cuda.set_stream(torch.cuda.Stream())
-    ours = Ours(chosen.ours) if chosen.ours else None
+    ours, error = attempt(Ours, chosen.ours) if chosen.ours else (None, None)
+    if error:
+        print(f"our server does not start: {error}", file=sys.stderr)
+        return 2
     try:
         result = run(chosen, ours)
     finally:

@@ -10,6 +10,9 @@ A peer has a `name`, and three methods:
 from functools import partial
 
 import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
 
 import work
 
@@ -58,9 +61,10 @@ class Compiled(Eager):
 
     Random words an element: 1 of 32 bits, from a Philox4x32-10 block of its own: three words of four are thrown away.
     On Hopper a block is some 20 wide multiplies, so in 16-bit storage the multiplies and not the memory can be the limit.
-    Saved for the backward pass: as a rule a seed of 8 bytes, and the mask is drawn again; but the partitioner decides,
-    and saves the boolean mask where it thinks that this is cheaper (memory.py reports what it did).
-    Bytes: the least, where everything fits one kernel; a norm or softmax of long rows reads its input twice or thrice.
+    Saved for the backward pass: what the partitioner decides, a seed or the boolean mask, a byte an element. On the CPU
+    it was seen to save the mask; the table of memory says what it did in this run.
+    Bytes: the least, where everything fits one kernel and a seed is saved; a norm or softmax of long rows reads its input
+    twice or thrice.
 
     Shapes: dynamo's automatic dynamic shapes, as a user meets them. The first shape of an operator is compiled as it is
     (operators.py begins with 2^24 elements at 1024 columns), the next ones with what changed as a variable. A compilation
@@ -74,6 +78,7 @@ class Compiled(Eager):
         torch._inductor.config.triton.cudagraphs = False
         torch._functorch.config.donated_buffer = False
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.specialize_float = True  # p is a constant, as in a trainer
         self.functions = {}
 
     def has(self, operator, direction):

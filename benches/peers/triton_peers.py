@@ -73,9 +73,7 @@ def strong_kernel(
 
 @tuned("elements")
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def strong_gelu_kernel(
-    x, bias, y, seed, threshold, scale, elements, cols, TILE: tl.constexpr
-):
+def strong_gelu_kernel(x, bias, y, seed, threshold, scale, elements, cols, TILE: tl.constexpr):
     octets = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < elements

@@ -5,8 +5,9 @@ once, nothing stored for the backward pass that is not an input or an output alr
 peers are held to the same number, whatever they move in truth.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
+
 
 import torch
 import torch.nn.functional as F
