@@ -48,7 +48,7 @@ def device_of(files):
         raise Refused("no file there names its device")
     for name, device in devices.items():
         for field in ("device", "commit", "date"):
-            if not device.get(field):
+            if device.get(field) in (None, "", "unknown"):
                 raise Refused(f"{name}.json has no {field}")
         if "no gpu" in device["device"].lower():
             raise Refused(f"{name}.json is of a run without a GPU: {device['device']}")

@@ -105,6 +105,7 @@ class Record(unittest.TestCase):
         self.refused("no file there names its device", train=TRAIN)
         self.refused("without a GPU", check=CHECK | {"device": DEVICE | {"device": "no GPU: host"}})
         self.refused("has no commit", check=CHECK | {"device": DEVICE | {"commit": ""}})
+        self.refused("has no date", check=CHECK | {"device": DEVICE | {"date": "unknown"}})
         self.refused("no date", check=CHECK | {"device": DEVICE | {"date": "yesterday, at ten"}})
         other = PEERS | {"device": DEVICE | {"commit": "another"}}
         self.refused("more than one commit", check=CHECK, peers=other)

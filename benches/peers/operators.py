@@ -2,7 +2,8 @@
 """What PyTorch and Triton take for the same work on the same GPU, in turns with ours.
 
     pip install torch==2.11.0 triton==3.6.0 matplotlib tqdm
-    python3 benches/peers/operators.py --ours target/release/device_bench --out DIR
+    python3 benches/peers/operators.py --out DIR \\
+        --ours 'cargo bench --features cuda --bench device --'
 
 Checks every peer, then times every operator: in each round every peer and ours take a turn of some samples, in changing
 order, so that what drifts hits all alike. Prints tables; DIR gets peers.json and peers.svg.
@@ -58,7 +59,7 @@ def arguments():
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ours", metavar="PROGRAM", help="our server: started as `PROGRAM --serve`"
+        "--ours", metavar="PROGRAM", help="our server, a command: started as `PROGRAM --serve`"
     )
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="for peers.json, peers.svg")
     parser.add_argument(
@@ -111,7 +112,7 @@ def points(chosen):
         for operator in operators
         for direction in DIRECTIONS
     ]
-    return [point for point in found if work.possible(point)]
+    return [point for point in found if (point.operator, point.direction) != ("copy", "backward")]
 
 
 def peers(chosen):
@@ -279,12 +280,19 @@ def output_of(*command):
     return done.stdout.strip().splitlines()[0]
 
 
+def commit():
+    return output_of("git", "rev-parse", "HEAD") or "unknown"
+
+
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def described(device, ours):
     """The device, in the words of our server if there is one."""
     if ours:
         return ours.device
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    common = {"commit": output_of("git", "rev-parse", "HEAD"), "date": date}
+    common = {"commit": commit(), "date": now()}
     if device == "cpu":
         return {"device": "no GPU"} | common
     properties = torch.cuda.get_device_properties(0)
@@ -354,7 +362,9 @@ def main():
     else:
         # One stream for everything, and not the default one, on which nothing can be captured.
         torch.cuda.set_stream(torch.cuda.Stream())
-    ours, error = attempt(Ours, chosen.ours) if chosen.ours else (None, None)
+    # The server cannot know these two by itself.
+    told = {"FUSED_DROPOUT_COMMIT": commit(), "FUSED_DROPOUT_DATE": now()}
+    ours, error = attempt(Ours, chosen.ours, told | os.environ) if chosen.ours else (None, None)
     if error:
         print(f"our server does not start: {error}", file=sys.stderr)
         return 2

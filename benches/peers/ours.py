@@ -23,10 +23,15 @@ class Turns:
 class Ours:
     """The server. `device` is what it said of the device when it started."""
 
-    def __init__(self, program):
+    def __init__(self, program, environment):
         command = [*shlex.split(program), "--serve"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         self.device = self.line()
         if "error" in self.device:

@@ -104,9 +104,9 @@ def print_times(rows, out):
         rate = gigabytes(ours or best)
         limit = limits.get(names[2:])
         share = f"{100 * rate / limit:.0f} %" if limit else ""
-        times = (
-            (f"{median(best) / median(ours):.2f}", verdict(peers)) if ours and best else ("", "")
-        )
+        times = ("", "")
+        if ours and best and names[0] != "copy":
+            times = f"{median(best) / median(ours):.2f}", verdict(peers)
         line = (*names, cell(ours), f"{rate:.0f}", share, *(cell(peers.get(p)) for p in PEERS))
         lines.append((*line, *times))
     line_up((*header, "best/ours", ""), lines, out)

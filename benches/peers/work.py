@@ -1,13 +1,13 @@
 """The work that is timed: every operator as a PyTorch function, its inputs, and the least bytes it must move.
 
 The least bytes are those of a fused kernel that draws its mask from a key: every input read once, every output written
-once, nothing stored for the backward pass that is not an input or an output already (LayerNorm: two floats a row). All
-peers are held to the same number, whatever they move in truth.
+once, nothing stored for the backward pass that is not an input or an output already (LayerNorm: two floats a row).
+Gradients of parameters count as f32, as ours writes them; PyTorch writes them in the storage type. All peers are held to
+the same number, whatever they move in truth. Ours also scales the scores before a softmax; the peers are spared that.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
 
 import torch
 import torch.nn.functional as F
@@ -90,14 +90,20 @@ def length(point):
     return min(point.rows, 1024)
 
 
-def softmax_parts(cols):
-    """The share of a causal row that must be read, on average."""
-    return (cols + 1) / (2 * cols)
+def queries(point):
+    """Rows of a head's scores: a square, or the last queries of it where there are fewer rows than columns."""
+    return min(point.rows, point.cols)
+
+
+def visible(point):
+    """Scores that the causal mask leaves."""
+    fewest = point.cols - queries(point) + 1
+    return point.rows * (fewest + point.cols) // 2
 
 
 def embedding_entries(point):
     """Entries of the token table that `rows` uniform ids are expected to touch."""
-    return VOCABULARY * (1 - (1 - 1 / VOCABULARY) ** point.rows)
+    return int(VOCABULARY * (1 - (1 - 1 / VOCABULARY) ** point.rows))
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,10 @@ class Operator:
     # Tensors of rows x cols that are read and written, forward and backward.
     forward: int = 2
     backward: int = 2
-    # Vectors of cols elements, the same.
+    # Parameters of cols elements that are read, and gradients of such.
     forward_vectors: int = 0
     backward_vectors: int = 0
+    vector_gradients: int = 0
     stats: bool = False  # two floats a row, written by the forward pass and read by the backward
 
 
@@ -119,10 +126,15 @@ OPERATORS = {
     "dropout": Operator(dropout, ("x",)),
     "dropout_add": Operator(dropout_add, ("x",), forward=3),
     "bias_dropout_add": Operator(
-        bias_dropout_add, ("x", "bias"), forward=3, forward_vectors=1, backward_vectors=1
+        bias_dropout_add, ("x", "bias"), forward=3, forward_vectors=1, vector_gradients=1
     ),
     "bias_gelu_dropout": Operator(
-        bias_gelu_dropout, ("x", "bias"), backward=3, forward_vectors=1, backward_vectors=2
+        bias_gelu_dropout,
+        ("x", "bias"),
+        backward=3,
+        forward_vectors=1,
+        backward_vectors=1,
+        vector_gradients=1,
     ),
     "dropout_add_layernorm": Operator(
         dropout_add_layernorm,
@@ -130,7 +142,8 @@ OPERATORS = {
         forward=4,
         backward=5,
         forward_vectors=2,
-        backward_vectors=3,
+        backward_vectors=1,
+        vector_gradients=2,
         stats=True,
     ),
     "softmax_dropout": Operator(softmax_dropout, ("x",), backward=3),
@@ -145,18 +158,19 @@ def least_bytes(point):
     if point.operator == "causal_softmax_dropout":
         # Masked places are written as zeros, but need not be read.
         read = 1 if point.direction == "forward" else 2
-        return int(point.element_bytes * (read * softmax_parts(point.cols) + 1))
+        return point.element_bytes + read * visible(point) * itemsize
     if point.operator == "embedding_dropout":
         # Forward: each touched entry read once. Backward: each is added to, so read and written.
         entries = embedding_entries(point) + length(point)
-        times = 1 if point.direction == "forward" else 2
-        return int(point.element_bytes + times * entries * point.cols * itemsize + 4 * point.rows)
+        element = itemsize if point.direction == "forward" else 2 * 4
+        return point.element_bytes + entries * point.cols * element + 4 * point.rows
     operator = OPERATORS[point.operator]
-    tensors, vectors = operator.forward, operator.forward_vectors
-    if point.direction == "backward":
-        tensors, vectors = operator.backward, operator.backward_vectors
     stats = 8 * point.rows if operator.stats else 0
-    return tensors * point.element_bytes + vectors * point.cols * itemsize + stats
+    if point.direction == "forward":
+        vectors = operator.forward_vectors * itemsize
+        return operator.forward * point.element_bytes + vectors * point.cols + stats
+    vectors = operator.backward_vectors * itemsize + operator.vector_gradients * 4
+    return operator.backward * point.element_bytes + vectors * point.cols + stats
 
 
 def buffer_sets(point):
@@ -168,16 +182,9 @@ def buffer_sets(point):
     return min(max(-(-ROUND_BYTES // touched), 2), 1024)
 
 
-def possible(point):
-    """Causal scores are square, so there must be `cols` rows; a copy has no backward pass."""
-    if point.operator == "copy":
-        return point.direction == "forward"
-    return point.operator != "causal_softmax_dropout" or point.rows % point.cols == 0
-
-
 def shape(point):
     if point.operator == "causal_softmax_dropout":
-        return (point.rows // point.cols, point.cols, point.cols)
+        return (point.rows // queries(point), queries(point), point.cols)
     if point.operator == "embedding_dropout":
         return (point.rows // length(point), length(point), point.cols)
     return (point.rows, point.cols)
@@ -201,8 +208,8 @@ def shared_input(name, point, dtype, device):
     if name in sizes:
         return torch.randn(sizes[name], dtype=dtype, device=device)
     if name == "future":
-        square = torch.ones(point.cols, point.cols, dtype=torch.bool, device=device)
-        return square.triu(diagonal=1)
+        head = torch.ones(queries(point), point.cols, dtype=torch.bool, device=device)
+        return head.triu(diagonal=1 + point.cols - queries(point))
     return None
 
 
