@@ -336,7 +336,11 @@ def no_device(device):
 def run(chosen, ours):
     budget = chosen.seconds or (float("inf") if chosen.full else BUDGET)
     deadline = time.monotonic() + budget
-    result = {"device": described(chosen.device, ours), "command": shlex.join(sys.argv), "p": P}
+    result = {
+        "device": described(chosen.device, ours),
+        "command": shlex.join(["python3", *sys.argv]),
+        "p": P,
+    }
     result |= {name: [] for name in ("checks", "attention", "memory", "rows", "skipped", "notes")}
     all_peers = peers(chosen)
     try:
