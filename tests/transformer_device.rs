@@ -1,8 +1,6 @@
 //! The models trained on the kernels: what the CPU computes, the same with stream numbers in device memory, and with
 //! layers computed again.
 
-#![cfg(all(feature = "transformer", any(feature = "cuda", feature = "emulator")))]
-
 use fused_dropout::Error;
 use fused_dropout::transformer::backend::Backend;
 use fused_dropout::transformer::{

@@ -26,6 +26,7 @@ pub fn trials() -> Vec<Trial> {
         trial("a borrowed stream", a_borrowed_stream),
         trial("refused calls leave the output as it was", refused_calls_leave_the_output_as_it_was),
         trial("another context is refused", another_context_is_refused),
+        trial("two streams take turns at a tensor", two_streams_take_turns_at_a_tensor),
         trial("several streams at once", several_streams_at_once),
         trial("the stream number from device memory", the_stream_number_from_device_memory),
         trial_alone("each replay of a graph draws a fresh mask", each_replay_draws_a_fresh_mask),
@@ -121,6 +122,21 @@ fn another_context_is_refused(gpu: &Gpu) {
     let error = dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x, &mut y)
         .expect_err("a tensor of another context");
     assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
+}
+
+/// A read behind a write on another stream, and a write behind that read.
+fn two_streams_take_turns_at_a_tensor(gpu: &Gpu) {
+    let context = gpu.stream().context();
+    let other = Gpu::new(gpu.kernels(), context.new_stream().unwrap()).unwrap();
+    let mut x = gpu.stream().clone_htod(&input()).unwrap();
+    let mut y = other.stream().alloc_zeros(ELEMENTS).unwrap();
+    dropout::forward_in_place(&Call::on(gpu), &drop_at(7), SHAPE, &mut x).unwrap();
+    dropout::forward(&Call::on(&other), &drop_at(8), SHAPE, &x, &mut y).unwrap();
+    dropout::forward_in_place(&Call::on(gpu), &drop_at(9), SHAPE, &mut x).unwrap();
+
+    let first = naive(&drop_at(7), &input()).into_iter().map(f32::from_bits).collect::<Vec<_>>();
+    assert_eq!(bits(gpu, &x), naive(&drop_at(9), &first));
+    assert_eq!(bits(&other, &y), naive(&drop_at(8), &first));
 }
 
 /// Each stream drops what another has written, eight at a time and around them several times, and the host
