@@ -33,7 +33,7 @@ struct SumRowsParams {
 };
 static_assert(sizeof(SumRowsParams) == 104, "sum_rows.rs: Params");
 
-/// The sum of a column's parts `first` to `end`, in order.
+/// The sum of a column's parts `first` to `end`, in order. All lanes of the warp must be here.
 __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long long cols,
                                            unsigned long long column, unsigned long long first,
                                            unsigned long long end) {
@@ -45,6 +45,7 @@ __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long
         for (unsigned i = 0; i < AT_ONCE; ++i) {
             terms[i] = part + i < end ? parts.cached((part + i) * cols + column) : 0.0f;
         }
+        __syncwarp();  // keeps the loads first
 #pragma unroll
         for (unsigned i = 0; i < AT_ONCE; ++i) total = __fadd_rn(total, terms[i]);
     }
@@ -64,13 +65,12 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     const unsigned long long left = p.count - first;
     const unsigned parts = left < SPAN ? static_cast<unsigned>(left) : SPAN;
     const unsigned count = (parts + TILE_ROWS - 1) / TILE_ROWS;
-    if (column < p.cols) {
-        const In<float> values = p.parts[which];
-        for (unsigned group = warp; group < count; group += WARPS) {
-            const unsigned end = min((group + 1) * TILE_ROWS, parts);
-            groups[group][lane] =
-                sum_group(values, p.cols, column, first + group * TILE_ROWS, first + end);
-        }
+    // The lanes beyond the last column add it up as well: a warp stays together.
+    const unsigned long long own = min(column, p.cols - 1);
+    const In<float> values = p.parts[which];
+    for (unsigned group = warp; group < count; group += WARPS) {
+        const unsigned end = min((group + 1) * TILE_ROWS, parts);
+        groups[group][lane] = sum_group(values, p.cols, own, first + group * TILE_ROWS, first + end);
     }
     __syncthreads();
     if (warp != 0 || column >= p.cols) return;

@@ -224,7 +224,8 @@ mod on_a_device {
         let (Some(expected), Some(device)) = (open(what), open(what)) else { return };
         let mut expected = Training::new(&expected, 7, false).unwrap();
         let losses = expected.losses(6, |_| {});
-        let draws = |step| (100..400).for_each(|layer| draw(&device, step, layer).unwrap());
+        let layers = |step| if step == 0 { 100..400 } else { 0..0 };
+        let draws = |step| layers(step).for_each(|layer| draw(&device, step, layer).unwrap());
         let mut training = Training::new(&device, 7, false).unwrap();
         assert_eq!(training.repeated_losses(6, draws), losses);
         assert_eq!(training.weights(), expected.weights());

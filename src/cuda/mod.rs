@@ -20,11 +20,16 @@
 //! makes each stream wait for the others' uses. The operators take part in that.
 //!
 //! # Graphs
-//! A stream's capture refuses to wait for an event from outside of it, which is what the tracking just
-//! described does. Switch it off while capturing (`CudaContext::disable_event_tracking`, whose safety
-//! section says what then is up to you), and run each operator once before: the first run looks its
-//! kernel up and may load it. Parameters are captured by value; a stream number in device memory
+//! Capture a stream of your own: the driver captures no default stream. A stream's capture refuses to
+//! wait for an event from outside of it, which is what the tracking just described does. Switch it off
+//! while capturing (`CudaContext::disable_event_tracking`, whose safety section says what then is up to
+//! you), and run each operator once before: the first run looks its kernel up and may load it.
+//! Parameters are captured by value; a stream number in device memory
 //! ([`Call::stream_number`](crate::device::Call::stream_number)) is read anew by each replay.
+//!
+//! No thread may wait for a whole context while one of its streams is captured. `CudaContext::synchronize`
+//! does, and so do `CudaContext::new_stream` for the first stream of a `CudaContext` that tracks uses,
+//! and dropping a handle of cuBLAS.
 //!
 //! # Without cudarc
 //! [`Gpu::from_raw`] borrows a `CUstream` of another library, and the modules `raw` of

@@ -53,21 +53,20 @@ calls! {
 
 questions! {
     cuDriverGetVersion(c_int) = |_device, _| Ok(13000);
-    cuDeviceGetCount(c_int) =
-        |device, _| if device.initialised { Ok(1) } else { Err(NOT_INITIALIZED) };
+    cuDeviceGetCount(c_int) = |device, _| device.check_initialised().map(|()| 1);
     cuDeviceGet(c_int, ordinal: c_int) =
         |_device, _| if ordinal == 0 { Ok(0) } else { Err(INVALID_DEVICE) };
     cuDeviceTotalMem_v2(usize, _ordinal: c_int) = |device, _| Ok(device.memory.total());
     cuDeviceGetAttribute(c_int, attribute: c_uint, _ordinal: c_int) =
         |_device, _| Ok(match attribute {
-        1 | 2 => 1024,          // threads a block
-        5 => i32::MAX,          // blocks a grid
-        10 => 32,               // threads a warp
-        16 => 1,                // multiprocessors
-        75 => 9,                // compute capability
-        115 => 1,               // memory pools
-        _ => 0,
-    });
+            1 | 2 => 1024, // threads a block
+            5 => i32::MAX, // blocks a grid
+            10 => 32,      // threads a warp
+            16 => 1,       // multiprocessors
+            75 => 9,       // compute capability
+            115 => 1,      // memory pools
+            _ => 0,
+        });
 }
 
 #[unsafe(no_mangle)]
@@ -280,7 +279,7 @@ calls! {
         |device, caller| device.submit(caller, stream, Op::Set { to, value, bytes });
     cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) =
         |device, caller| device.submit(caller, stream, Op::Copy { to, from, bytes });
-    cuMemcpyPeerAsync(to: u64, _to: usize, from: u64, _from: usize, bytes: usize, stream: usize) =
+    cuMemcpyPeerAsync(to: u64, _there: usize, from: u64, _here: usize, bytes: usize, stream: usize) =
         |device, caller| device.submit(caller, stream, Op::Copy { to, from, bytes });
     cuMemcpyHtoDAsync_v2(to: u64, host: usize, bytes: usize, stream: usize) =
         |device, caller| device.write(caller, to, host, bytes, stream);
