@@ -4,7 +4,7 @@
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use fused_dropout::device::{Call, KeyAddresses, dropout};
 use fused_dropout::transformer::backend::Backend;
-use fused_dropout::transformer::device::{Accelerator, CudaDevice, StepGraph};
+use fused_dropout::transformer::device::{Accelerator, CudaDevice};
 use fused_dropout::{Dropout, Error, Key, Probability, Shape};
 use std::io::Write;
 
@@ -47,7 +47,7 @@ fn a_device_that_faulted_gives_typed_errors() {
         Kernels::load(&context).err(),
         backend.read(&held).err(),
         backend.zeros::<f32>(8).err(),
-        StepGraph::capture(&backend, 0, || Ok(())).err(),
+        backend.repeat(&mut None, 0, || Ok(())).err(),
         CudaDevice::open(0).err(),
     ];
     for error in errors {
