@@ -101,7 +101,7 @@ struct BiasGradParams {
     Mask mask;
     Tiles tiles;
     In<T> dy;
-    Out<T> dx;
+    Out<T> dx;  // may be absent
 };
 static_assert(sizeof(BiasGradParams<float>) == 240, "dropout_add.rs: BiasGradParams");
 
@@ -128,7 +128,7 @@ struct BiasGrad {
             // +0 times the scale, which is finite, is +0.
             dx.at[j] = __fmul_rn(kept_dy.at[j], scale);
         }
-        p.dx.template cached<aligned>(element, count, pack<T>(dx));
+        if (p.dx.present()) p.dx.template cached<aligned>(element, count, pack<T>(dx));
         return kept_dy;
     }
 };

@@ -84,6 +84,10 @@ fn bias_gradients() {
         let grad = BiasGrad { dbias: &mut dbias, workspace: &mut workspace };
         dropout_add::backward(call, &d, SHAPE, dy, dx, Some(grad))
     });
+    moves(2, 0, sums, |call| {
+        let grad = BiasGrad { dbias: &mut dbias, workspace: &mut workspace };
+        dropout_add::bias_grad(call, &d, SHAPE, dy, grad)
+    });
     moves(4, 2, sums, |call| {
         let grad = BiasGrad { dbias: &mut dbias, workspace: &mut workspace };
         bias_act_dropout::backward(call, &d, SHAPE, a, x, None, dy, dx, Some(grad))

@@ -301,7 +301,7 @@ pub mod raw {
             if blocks > 0 {
                 launch(device, kernel, blocks, &BiasGradParams { mask, tiles, grad })?;
             }
-            tree.finish(device)
+            Tree::finish(device, &[tree])
         }
     }
 

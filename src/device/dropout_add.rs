@@ -113,6 +113,30 @@ pub fn backward_in_place<T: Dtype, D: Device>(
     }
 }
 
+/// The bias gradient alone: `dy` is read and nothing else is written.
+///
+/// # Errors
+/// As [`forward`].
+pub fn bias_grad<T: Dtype, D: Device>(
+    call: &Call<'_, D>,
+    dropout: &Dropout,
+    shape: Shape,
+    dy: &dyn Readable<T, D>,
+    bias_grad: BiasGrad<'_, D>,
+) -> Result<(), Error> {
+    let mut bias_grad = Some(bias_grad);
+    check_grads(dropout, shape, dy.elements(), dy.elements(), &bias_grad)?;
+    let key = call.resident(NAME, shape.rows)?;
+    let dy = dy.read(call.device)?;
+    let grad = bias_grad.as_mut().map(|grad| grad.write(call.device)).transpose()?;
+    let grad = grad.as_ref().map(Held::addresses);
+    // SAFETY: as in `backward`; where there is a bias gradient, the kernel writes no dx at 0.
+    unsafe {
+        let key = key.addresses();
+        raw::backward::<T, D>(call.device, dropout, shape, key, dy.pointer, 0, grad)
+    }
+}
+
 fn check_grads<D: Device>(
     dropout: &Dropout,
     shape: Shape,
@@ -209,7 +233,8 @@ pub mod raw {
     /// # Safety
     /// On `device`, `dy` and `dx` are addresses of `shape.rows * shape.cols` elements of T, aligned
     /// to T, and those in `bias_grad` and `key` are as [`BiasGradAddresses`] and [`KeyAddresses`] say; all are
-    /// valid until the kernels have run. No two overlap, but `dx` may be `dy`.
+    /// valid until the kernels have run. No two overlap, but `dx` may be `dy`. With a `bias_grad`, `dx` may be 0: not
+    /// asked for.
     ///
     /// # Errors
     /// [`Error::Argument`] where `shape` or `dropout` is refused; otherwise what the device says.
@@ -243,7 +268,7 @@ pub mod raw {
             if blocks > 0 {
                 launch(device, kernel, blocks, &BiasGradParams { mask, tiles, dy, dx })?;
             }
-            tree.finish(device)
+            Tree::finish(device, &[tree])
         }
     }
 

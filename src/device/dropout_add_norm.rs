@@ -437,7 +437,8 @@ pub mod raw {
                 BackwardParams { dresidual: 0, dx: 0, ds: 0, means_out: means, ..params };
             launch_backward::<T, D>(device, shape, only_means)?;
             launch_tiles::<T, D>(device, shape, BackwardParams { means, ..params }, &trees)?;
-            trees.iter().flatten().try_for_each(|tree| tree.finish(device))
+            let wanted: Vec<Tree> = trees.into_iter().flatten().collect();
+            Tree::finish(device, &wanted)
         }
     }
 

@@ -85,7 +85,8 @@ fn a_captured_step(device: &Gpu<f32>) {
     let submitting = open::<f32>().unwrap();
     let mut expected = Training::new(&submitting, 7, false).unwrap();
     let losses = expected.losses(6, |_| {});
-    let draws = |step| (100..400).for_each(|layer| draw(device, step, layer).unwrap());
+    let layers = |step| if step == 0 { 100..400 } else { 0..0 };
+    let draws = |step| layers(step).for_each(|layer| draw(device, step, layer).unwrap());
     let mut training = Training::new(device, 7, false).unwrap();
     assert_eq!(training.repeated_losses(6, draws), losses);
     assert_eq!(training.weights(), expected.weights());

@@ -594,9 +594,9 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         dbias: &mut D::Buffer<f32>,
     ) -> Result<(), Error> {
         self.with_scratch(sum_rows::workspace_len(shape), |workspace| {
-            let grad = Some(BiasGrad { dbias, workspace });
             let call = Call::on(&self.device);
-            dropout_add::backward_in_place::<T, D>(&call, &kept(), shape, dy, grad)
+            let grad = BiasGrad { dbias, workspace };
+            dropout_add::bias_grad::<T, D>(&call, &kept(), shape, dy, grad)
         })
     }
 
