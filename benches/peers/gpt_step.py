@@ -195,7 +195,16 @@ def report(arguments, medians):
         ratios = {kind: {p: medians[p, kind] / medians[p, "ours"] for p in DROPOUTS} for kind in kinds[1:]}
         for kind, ratio in ratios.items():
             print(f"\n{kind} / ours: " + ", ".join(f"{ratio[p]:.2f} at dropout {p}" for p in DROPOUTS))
+    best = json.loads((arguments.trained / "metrics.json").read_text()) if arguments.trained else {}
+    names = {"ours": "ours", "eager": "PyTorch eager", "compiled": "PyTorch compiled"}
+    rows = [
+        {"dropout": p, "name": names[kind], "ms_per_step": medians[p, kind]} for p in DROPOUTS for kind in kinds
+    ]
+    for row in rows:
+        if row["name"] == "ours" and row["dropout"] == best.get("dropout"):
+            row["best_val_loss"] = best["best_val_loss"]
     return {
+        "rows": rows,
         "torch": torch.__version__,
         "device": device,
         "settings": {key: str(value) for key, value in vars(arguments).items()},
@@ -217,6 +226,7 @@ def main():
     parser.add_argument("--data", type=pathlib.Path, help="the text [default: made up]")
     parser.add_argument("--ours", type=pathlib.Path, help="the program train_gpt, which takes turns; with --data")
     parser.add_argument("--our-steps", type=int, default=300, help="of each run of our program")
+    parser.add_argument("--trained", type=pathlib.Path, help="the folder that a whole training of ours wrote")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     arguments = parser.parse_args()
     if arguments.ours and not arguments.data:
