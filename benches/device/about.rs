@@ -45,7 +45,7 @@ impl About {
 
 /// The clocks of this moment, and what holds them back, where nvidia-smi is there.
 pub fn clocks() -> String {
-    smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks_throttle_reasons.active,power.draw")
+    smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks_event_reasons.active,power.draw")
         .unwrap_or_else(|| "unknown".into())
 }
 
