@@ -33,9 +33,7 @@ LIBRARIES = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.s
 def build(command, target):
     """The path of the program that cargo makes for a target."""
     command = ["cargo", *command, "--features", FEATURES, "--message-format", "json-render-diagnostics"]
-    strip = {"CARGO_PROFILE_RELEASE_STRIP": "symbols", "CARGO_PROFILE_BENCH_STRIP": "symbols"}
-    strip["CARGO_PROFILE_BENCH_DEBUG"] = "false"
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | strip, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if run.returncode != 0:
         sys.exit(f"bundle: {' '.join(command)} failed")
     for line in run.stdout.splitlines():
@@ -77,6 +75,8 @@ def main():
     out.mkdir(parents=True)
     for name, program in programs.items():
         shutil.copy2(program, out / name)
+        # Not by cargo's profile: the kernels would be compiled once more for other builds.
+        subprocess.run(["strip", out / name], check=True)
     shutil.copy2(ROOT / "benches" / "run", out / "run")
     shutil.copytree(
         ROOT / "benches" / "peers", out / "peers", ignore=shutil.ignore_patterns("test_*", "__pycache__")
