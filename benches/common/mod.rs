@@ -1,12 +1,13 @@
 //! What the benchmarks share: groups of rows beside a copy, the limit of whatever moves bytes, and the
 //! table at the end.
 
+mod results;
+
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use fused_dropout::Dtype;
 use rand_philox::Philox;
 use rayon::prelude::*;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A run of criterion, and the rows that it has timed.
@@ -101,15 +102,10 @@ impl Group<'_> {
 impl Row {
     /// Seconds, as criterion has just recorded them.
     fn median(&self) -> Option<f64> {
-        let text = std::fs::read(self.folder().join("new/estimates.json")).ok()?;
+        let text =
+            std::fs::read(results::newest(&self.group, &self.name).join("estimates.json")).ok()?;
         let estimates: serde_json::Value = serde_json::from_slice(&text).ok()?;
         Some(estimates["median"]["point_estimate"].as_f64()? / 1e9)
-    }
-
-    fn folder(&self) -> PathBuf {
-        let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(target);
-        root.join("criterion").join(&self.group).join(&self.name)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Throughput of every operator on a GPU, beside the copy bandwidth of the same run.
 //!
-//!     cargo bench --features cuda --bench device                     # everything, about five minutes
+//!     cargo bench --features cuda --bench device                     # everything
 //!     cargo bench --features cuda --bench device -- 'dropout_add '   # a part, by criterion's filter
 //!     cargo bench --features cuda --bench device -- --about          # the device, as JSON
 //!     cargo bench --features cuda --bench device -- --serve          # a server: serve.rs
@@ -19,6 +19,8 @@ mod operators;
 #[path = "../../tests/oracle/mod.rs"]
 mod oracle;
 mod report;
+#[path = "../common/results.rs"]
+mod results;
 mod serve;
 mod timer;
 

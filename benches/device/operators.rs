@@ -517,11 +517,8 @@ impl<T: Stored> Work for Tensors<T> {
                 let (s, dy, ds) = (input(0), input(1), input(2));
                 let (weight, stats) = (parameter(0), self.stats.get(set));
                 let saved: Saved<&dyn Readable<T, Gpu>> = Saved::Sum(&s);
-                let grads = ParamGrads {
-                    dbias: None,
-                    dweight: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    dnorm_bias: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                };
+                let grads =
+                    ParamGrads { dbias: None, dweight: grad(&mut g0), dnorm_bias: grad(&mut g1) };
                 let sums = Some(SumGrads { grads, workspace: &mut workspace });
                 let (dresidual, dx) = (out(&mut output), out(&mut second));
                 dropout_add_norm::backward(
@@ -551,24 +548,19 @@ impl<T: Stored> Work for Tensors<T> {
             }
             (Operator::EmbeddingDropout, Pass::Forward) => {
                 let (token, position) = (parameter(0), parameter(1));
-                let tables: Tables<&dyn Readable<T, Gpu>> =
-                    Tables { token: &token, position: Some(&position), segment: None };
+                let tables = tables(&token, &position);
                 let (y, report) = (out(&mut output), &mut self.report);
                 embedding_dropout::forward(call, drop, shape, &lookups, &tables, y, report)
             }
             (Operator::EmbeddingDropout, Pass::Backward) => {
-                let gradients = Gradients {
-                    token: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    position: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    segment: None,
-                };
+                let gradients =
+                    Gradients { token: grad(&mut g0), position: grad(&mut g1), segment: None };
                 let dy = input(0);
                 embedding_dropout::backward(call, drop, shape, &lookups, &dy, gradients)
             }
             (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
                 let [token, position, weight, bias] = [0, 1, 2, 3].map(&parameter);
-                let tables: Tables<&dyn Readable<T, Gpu>> =
-                    Tables { token: &token, position: Some(&position), segment: None };
+                let tables = tables(&token, &position);
                 let affine: Affine<&dyn Readable<T, Gpu>> =
                     Affine { weight: &weight, bias: Some(&bias) };
                 let mut stats = self.stats.get_mut(set);
@@ -580,17 +572,10 @@ impl<T: Stored> Work for Tensors<T> {
             }
             (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
                 let [token, position, weight] = [0, 1, 2].map(&parameter);
-                let tables: Tables<&dyn Readable<T, Gpu>> =
-                    Tables { token: &token, position: Some(&position), segment: None };
-                let gradients = Gradients {
-                    token: g0.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    position: g1.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    segment: None,
-                };
-                let norm_gradients = NormGradients {
-                    weight: g2.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                    bias: g3.as_mut().map(|grad| grad as &mut dyn Writable<f32, Gpu>),
-                };
+                let tables = tables(&token, &position);
+                let gradients =
+                    Gradients { token: grad(&mut g0), position: grad(&mut g1), segment: None };
+                let norm_gradients = NormGradients { weight: grad(&mut g2), bias: grad(&mut g3) };
                 let (dy, stats) = (input(0), self.stats.get(set));
                 embedding_dropout::backward_norm(
                     call,
@@ -644,4 +629,19 @@ impl<T: Stored> Work for Tensors<T> {
 /// An output that [`Needs`] has asked for.
 fn out<'a, 'm, T>(output: &'a mut Option<CudaViewMut<'m, T>>) -> &'a mut CudaViewMut<'m, T> {
     output.as_mut().expect("as many outputs as `Needs` says")
+}
+
+/// A gradient that may be asked for.
+fn grad<'a>(
+    gradient: &'a mut Option<CudaViewMut<'_, f32>>,
+) -> Option<&'a mut dyn Writable<f32, Gpu>> {
+    gradient.as_mut().map(|gradient| gradient as _)
+}
+
+/// A GPT's tables.
+fn tables<'a, T>(
+    token: &'a CudaView<'_, T>,
+    position: &'a CudaView<'_, T>,
+) -> Tables<&'a dyn Readable<T, Gpu>> {
+    Tables { token, position: Some(position), segment: None }
 }

@@ -2,10 +2,10 @@
 
 use crate::about::About;
 use crate::operators::Case;
+use crate::results;
 use crate::timer::Spread;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 #[derive(Serialize)]
@@ -47,24 +47,13 @@ impl Row {
             iters: Vec<f64>,
             times: Vec<f64>,
         }
-        // As criterion makes its folders' names.
-        let folder = folder().join(group).join(name.replace('/', "_")).join("new");
-        let path = folder.join("sample.json");
+        let path = results::newest(group, name).join("sample.json");
         let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let Sample { iters, times } = serde_json::from_slice(&text)?;
         let seconds: Vec<f64> = iters.iter().zip(&times).map(|(n, ns)| ns / n / 1e9).collect();
         let samples = seconds.len();
         Ok(Self { case, bytes: case.bytes(), seconds: Spread::of(seconds), samples })
     }
-}
-
-/// Where criterion keeps its results.
-fn folder() -> PathBuf {
-    if let Some(folder) = env::var_os("CRITERION_HOME") {
-        return folder.into();
-    }
-    let target = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join("criterion")
 }
 
 impl Report {

@@ -1,7 +1,7 @@
 //! The case table as trials of a test program: one for each operator and storage type of a backend.
 
 use super::*;
-use libtest_mimic::{Completion, Trial};
+use libtest_mimic::{Completion, Failed, Trial};
 use std::sync::Arc;
 
 /// The checks of one row of the table.
@@ -19,12 +19,22 @@ pub fn trials<B: Backend + 'static>(
 ) -> Vec<Trial> {
     let trial = |(operator, dtype, check): (&str, &str, Check<B>)| {
         let (cases, open) = (cases.clone(), open.clone());
-        Trial::ignorable_test(format!("{backend}: {operator} {dtype}"), move || match open() {
-            Ok(backend) => run(&backend, &cases, check).map_err(Into::into),
-            Err(reason) => Ok(Completion::ignored_with(reason)),
+        Trial::ignorable_test(format!("{backend}: {operator} {dtype}"), move || {
+            on(open(), |backend| Ok(run(backend, &cases, check)?))
         })
     };
     checks().into_iter().map(trial).collect()
+}
+
+/// Runs `check` on what was opened; where that is nothing, the trial is skipped and says why.
+pub fn on<D>(
+    opened: Result<D, String>,
+    check: impl FnOnce(&D) -> Result<Completion, Failed>,
+) -> Result<Completion, Failed> {
+    match opened {
+        Ok(device) => check(&device),
+        Err(reason) => Ok(Completion::ignored_with(reason)),
+    }
 }
 
 fn run<B: Backend>(backend: &B, cases: &[Call], check: Check<B>) -> Result<Completion, String> {

@@ -1,5 +1,6 @@
 //! What a device answers after a refused call, and a lost one: errors, and no panic.
 
+use crate::cases::trials::on;
 use crate::{gpu, together, trial};
 use fused_dropout::cuda::{Gpu, Kernels};
 use fused_dropout::device::{Call, KeyAddresses, dropout};
@@ -21,10 +22,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         Trial::ignorable_test("a lost device is an error", || {
             let _turn = together();
-            match gpu() {
-                Ok(_) => a_lost_device().map(|()| Completion::Completed).map_err(Into::into),
-                Err(reason) => Ok(Completion::ignored_with(reason)),
-            }
+            on(gpu(), |_| Ok(a_lost_device().map(|()| Completion::Completed)?))
         }),
         trial("an error leaves no trace on later calls", an_error_leaves_no_trace),
     ]

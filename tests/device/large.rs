@@ -2,6 +2,7 @@
 //!
 //! Host memory holds a piece at a time: a piece of the mask is that of a shard, and the CPU draws it.
 
+use crate::cases::trials::on;
 use crate::{alone, gpu};
 use fused_dropout::cpu::{self, Cpu};
 use fused_dropout::cuda::Gpu;
@@ -46,20 +47,18 @@ fn large(name: &str, elements: usize, check: fn(&Gpu)) -> Trial {
     Trial::ignorable_test(name, move || {
         // Each takes much of the device's memory.
         let _turn = alone();
-        let gpu = match gpu() {
-            Ok(gpu) => gpu,
-            Err(reason) => return Ok(Completion::ignored_with(reason)),
-        };
-        let (free, _) = gpu.stream().context().mem_get_info().unwrap();
-        if free < needed {
-            let reason =
-                format!("{} MB of device memory free, {} needed", free >> 20, needed >> 20);
-            return Ok(Completion::ignored_with(reason));
-        }
-        check(&gpu);
-        // Freed memory goes back to a pool at once, and from there to the next trial when the stream is done.
-        gpu.stream().synchronize().unwrap();
-        Ok(Completion::Completed)
+        on(gpu(), |gpu| {
+            let (free, _) = gpu.stream().context().mem_get_info().unwrap();
+            if free < needed {
+                let (free, needed) = (free >> 20, needed >> 20);
+                let reason = format!("{free} MB of device memory free, {needed} needed");
+                return Ok(Completion::ignored_with(reason));
+            }
+            check(gpu);
+            // Freed memory goes back to a pool at once, and from there to the next trial when the stream is done.
+            gpu.stream().synchronize().unwrap();
+            Ok(Completion::Completed)
+        })
     })
 }
 

@@ -18,6 +18,7 @@ mod models;
 #[path = "../oracle/mod.rs"]
 mod oracle;
 
+use cases::trials::on;
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use libtest_mimic::{Arguments, Completion, Trial};
 use std::process::ExitCode;
@@ -54,13 +55,10 @@ fn table() -> Vec<Trial> {
 fn trial(name: &str, check: fn(&Gpu)) -> Trial {
     Trial::ignorable_test(name, move || {
         let _turn = together();
-        match gpu() {
-            Ok(gpu) => {
-                check(&gpu);
-                Ok(Completion::Completed)
-            }
-            Err(reason) => Ok(Completion::ignored_with(reason)),
-        }
+        on(gpu(), |gpu| {
+            check(gpu);
+            Ok(Completion::Completed)
+        })
     })
 }
 
@@ -70,14 +68,12 @@ fn trial(name: &str, check: fn(&Gpu)) -> Trial {
 fn trial_alone(name: &str, check: impl FnOnce(&Gpu) + Send + 'static) -> Trial {
     Trial::ignorable_test(name, move || {
         let _turn = alone();
-        let kernels = match kernels() {
-            Ok(kernels) => kernels,
-            Err(reason) => return Ok(Completion::ignored_with(reason)),
-        };
-        // SAFETY: the check uses one stream for everything.
-        unsafe { kernels.context().disable_event_tracking() };
-        check(&Gpu::new(&kernels, kernels.context().new_stream().unwrap()).unwrap());
-        Ok(Completion::Completed)
+        on(kernels(), |kernels| {
+            // SAFETY: the check uses one stream for everything.
+            unsafe { kernels.context().disable_event_tracking() };
+            check(&Gpu::new(kernels, kernels.context().new_stream().unwrap()).unwrap());
+            Ok(Completion::Completed)
+        })
     })
 }
 

@@ -11,6 +11,7 @@ mod transformer_device;
 mod transformer_kernels;
 
 use crate::alone;
+use crate::cases::trials::on;
 use fused_dropout::transformer::backend::{Backend, Element};
 use fused_dropout::transformer::device::{Accelerator, CudaDevice};
 use fused_dropout::transformer::{Pass, Site};
@@ -52,14 +53,14 @@ pub fn trials() -> Vec<Trial> {
 fn trial<T: Dtype + Element>(name: &str, check: fn(&Gpu<T>)) -> Trial {
     Trial::ignorable_test(format!("models: {name}"), move || {
         let _turn = alone();
-        match open() {
-            Ok(backend) => {
-                check(&backend);
-                Ok(Completion::Completed)
-            }
-            Err(error @ Error::Unavailable { .. }) => Ok(Completion::ignored_with(error)),
-            Err(error) => Err(error.into()),
-        }
+        let backend = match open() {
+            Err(error @ Error::Unavailable { .. }) => Err(error.to_string()),
+            opened => Ok(opened?),
+        };
+        on(backend, |backend| {
+            check(backend);
+            Ok(Completion::Completed)
+        })
     })
 }
 
