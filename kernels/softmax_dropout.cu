@@ -2,14 +2,16 @@
 //
 // With z = scale * x + mask over the visible columns, m = max z, e = exp(z - m), S = sum e:
 //
-//     forward:  y = kept ? (e / S) * dropout scale : +0,   lse = m + ln S
-//     backward: P = e / S, or exp(z - lse) where lse is given; g = kept ? dy * dropout scale : 0
+//     forward:  y = kept ? (e / S) * dropout scale : +0,   statistics = (m, 1 / S)
+//     backward: P = e / S, with m and 1 / S from the statistics where they are given; g = kept ? dy * dropout scale : 0
 //               dx = scale * P * (g - sum P g)
 //
 // The visible columns of a row are its first ones: as many as the causal limit and the row's length
 // allow. A column beyond them has y = dx = +0 and is not loaded; nor are octets that lie wholly beyond.
-// An additive mask of -infinity masks one by one. A row without a finite or infinite z gives zeros and
-// lse = -infinity.
+// An additive mask of -infinity masks one by one. A row whose z are all -infinity gives zeros and the
+// statistics (-infinity, 0). Where P is 0, dx is +0 and dy is not looked at.
+//
+// m and 1 / S are kept apart: their log-sum-exp m + ln S, rounded to f32, would lose ln S where |m| is large.
 //
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written
 // (6). The row stays in registers between its passes:
@@ -20,7 +22,7 @@
 //
 // Compiled, not timed: 4 octets are 32 f32 a thread forward and 64 backward, without a spill.
 //
-// Errors: z is one rounding (two without a contraction by name: fma(x, scale, mask)); z - m one; expf is
+// Errors: z is one rounding, fma(x, scale, mask); z - m one; expf is
 // within 2 ulp by CUDA's table for the default flags; S is a tree of f32 sums of 8 * octets + 8 terms'
 // depth at most; 1 / S and each product one rounding.
 // In place: y may be x; dx may be dy. Each element is read and written by one thread.
@@ -33,8 +35,8 @@ struct SoftmaxParams {
     In<T> x;
     In<T> dy;              // backward
     Out<T> out;            // y or dx
-    In<float> lse;         // backward; absent: recomputed
-    Out<float> lse_out;    // forward; may be absent
+    In<float> statistics;       // backward, [rows, 2]; absent: recomputed
+    Out<float> statistics_out;  // forward, [rows, 2]; may be absent
     In<unsigned> lengths;  // visible columns of each row; may be absent
     In<T> additive;        // [batch, queries, cols]; may be absent
     unsigned long long cols;
@@ -141,6 +143,34 @@ __device__ __forceinline__ float reciprocal(float sum) {
     return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum);
 }
 
+/// How a row's z become probabilities: P = exp(z - maximum) * reciprocal.
+struct Statistics {
+    float maximum;
+    float reciprocal;
+};
+
+/// Writes a row's statistics, where they are asked for.
+template <typename T>
+__device__ __forceinline__ void save(const SoftmaxParams<T>& p, const Row& row,
+                                     Statistics statistics) {
+    if (!p.statistics_out.present()) return;
+    p.statistics_out.cached(2ull * row.local, statistics.maximum);
+    p.statistics_out.cached(2ull * row.local + 1, statistics.reciprocal);
+}
+
+/// What [`save`] wrote in the forward pass.
+template <typename T>
+__device__ __forceinline__ Statistics saved(const SoftmaxParams<T>& p, const Row& row) {
+    return {p.statistics.cached(2ull * row.local), p.statistics.cached(2ull * row.local + 1)};
+}
+
+/// P in place of z.
+__device__ __forceinline__ void probabilities(Values& z, Statistics statistics) {
+    exponentiate(z, shift_of(statistics.maximum));
+#pragma unroll
+    for (int j = 0; j < 8; ++j) z.at[j] = __fmul_rn(z.at[j], statistics.reciprocal);
+}
+
 /// y of an octet, from e: `factor` is the dropout scale over S.
 template <typename T>
 __device__ __forceinline__ Octet<T> dropped(const Values& e, const Kept& keep, float factor,
@@ -226,11 +256,10 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
         sum = total(e[i], sum);
     }
     sum = team.sum(sum, sum_scratch);
-    if (team.rank == 0 && p.lse_out.present()) {
-        p.lse_out.cached(row.local, __fadd_rn(maximum, logf(sum)));
-    }
+    const Statistics statistics = {maximum, reciprocal(sum)};
+    if (team.rank == 0) save(p, row, statistics);
 
-    const float factor = __fmul_rn(reciprocal(sum), p.mask.scale);
+    const float factor = __fmul_rn(statistics.reciprocal, p.mask.scale);
     const Draws<false> draws(p.mask);
 #pragma unroll
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
@@ -269,11 +298,10 @@ __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
         sum = total(e, sum);
     }
     sum = team.sum(sum, sum_scratch);
-    if (team.rank == 0 && p.lse_out.present()) {
-        p.lse_out.cached(row.local, __fadd_rn(maximum, logf(sum)));
-    }
+    const Statistics statistics = {maximum, reciprocal(sum)};
+    if (team.rank == 0) save(p, row, statistics);
 
-    const float factor = __fmul_rn(reciprocal(sum), p.mask.scale);
+    const float factor = __fmul_rn(statistics.reciprocal, p.mask.scale);
     const Draws<false> draws(p.mask);
     for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
         const unsigned exist = below(p.cols, octet);
@@ -287,24 +315,6 @@ __device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
         }
         p.out.template cached<aligned>(row.first + 8 * octet, exist, y);
     }
-}
-
-/// How a row's z become probabilities: P = exp(z - shift) * factor.
-struct Statistics {
-    float shift;
-    float factor;
-};
-
-/// From a saved log-sum-exp. A row of -infinity has no visible column: its probabilities are 0.
-__device__ __forceinline__ Statistics saved(float lse) {
-    return {shift_of(lse), lse == masked() ? 0.0f : 1.0f};
-}
-
-/// P in place of z.
-__device__ __forceinline__ void probabilities(Values& z, Statistics statistics) {
-    exponentiate(z, statistics.shift);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) z.at[j] = __fmul_rn(z.at[j], statistics.factor);
 }
 
 /// Backward, the row in registers.
@@ -337,8 +347,8 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     for (unsigned i = 0; i < OCTETS_HELD; ++i) {
         z[i] = scaled(p, scores[i], below(row.visible, team.rank + i * Team::SIZE));
     }
-    if (p.lse.present()) {
-        const Statistics statistics = saved(p.lse.cached(row.local));
+    if (p.statistics.present()) {
+        const Statistics statistics = saved(p, row);
 #pragma unroll
         for (unsigned i = 0; i < OCTETS_HELD; ++i) probabilities(z[i], statistics);
     } else {
@@ -415,8 +425,8 @@ __device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
     const BackwardWide<T, aligned> at = {p, row, Draws<false>(p.mask)};
 
     Statistics statistics;
-    if (p.lse.present()) {
-        statistics = saved(p.lse.cached(row.local));
+    if (p.statistics.present()) {
+        statistics = saved(p, row);
     } else {
         float maximum = masked();
         for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
@@ -429,7 +439,7 @@ __device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
             exponentiate(e, shift_of(maximum));
             sum = total(e, sum);
         }
-        statistics = {shift_of(maximum), reciprocal(team.sum(sum, sum_scratch))};
+        statistics = {maximum, reciprocal(team.sum(sum, sum_scratch))};
     }
     float product = 0.0f;
     for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {

@@ -511,7 +511,7 @@ struct Masks {
     additive: bool,
 }
 
-/// Softmax in f64. Answers y, lse, dx.
+/// Softmax in f64. Answers y, statistics, dx.
 fn softmax_of(
     scores: &Scores,
     drop: &Dropout,
@@ -522,7 +522,7 @@ fn softmax_of(
     let rows = scores.batch * scores.heads * scores.queries;
     let cols = scores.keys;
     let (mut y, mut dx) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
-    let mut lse = vec![f64::NEG_INFINITY; rows];
+    let mut statistics = [f64::NEG_INFINITY, 0.0].repeat(rows);
     for r in 0..rows {
         let (b, q) = (r / scores.queries / scores.heads, r % scores.queries);
         let z: Vec<f64> = (0..cols)
@@ -543,7 +543,7 @@ fn softmax_of(
             continue;
         }
         let sum: f64 = z.iter().map(|z| (z - m).exp()).sum();
-        lse[r] = m + sum.ln();
+        statistics[2 * r..2 * r + 2].copy_from_slice(&[m, 1.0 / sum]);
         let p: Vec<f64> = z.iter().map(|z| (z - m).exp() / sum).collect();
         let keep = |k| if keeps(drop, r, k) { f64::from(drop.p.scale()) } else { 0.0 };
         let dot: f64 = (0..cols).map(|k| p[k] * keep(k) * dy[r * cols + k]).sum();
@@ -552,7 +552,7 @@ fn softmax_of(
             dx[r * cols + k] = f64::from(scores.scale) * p[k] * (keep(k) * dy[r * cols + k] - dot);
         }
     }
-    (y, lse, dx)
+    (y, statistics, dx)
 }
 
 fn assert_close<T: Dtype>(got: &[T], expected: &[f64], absolute: f64, what: &str) {
@@ -568,7 +568,7 @@ fn assert_close<T: Dtype>(got: &[T], expected: &[f64], absolute: f64, what: &str
             assert_eq!(got, expected, "{what}: element {i}");
             continue;
         }
-        // f32 arithmetic: |z| below 16, so z - lse is off by 2^-20; 64 roundings of 2^-24 beside it.
+        // f32 arithmetic: |z| below 16, so z - max is off by 2^-20; 64 roundings of 2^-24 beside it.
         let bound = expected.abs() * (unit + 2f64.powi(-17)) + absolute + 2f64.powi(-24);
         assert!((got - expected).abs() <= bound, "{what}: element {i}: {got}, not {expected}");
     }
@@ -593,7 +593,7 @@ fn check_softmax<T: Dtype>(scores: Scores, masks: Masks, p: f64, shift: usize) {
     }
     let additive = &additive[shift..];
     let wide_additive = wide(additive);
-    let (y, lse, dx) = softmax_of(
+    let (y, statistics, dx) = softmax_of(
         &scores,
         &drop,
         &AttentionMask {
@@ -612,11 +612,11 @@ fn check_softmax<T: Dtype>(scores: Scores, masks: Masks, p: f64, shift: usize) {
         additive: masks.additive.then_some(&additive as _),
     };
     let mut got = numbers(n, 4);
-    let mut got_lse = vec![1f32; rows];
+    let mut got_statistics = vec![1f32; 2 * rows];
     let out = &mut &mut got[shift..];
-    softmax::forward(&call, &drop, &scores, &mask, &x, out, Some(&mut got_lse)).unwrap();
+    softmax::forward(&call, &drop, &scores, &mask, &x, out, Some(&mut got_statistics)).unwrap();
     assert_close(&got[shift..], &y, 0.0, &format!("y, {what}"));
-    assert_close(&got_lse, &lse, 2f64.powi(-20), &format!("lse, {what}"));
+    assert_close(&got_statistics, &statistics, 2f64.powi(-20), &format!("statistics, {what}"));
     for (i, (got, want)) in got[shift..].iter().zip(&y).enumerate() {
         assert!(*want != 0.0 || bits(*got) == 0, "{what}: element {i} is not +0");
     }
@@ -633,8 +633,9 @@ fn check_softmax<T: Dtype>(scores: Scores, masks: Masks, p: f64, shift: usize) {
     assert_same(&again, &got[shift..], &what);
     // g - sum P g: |g| is below 2 * scale, a sum of as many products as there are keys.
     let absolute = 2f64.powi(-15) * f64::from(drop.p.scale());
-    for with_lse in [false, true] {
-        let saved: Option<&dyn Readable<f32, Emulator>> = with_lse.then_some(&got_lse as _);
+    for with_statistics in [false, true] {
+        let saved: Option<&dyn Readable<f32, Emulator>> =
+            with_statistics.then_some(&got_statistics as _);
         let mut got = numbers(n, 5);
         let out = &mut &mut got[shift..];
         softmax::backward(&call, &drop, &scores, &mask, &x, saved, &dy, out).unwrap();
@@ -694,14 +695,14 @@ fn softmax_of_nan_masked_rows_and_no_columns() {
     x[16..].fill(f32::NEG_INFINITY);
     let lengths = vec![4u32, 7, 8];
     let mask = AttentionMask { lengths: Some(&lengths as _), ..AttentionMask::NONE };
-    let (mut y, mut lse) = (vec![9f32; 24], vec![9f32; 3]);
-    softmax::forward(&call, &drop, &scores, &mask, &x, &mut y, Some(&mut lse)).unwrap();
-    assert!(y[..4].iter().all(|y| y.is_nan()) && lse[0].is_nan());
+    let (mut y, mut statistics) = (vec![9f32; 24], vec![9f32; 6]);
+    softmax::forward(&call, &drop, &scores, &mask, &x, &mut y, Some(&mut statistics)).unwrap();
+    assert!(y[..4].iter().all(|y| y.is_nan()) && statistics[1].is_nan());
     assert_eq!(y[4..8], [0.0; 4]);
     assert!(y[8..15].iter().all(|&y| (y - 1.0 / 7.0).abs() < 1e-6));
     assert_eq!(y[15..], [0.0; 9]);
-    assert_eq!(lse[2], f32::NEG_INFINITY);
-    for saved in [None, Some(&lse as &dyn Readable<f32, Emulator>)] {
+    assert_eq!(statistics[4..], [f32::NEG_INFINITY, 0.0]);
+    for saved in [None, Some(&statistics as &dyn Readable<f32, Emulator>)] {
         let dy = vec![f32::INFINITY; 24];
         let mut dx = vec![9f32; 24];
         softmax::backward(&call, &drop, &scores, &mask, &x, saved, &dy, &mut dx).unwrap();
@@ -714,8 +715,8 @@ fn softmax_of_nan_masked_rows_and_no_columns() {
     assert!(y.iter().all(|y| y.is_nan()));
     let none = Scores { keys: 0, ..scores };
     let (x, mut y) = (Vec::<f32>::new(), Vec::<f32>::new());
-    lse.fill(1.0);
-    softmax::forward(&call, &drop, &none, &AttentionMask::NONE, &x, &mut y, Some(&mut lse))
+    statistics.fill(1.0);
+    softmax::forward(&call, &drop, &none, &AttentionMask::NONE, &x, &mut y, Some(&mut statistics))
         .unwrap();
-    assert_eq!(lse, [f32::NEG_INFINITY; 3]);
+    assert_eq!(statistics, [f32::NEG_INFINITY, 0.0].repeat(3)[..]);
 }

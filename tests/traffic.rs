@@ -10,6 +10,7 @@ use fused_dropout::device::{
 use fused_dropout::emulator::Emulator;
 use fused_dropout::ops;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use fused_dropout::ops::softmax_dropout::STATISTICS;
 use fused_dropout::ops::sum_rows::workspace_len;
 use fused_dropout::{
     Activation, Affine, AttentionMask, Dropout, Error, Key, Norm, Probability, Scores, Shape,
@@ -100,14 +101,14 @@ fn softmax() {
     let (x, dy, y) = (&&x.0[..], &&dy.0[..], &mut &mut y.0[..]);
     let scores = Scores { batch: 1, heads: 2, queries: 64, keys: 1024, scale: 0.1 };
     let (d, mask) = (drop(), AttentionMask::NONE);
-    let mut lse = vec![0.0f32; SHAPE.rows];
-    let a_row = 4 * SHAPE.rows;
+    let mut statistics = vec![0.0f32; STATISTICS * SHAPE.rows];
+    let a_row = 4 * STATISTICS * SHAPE.rows;
     moves(2, 2, a_row, |call| {
-        softmax_dropout::forward(call, &d, &scores, &mask, x, y, Some(&mut lse))
+        softmax_dropout::forward(call, &d, &scores, &mask, x, y, Some(&mut statistics))
     });
     moves(4, 2, 0, |call| softmax_dropout::backward(call, &d, &scores, &mask, x, None, dy, y));
     moves(4, 2, 32 * a_row, |call| {
-        softmax_dropout::backward(call, &d, &scores, &mask, x, Some(&lse), dy, y)
+        softmax_dropout::backward(call, &d, &scores, &mask, x, Some(&statistics), dy, y)
     });
 }
 

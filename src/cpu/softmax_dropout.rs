@@ -11,7 +11,7 @@ use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::softmax_dropout::{AttentionMask, Lens, Scores, check, visible};
+use crate::ops::softmax_dropout::{AttentionMask, Lens, STATISTICS, Scores, check, visible};
 use crate::ops::{Draw, Dropout, Shape};
 use rayon::prelude::*;
 
@@ -19,11 +19,11 @@ use rayon::prelude::*;
 /// additive mask `[batch, queries, keys]`.
 pub type Mask<'a, T> = AttentionMask<&'a [u32], &'a [T]>;
 
-/// y = D(softmax(scale * x + mask)) along the keys. `x`, `y`: `[batch, heads, queries, keys]`; `lse`, if
-/// given, receives the log-sum-exp of each row, `[batch, heads, queries]`.
+/// y = D(softmax(scale * x + mask)) along the keys. `x`, `y`: `[batch, heads, queries, keys]`; `statistics`, if
+/// given, receives two f32 a row, `[batch, heads, queries, 2]`: the largest z and the reciprocal of the sum.
 ///
 /// Each probability is within the bound stated in the crate's tests of the exact one; a dropped or
-/// masked one is +0. A row that sees no key is zeros, its lse -infinity.
+/// masked one is +0. A row that sees no key is zeros, its statistics (-infinity, 0).
 ///
 /// # Errors
 /// [`Error::Argument`] where a length, the scale or the place does not fit; the outputs are untouched
@@ -35,13 +35,13 @@ pub fn forward<T: Dtype>(
     mask: &Mask<'_, T>,
     x: &[T],
     y: &mut [T],
-    lse: Option<&mut [f32]>,
+    statistics: Option<&mut [f32]>,
 ) -> Result<(), Error> {
-    let lse_len = lse.as_ref().map(|lse| lse.len());
-    let lens = lens(mask, x.len(), None, ("y", y.len()), lse_len);
+    let statistics_len = statistics.as_ref().map(|statistics| statistics.len());
+    let lens = lens(mask, x.len(), None, ("y", y.len()), statistics_len);
     let (shape, draw) = check(dropout, scores, &lens)?;
     let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.forward(Some(x), y, lse);
+    task.forward(Some(x), y, statistics);
     Ok(())
 }
 
@@ -55,18 +55,18 @@ pub fn forward_in_place<T: Dtype>(
     scores: &Scores,
     mask: &Mask<'_, T>,
     x: &mut [T],
-    lse: Option<&mut [f32]>,
+    statistics: Option<&mut [f32]>,
 ) -> Result<(), Error> {
-    let lse_len = lse.as_ref().map(|lse| lse.len());
-    let lens = lens(mask, x.len(), None, ("x", x.len()), lse_len);
+    let statistics_len = statistics.as_ref().map(|statistics| statistics.len());
+    let lens = lens(mask, x.len(), None, ("x", x.len()), statistics_len);
     let (shape, draw) = check(dropout, scores, &lens)?;
     let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.forward(None, x, lse);
+    task.forward(None, x, statistics);
     Ok(())
 }
 
 /// dx = scale * P * (g - sum P g) with g = D(dy) and P = softmax(scale * x + mask), recomputed from `x`, and
-/// from the forward pass's `lse` where it is given. `x`, `dy`, `dx`: `[batch, heads, queries, keys]`.
+/// from the forward pass's `statistics` where it is given. `x`, `dy`, `dx`: `[batch, heads, queries, keys]`.
 ///
 /// # Errors
 /// [`Error::Argument`] where a length, the scale or the place does not fit; `dx` is untouched then.
@@ -76,14 +76,14 @@ pub fn backward<T: Dtype>(
     scores: &Scores,
     mask: &Mask<'_, T>,
     x: &[T],
-    lse: Option<&[f32]>,
+    statistics: Option<&[f32]>,
     dy: &[T],
     dx: &mut [T],
 ) -> Result<(), Error> {
-    let lens = lens(mask, x.len(), Some(dy.len()), ("dx", dx.len()), lse.map(<[f32]>::len));
+    let lens = lens(mask, x.len(), Some(dy.len()), ("dx", dx.len()), statistics.map(<[f32]>::len));
     let (shape, draw) = check(dropout, scores, &lens)?;
     let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.backward(x, lse, Some(dy), dx);
+    task.backward(x, statistics, Some(dy), dx);
     Ok(())
 }
 
@@ -97,13 +97,13 @@ pub fn backward_in_place<T: Dtype>(
     scores: &Scores,
     mask: &Mask<'_, T>,
     x: &[T],
-    lse: Option<&[f32]>,
+    statistics: Option<&[f32]>,
     dy: &mut [T],
 ) -> Result<(), Error> {
-    let lens = lens(mask, x.len(), Some(dy.len()), ("dy", dy.len()), lse.map(<[f32]>::len));
+    let lens = lens(mask, x.len(), Some(dy.len()), ("dy", dy.len()), statistics.map(<[f32]>::len));
     let (shape, draw) = check(dropout, scores, &lens)?;
     let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.backward(x, lse, None, dy);
+    task.backward(x, statistics, None, dy);
     Ok(())
 }
 
@@ -112,10 +112,10 @@ fn lens<T>(
     x: usize,
     dy: Option<usize>,
     out: (&'static str, usize),
-    lse: Option<usize>,
+    statistics: Option<usize>,
 ) -> Lens {
     let (lengths, additive) = (mask.lengths.map(<[u32]>::len), mask.additive.map(<[T]>::len));
-    Lens { x, dy, out, lse, lengths, additive }
+    Lens { x, dy, out, statistics, lengths, additive }
 }
 
 /// A checked call.
@@ -140,21 +140,22 @@ impl<T: Dtype> Task<'_, T> {
         Scratch { z: vec![0.0; cols], g: vec![0.0; cols], lanes: RowLanes::new() }
     }
 
-    fn forward(&self, x: Option<&[T]>, y: &mut [T], lse: Option<&mut [f32]>) {
+    fn forward(&self, x: Option<&[T]>, y: &mut [T], statistics: Option<&mut [f32]>) {
         let Shape { rows, cols } = self.shape;
-        if cols == 0 {
+        let saved = statistics.map(|statistics| statistics.as_chunks_mut::<STATISTICS>().0);
+        if rows == 0 || cols == 0 {
             // No keys: nothing to normalise over.
-            return lse.into_iter().flatten().for_each(|lse| *lse = f32::NEG_INFINITY);
+            return saved.into_iter().flatten().for_each(|saved| *saved = EMPTY);
         }
         let streaming = x.and_then(|_| split::streaming(self.cpu, y));
         let group = RowLanes::rows(self.shape);
-        let lse = split::optional_chunks(lse, group, rows.div_ceil(group)).into_par_iter();
-        let groups = y.par_chunks_mut(group * cols).zip(lse).enumerate();
+        let saved = split::optional_chunks(saved, group, rows.div_ceil(group)).into_par_iter();
+        let groups = y.par_chunks_mut(group * cols).zip(saved).enumerate();
         groups.for_each_init(
             || self.scratch(),
-            |scratch, (index, (y, lse))| {
+            |scratch, (index, (y, saved))| {
                 let first = index * group;
-                let mut lse = lse.into_iter().flatten();
+                let mut saved = saved.into_iter().flatten();
                 self.cpu.run(
                     #[inline(always)]
                     || {
@@ -162,12 +163,12 @@ impl<T: Dtype> Task<'_, T> {
                         for (row, y) in (first..).zip(y.chunks_mut(cols)) {
                             let x = x.map_or(&*y, |x| &x[row * cols..(row + 1) * cols]);
                             let z = self.logits(&mut scratch.z, row, x);
-                            let statistics = exponentials(z);
-                            self.dropped(&scratch.lanes, row, z, 1.0 / statistics.sum);
+                            let [max, reciprocal] = exponentials(z);
+                            self.dropped(&scratch.lanes, row, z, reciprocal);
                             let (seen, hidden) = y.split_at_mut(z.len());
                             emit(z, seen, streaming);
                             hidden.fill(T::from_f32(0.0));
-                            lse.by_ref().take(1).for_each(|lse| *lse = statistics.lse());
+                            saved.by_ref().take(1).for_each(|saved| *saved = [max, reciprocal]);
                         }
                         split::fence();
                     },
@@ -176,11 +177,12 @@ impl<T: Dtype> Task<'_, T> {
         );
     }
 
-    fn backward(&self, x: &[T], lse: Option<&[f32]>, dy: Option<&[T]>, dx: &mut [T]) {
-        let cols = self.shape.cols;
-        if cols == 0 {
+    fn backward(&self, x: &[T], statistics: Option<&[f32]>, dy: Option<&[T]>, dx: &mut [T]) {
+        let Shape { rows, cols } = self.shape;
+        if rows == 0 || cols == 0 {
             return;
         }
+        let saved = statistics.map(|statistics| statistics.as_chunks::<STATISTICS>().0);
         let streaming = dy.and_then(|_| split::streaming(self.cpu, dx));
         let group = RowLanes::rows(self.shape);
         dx.par_chunks_mut(group * cols).enumerate().for_each_init(
@@ -195,7 +197,7 @@ impl<T: Dtype> Task<'_, T> {
                             let elements = row * cols..(row + 1) * cols;
                             let dy = dy.map_or(&*dx, |dy| &dy[elements.clone()]);
                             let p = self.logits(&mut scratch.z, row, &x[elements]);
-                            probabilities(p, lse.map(|lse| lse[row]));
+                            probabilities(p, saved.map(|saved| saved[row]));
                             let g = &mut scratch.g[..p.len()];
                             convert::load(&dy[..p.len()], g);
                             self.dropped(&scratch.lanes, row, g, 1.0);
@@ -211,12 +213,13 @@ impl<T: Dtype> Task<'_, T> {
         );
     }
 
-    /// scale * p * (g - sum p g) in place of g.
+    /// scale * p * (g - sum p g) in place of g. Where p is 0 the result is +0, whatever g is there.
     #[inline(always)]
     fn gradient(&self, p: &[f32], g: &mut [f32]) {
-        let dot = sum(p, g, |p, g| p * g);
+        let dot = sum(p, g, |p, g| if p == 0.0 { 0.0 } else { p * g });
         let scale = self.scores.scale;
-        g.iter_mut().zip(p).for_each(|(g, &p)| *g = scale * (p * (*g - dot)));
+        let of = |p: f32, g: f32| if p == 0.0 { 0.0 } else { scale * (p * (g - dot)) };
+        g.iter_mut().zip(p).for_each(|(g, &p)| *g = of(p, *g));
     }
 
     /// Draws the lanes of `rows` rows from `first` on, where rows are drawn together.
@@ -248,15 +251,18 @@ impl<T: Dtype> Task<'_, T> {
         let seen = self.seen(row);
         let z = &mut z[..seen];
         convert::load(&x[..seen], z);
-        z.iter_mut().for_each(|z| *z *= self.scores.scale);
-        if let Some(additive) = self.mask.additive {
-            let first = (batch * self.scores.queries + query) * self.shape.cols;
-            let mut buffer = [0.0; octets::ELEMENTS];
-            let parts = additive[first..first + seen].chunks(octets::ELEMENTS);
-            for (z, part) in z.chunks_mut(octets::ELEMENTS).zip(parts) {
-                convert::load(part, &mut buffer[..part.len()]);
-                z.iter_mut().zip(&buffer).for_each(|(z, a)| *z += a);
-            }
+        let scale = self.scores.scale;
+        let Some(additive) = self.mask.additive else {
+            z.iter_mut().for_each(|z| *z *= scale);
+            return z;
+        };
+        let first = (batch * self.scores.queries + query) * self.shape.cols;
+        let mut buffer = [0.0; octets::ELEMENTS];
+        let parts = additive[first..first + seen].chunks(octets::ELEMENTS);
+        for (z, part) in z.chunks_mut(octets::ELEMENTS).zip(parts) {
+            convert::load(part, &mut buffer[..part.len()]);
+            // One rounding, as in the kernels.
+            z.iter_mut().zip(&buffer).for_each(|(z, &a)| *z = z.mul_add(scale, a));
         }
         z
     }
@@ -294,43 +300,32 @@ fn emit<T: Dtype>(from: &[f32], to: &mut [T], streaming: Option<Line>) {
     parts.for_each(|(from, to)| split::emit(from, to, streaming));
 }
 
-/// A row's largest logit and the sum of exp(z - max).
-struct Statistics {
-    max: f32,
-    sum: f32,
-}
+/// The statistics of a row without a visible key.
+const EMPTY: [f32; STATISTICS] = [f32::NEG_INFINITY, 0.0];
 
-impl Statistics {
-    fn lse(&self) -> f32 {
-        if self.max == f32::NEG_INFINITY && !self.sum.is_nan() {
-            return f32::NEG_INFINITY;
-        }
-        self.max + self.sum.ln()
-    }
-}
-
-/// Replaces z by exp(z - max z). Where nothing is seen, or all is -infinity, by zeros, with a sum of
-/// infinity, whose reciprocal is 0.
+/// Replaces z by exp(z - max z), and answers max z and the reciprocal of their sum. Where nothing is seen, or all
+/// is -infinity: zeros.
 #[inline(always)]
-fn exponentials(z: &mut [f32]) -> Statistics {
+fn exponentials(z: &mut [f32]) -> [f32; STATISTICS] {
     let max = largest(z);
     if max == f32::NEG_INFINITY && !z.iter().any(|z| z.is_nan()) {
         z.fill(0.0);
-        return Statistics { max, sum: f32::INFINITY };
+        return EMPTY;
     }
     z.iter_mut().for_each(|z| *z = exp(*z - max));
-    Statistics { max, sum: sum(z, z, |e, _| e) }
+    [max, 1.0 / sum(z, z, |e, _| e)]
 }
 
-/// Replaces z by exp(z - lse), or by its softmax where no lse is given.
+/// Replaces z by its softmax, with the row's statistics where they are given.
 #[inline(always)]
-fn probabilities(z: &mut [f32], lse: Option<f32>) {
-    match lse {
-        Some(f32::NEG_INFINITY) => z.fill(0.0),
-        Some(lse) => z.iter_mut().for_each(|z| *z = exp(*z - lse)),
-        None => {
-            let factor = 1.0 / exponentials(z).sum;
-            z.iter_mut().for_each(|e| *e *= factor);
+fn probabilities(z: &mut [f32], saved: Option<[f32; STATISTICS]>) {
+    let reciprocal = match saved {
+        Some(EMPTY) => return z.fill(0.0),
+        Some([max, reciprocal]) => {
+            z.iter_mut().for_each(|z| *z = exp(*z - max));
+            reciprocal
         }
-    }
+        None => exponentials(z)[1],
+    };
+    z.iter_mut().for_each(|e| *e *= reciprocal);
 }

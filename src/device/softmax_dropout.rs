@@ -10,8 +10,8 @@ use crate::ops::softmax_dropout::{AttentionMask, Lens, NAME, Scores, check};
 /// The attention mask as a device takes it: both tensors in device memory.
 pub type DeviceMask<'a, T, D> = AttentionMask<&'a dyn Readable<u32, D>, &'a dyn Readable<T, D>>;
 
-/// y = D(softmax(scale * x + mask)). `x` and `y` have as many elements as the scores; `lse`, where it
-/// is given, one a row, and receives the rows' log-sum-exp for [`backward`].
+/// y = D(softmax(scale * x + mask)). `x` and `y` have as many elements as the scores; `statistics`, where it
+/// is given, two f32 a row, `[rows, 2]`: the row's largest z and the reciprocal of its sum, for [`backward`].
 ///
 /// # Errors
 /// [`Error::Argument`] where the arguments do not fit each other; nothing is written then.
@@ -23,15 +23,15 @@ pub fn forward<T: Dtype, D: Device>(
     mask: &DeviceMask<'_, T, D>,
     x: &dyn Readable<T, D>,
     y: &mut dyn Writable<T, D>,
-    lse: Option<&mut dyn Writable<f32, D>>,
+    statistics: Option<&mut dyn Writable<f32, D>>,
 ) -> Result<(), Error> {
     let out = ("y", y.elements());
-    let rows = check_call(dropout, scores, mask, x.elements(), None, out, elements(&lse))?;
+    let rows = check_call(dropout, scores, mask, x.elements(), None, out, elements(&statistics))?;
     let key = call.resident(NAME, rows)?;
     let mask = Held::new(call, mask)?;
     let (x, y) = (x.read(call.device)?, y.write(call.device)?);
-    let lse = lse.map(|lse| lse.write(call.device)).transpose()?;
-    let tensors = raw::Forward { x: x.pointer, y: y.pointer, lse: pointer(&lse) };
+    let statistics = statistics.map(|statistics| statistics.write(call.device)).transpose()?;
+    let tensors = raw::Forward { x: x.pointer, y: y.pointer, statistics: pointer(&statistics) };
     // SAFETY: the lengths were checked against the scores; the addresses are held until the end.
     unsafe {
         let (key, mask) = (key.addresses(), mask.addresses());
@@ -49,15 +49,15 @@ pub fn forward_in_place<T: Dtype, D: Device>(
     scores: &Scores,
     mask: &DeviceMask<'_, T, D>,
     x: &mut dyn Writable<T, D>,
-    lse: Option<&mut dyn Writable<f32, D>>,
+    statistics: Option<&mut dyn Writable<f32, D>>,
 ) -> Result<(), Error> {
     let out = ("x", x.elements());
-    let rows = check_call(dropout, scores, mask, x.elements(), None, out, elements(&lse))?;
+    let rows = check_call(dropout, scores, mask, x.elements(), None, out, elements(&statistics))?;
     let key = call.resident(NAME, rows)?;
     let mask = Held::new(call, mask)?;
     let x = x.write(call.device)?;
-    let lse = lse.map(|lse| lse.write(call.device)).transpose()?;
-    let tensors = raw::Forward { x: x.pointer, y: x.pointer, lse: pointer(&lse) };
+    let statistics = statistics.map(|statistics| statistics.write(call.device)).transpose()?;
+    let tensors = raw::Forward { x: x.pointer, y: x.pointer, statistics: pointer(&statistics) };
     // SAFETY: as in `forward`; the kernels allow that y is x.
     unsafe {
         let (key, mask) = (key.addresses(), mask.addresses());
@@ -65,8 +65,8 @@ pub fn forward_in_place<T: Dtype, D: Device>(
     }
 }
 
-/// dx from the forward pass's input `x`, the gradient `dy` of its output, and the rows' log-sum-exp
-/// `lse` that it gave (without one it is computed again).
+/// dx from the forward pass's input `x`, the gradient `dy` of its output, and the
+/// `statistics` that it gave (without them they are computed again).
 ///
 /// # Errors
 /// As [`forward`].
@@ -76,19 +76,23 @@ pub fn backward<T: Dtype, D: Device>(
     scores: &Scores,
     mask: &DeviceMask<'_, T, D>,
     x: &dyn Readable<T, D>,
-    lse: Option<&dyn Readable<f32, D>>,
+    statistics: Option<&dyn Readable<f32, D>>,
     dy: &dyn Readable<T, D>,
     dx: &mut dyn Writable<T, D>,
 ) -> Result<(), Error> {
     let (dy_len, out) = (Some(dy.elements()), ("dx", dx.elements()));
-    let lse_len = lse.map(|lse| lse.elements());
-    let rows = check_call(dropout, scores, mask, x.elements(), dy_len, out, lse_len)?;
+    let statistics_len = statistics.map(|statistics| statistics.elements());
+    let rows = check_call(dropout, scores, mask, x.elements(), dy_len, out, statistics_len)?;
     let key = call.resident(NAME, rows)?;
     let mask = Held::new(call, mask)?;
-    let (x, lse) = (x.read(call.device)?, call.optional(lse)?);
+    let (x, statistics) = (x.read(call.device)?, call.optional(statistics)?);
     let (dy, dx) = (dy.read(call.device)?, dx.write(call.device)?);
-    let tensors =
-        raw::Backward { x: x.pointer, lse: pointer(&lse), dy: dy.pointer, dx: dx.pointer };
+    let tensors = raw::Backward {
+        x: x.pointer,
+        statistics: pointer(&statistics),
+        dy: dy.pointer,
+        dx: dx.pointer,
+    };
     // SAFETY: the lengths were checked against the scores; the addresses are held until the end.
     unsafe {
         let (key, mask) = (key.addresses(), mask.addresses());
@@ -106,18 +110,22 @@ pub fn backward_in_place<T: Dtype, D: Device>(
     scores: &Scores,
     mask: &DeviceMask<'_, T, D>,
     x: &dyn Readable<T, D>,
-    lse: Option<&dyn Readable<f32, D>>,
+    statistics: Option<&dyn Readable<f32, D>>,
     dy: &mut dyn Writable<T, D>,
 ) -> Result<(), Error> {
     let (dy_len, out) = (Some(dy.elements()), ("dy", dy.elements()));
-    let lse_len = lse.map(|lse| lse.elements());
-    let rows = check_call(dropout, scores, mask, x.elements(), dy_len, out, lse_len)?;
+    let statistics_len = statistics.map(|statistics| statistics.elements());
+    let rows = check_call(dropout, scores, mask, x.elements(), dy_len, out, statistics_len)?;
     let key = call.resident(NAME, rows)?;
     let mask = Held::new(call, mask)?;
-    let (x, lse) = (x.read(call.device)?, call.optional(lse)?);
+    let (x, statistics) = (x.read(call.device)?, call.optional(statistics)?);
     let dy = dy.write(call.device)?;
-    let tensors =
-        raw::Backward { x: x.pointer, lse: pointer(&lse), dy: dy.pointer, dx: dy.pointer };
+    let tensors = raw::Backward {
+        x: x.pointer,
+        statistics: pointer(&statistics),
+        dy: dy.pointer,
+        dx: dy.pointer,
+    };
     // SAFETY: as in `backward`; the kernels allow that dx is dy.
     unsafe {
         let (key, mask) = (key.addresses(), mask.addresses());
@@ -137,11 +145,11 @@ fn check_call<T: Dtype, D: Device>(
     x: usize,
     dy: Option<usize>,
     out: (&'static str, usize),
-    lse: Option<usize>,
+    statistics: Option<usize>,
 ) -> Result<usize, Error> {
     let lengths = mask.lengths.map(|lengths| lengths.elements());
     let additive = mask.additive.map(|additive| additive.elements());
-    let (shape, _) = check(dropout, scores, &Lens { x, dy, out, lse, lengths, additive })?;
+    let (shape, _) = check(dropout, scores, &Lens { x, dy, out, statistics, lengths, additive })?;
     Ok(shape.rows)
 }
 
@@ -191,8 +199,8 @@ pub mod raw {
         pub x: u64,
         /// The result, written; may be `x`.
         pub y: u64,
-        /// One f32 a row, written; 0: not asked for.
-        pub lse: u64,
+        /// Two f32 a row, written; 0: not asked for.
+        pub statistics: u64,
     }
 
     /// Addresses of a backward call.
@@ -200,8 +208,8 @@ pub mod raw {
     pub struct Backward {
         /// The scores, read.
         pub x: u64,
-        /// One f32 a row, read; 0: computed again.
-        pub lse: u64,
+        /// Two f32 a row, read; 0: computed again.
+        pub statistics: u64,
         /// The gradient of the result, read.
         pub dy: u64,
         /// The gradient of the scores, written; may be `dy`.
@@ -216,8 +224,8 @@ pub mod raw {
         x: u64,
         dy: u64,
         out: u64,
-        lse: u64,
-        lse_out: u64,
+        statistics: u64,
+        statistics_out: u64,
         lengths: u64,
         additive: u64,
         cols: u64,
@@ -247,15 +255,15 @@ pub mod raw {
         key: KeyAddresses,
         tensors: Forward,
     ) -> Result<(), Error> {
-        let Forward { x, y, lse } = tensors;
+        let Forward { x, y, statistics } = tensors;
         let (shape, params) = params(dropout, scores, mask, key)?;
-        let params = Params { x, out: y, lse_out: lse, ..params };
+        let params = Params { x, out: y, statistics_out: statistics, ..params };
         let forms = forms!(NAME, "softmax_dropout_forward", T);
         // SAFETY: the caller's promise.
         unsafe { launch(device, forms, shape, params) }
     }
 
-    /// dx from x, dy, and the rows' log-sum-exp where it was saved.
+    /// dx from x, dy, and the rows' statistics where they were saved.
     ///
     /// # Safety
     /// As [`forward`], with [`Backward`] in place of [`Forward`]; `dx` may be `dy`.
@@ -270,9 +278,9 @@ pub mod raw {
         key: KeyAddresses,
         tensors: Backward,
     ) -> Result<(), Error> {
-        let Backward { x, lse, dy, dx } = tensors;
+        let Backward { x, statistics, dy, dx } = tensors;
         let (shape, params) = params(dropout, scores, mask, key)?;
-        let params = Params { x, lse, dy, out: dx, ..params };
+        let params = Params { x, statistics, dy, out: dx, ..params };
         let forms = forms!(NAME, "softmax_dropout_backward", T);
         // SAFETY: the caller's promise.
         unsafe { launch(device, forms, shape, params) }
@@ -300,8 +308,8 @@ pub mod raw {
             x: 0,
             dy: 0,
             out: 0,
-            lse: 0,
-            lse_out: 0,
+            statistics: 0,
+            statistics_out: 0,
             lengths: mask.lengths.unwrap_or(0),
             additive: mask.additive.unwrap_or(0),
             cols: shape.cols as u64,
@@ -321,8 +329,8 @@ pub mod raw {
         shape: Shape,
         params: Params,
     ) -> Result<(), Error> {
-        // Rows without columns still have a log-sum-exp, -infinity.
-        if shape.cols == 0 && params.lse_out == 0 {
+        // Rows without columns still have their statistics.
+        if shape.cols == 0 && params.statistics_out == 0 {
             return Ok(());
         }
         let tensors = [params.x, params.dy, params.out, params.additive];

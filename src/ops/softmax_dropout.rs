@@ -2,18 +2,28 @@
 //!
 //! With z = scale * x + mask over the visible keys of a row, m = max z, S = sum exp(z - m):
 //!
-//! - forward: y = D(exp(z - m) / S), lse = m + ln S;
-//! - backward: with P = exp(z - lse) and g = D(dy): dx = scale * P * (g - sum P g).
+//! - forward: y = D(exp(z - m) / S), and the row's statistics (m, 1 / S);
+//! - backward: with P = exp(z - m) / S and g = D(dy): dx = scale * P * (g - sum P g).
 //!
-//! A masked key has y = +0 and dx = +0. A row without a visible key, or whose z are all -infinity,
-//! gives zeros, lse = -infinity and a zero gradient. (In f32; a NaN or +infinity among a row's z makes
-//! the kept elements of that row NaN, as the mathematics has it.)
+//! z is rounded once, to f32; both passes have the same z. A masked key has y = +0 and dx = +0, whatever its dy; so
+//! has a key whose P is 0 in f32. A row without a visible key, or whose z are all -infinity, gives zeros, the
+//! statistics (-infinity, 0) and a zero gradient. (In f32; a NaN or +infinity among a row's z makes the kept elements of
+//! that row NaN, as the mathematics has it.)
+//!
+//! # The statistics of a row
+//! Two f32 a row, `[rows, 2]`: the largest z, m, and 1 / S. The backward pass takes the same P from them as the forward
+//! pass had, without two of its reductions. Their log-sum-exp is m + ln S = m - ln(1 / S); it is not what is saved,
+//! since rounded to f32 it loses ln S where |m| is large: a row of n keys that a mask of -1e9 covers has P = 1 / n.
+//! Two parts of a row merge as m = max(m1, m2), S = S1 exp(m1 - m) + S2 exp(m2 - m).
 
 use super::{Draw, Dropout, Shape, check_len};
 use crate::error::Error;
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "softmax_dropout";
+
+/// Numbers that a row's statistics are: its largest z, and the reciprocal of the sum of exp(z - largest).
+pub const STATISTICS: usize = 2;
 
 /// The shape of the scores, `[batch, heads, queries, keys]`, and the factor before the softmax.
 ///
@@ -105,7 +115,7 @@ pub(crate) struct Lens {
     pub dy: Option<usize>,
     /// The output's name, and its elements.
     pub out: (&'static str, usize),
-    pub lse: Option<usize>,
+    pub statistics: Option<usize>,
     pub lengths: Option<usize>,
     pub additive: Option<usize>,
 }
@@ -126,8 +136,8 @@ pub(crate) fn check<'a>(
         check_len(NAME, "dy", elements, dy)?;
     }
     check_len(NAME, lens.out.0, elements, lens.out.1)?;
-    if let Some(lse) = lens.lse {
-        check_len(NAME, "lse", shape.rows, lse)?;
+    if let Some(statistics) = lens.statistics {
+        check_len(NAME, "statistics", STATISTICS * shape.rows, statistics)?;
     }
     if let Some(lengths) = lens.lengths {
         check_len(NAME, "lengths", shape.rows, lengths)?;

@@ -347,7 +347,7 @@ pub trait Backend {
         grads: ParamGrads<&mut F32<Self>>,
     ) -> Result<(), Error>;
 
-    /// y = D(softmax(scale · x + mask)), and the log-sum-exp of each row.
+    /// y = D(softmax(scale · x + mask)), and the statistics of each row, `[rows, 2]`.
     fn softmax_dropout(
         &self,
         dropout: &Dropout<'_>,
@@ -355,7 +355,7 @@ pub trait Backend {
         mask: &AttentionMask<&U32<Self>, &Act<Self>>,
         x: &Act<Self>,
         y: &mut Act<Self>,
-        lse: &mut F32<Self>,
+        statistics: &mut F32<Self>,
     ) -> Result<(), Error>;
 
     /// dx, in place of dy.
@@ -365,7 +365,7 @@ pub trait Backend {
         scores: &Scores,
         mask: &AttentionMask<&U32<Self>, &Act<Self>>,
         x: &Act<Self>,
-        lse: &F32<Self>,
+        statistics: &F32<Self>,
         dy: &mut Act<Self>,
     ) -> Result<(), Error>;
 

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::mask::Probability;
 use crate::ops::Shape;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+use crate::ops::softmax_dropout::STATISTICS;
 use crate::{Activation, Affine, AttentionMask, Norm, Scores};
 
 /// y = x · W, with W `[inputs, outputs]` (`input_major`, as in GPT-2) or `[outputs, inputs]`. The bias belongs to
@@ -181,7 +182,7 @@ pub(crate) struct Activations<B: Backend> {
     /// Before the softmax, and after it and its dropout: `[batch, heads, length, length]`.
     scores: Act<B>,
     probs: Act<B>,
-    lse: F32<B>,
+    statistics: F32<B>,
     context: Act<B>,
     middle: Boundary<B>,
     /// Before the activation and its bias, and after.
@@ -197,7 +198,7 @@ impl<B: Backend> Activations<B> {
             qkv: backend.zeros(rows * block.qkv.outputs)?,
             scores: backend.zeros(score_rows * length)?,
             probs: backend.zeros(score_rows * length)?,
-            lse: backend.zeros(score_rows)?,
+            statistics: backend.zeros(score_rows * STATISTICS)?,
             context: backend.zeros(rows * width)?,
             middle: Boundary::new(backend, rows, width)?,
             up: backend.zeros(rows * block.up.outputs)?,
@@ -400,7 +401,7 @@ impl Block {
         branch: &mut Act<B>,
     ) -> Result<(), Error> {
         let rows = cx.sequences.rows();
-        let Activations { qkv, scores, probs, lse, context, .. } = saved;
+        let Activations { qkv, scores, probs, statistics, context, .. } = saved;
         self.qkv.forward(cx.backend, rows, cx.params, a, qkv)?;
         let wide = Shape::new(rows, self.qkv.outputs);
         cx.backend.add_bias(wide, qkv, &cx.params[self.qkv.bias])?;
@@ -409,7 +410,7 @@ impl Block {
         cx.backend.matmul(&self.square_of(cx, q, k.transposed()), qkv, qkv, scores)?;
         let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
         let mask = cx.sequences.mask();
-        cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, lse)?;
+        cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, statistics)?;
         cx.backend.matmul(&self.of_square(cx, square, v, merged), probs, qkv, context)?;
         self.out.forward(cx.backend, rows, cx.params, context, branch)
     }
@@ -424,7 +425,7 @@ impl Block {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         let rows = cx.sequences.rows();
-        let Activations { qkv, scores, probs, lse, context, .. } = saved;
+        let Activations { qkv, scores, probs, statistics, context, .. } = saved;
         let Scratch { branch, da, dqkv, dprobs, dresidual, .. } = scratch;
         let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
         // dresidual is free until the next norm.
@@ -444,7 +445,7 @@ impl Block {
             &self.scores(cx),
             &mask,
             scores,
-            lse,
+            statistics,
             dprobs,
         )?;
         let dscores = dprobs;

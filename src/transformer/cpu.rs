@@ -6,6 +6,7 @@ use crate::cpu::{self, Cpu};
 use crate::error::Error;
 use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
 use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
+use crate::ops::softmax_dropout::STATISTICS;
 use crate::ops::{Dropout, Shape, check_len};
 use crate::{Activation, Affine, AttentionMask, Norm, Scores};
 use rayon::prelude::*;
@@ -305,10 +306,10 @@ impl Backend for CpuBackend {
         mask: &AttentionMask<&Vec<u32>, &Vec<f32>>,
         x: &Vec<f32>,
         y: &mut Vec<f32>,
-        lse: &mut Vec<f32>,
+        statistics: &mut Vec<f32>,
     ) -> Result<(), Error> {
-        let mask = mask_slices(mask);
-        cpu::softmax_dropout::forward(&self.cpu, dropout, scores, &mask, x, y, Some(lse))
+        let (mask, statistics) = (mask_slices(mask), Some(&mut statistics[..]));
+        cpu::softmax_dropout::forward(&self.cpu, dropout, scores, &mask, x, y, statistics)
     }
 
     fn softmax_dropout_backward(
@@ -317,11 +318,13 @@ impl Backend for CpuBackend {
         scores: &Scores,
         mask: &AttentionMask<&Vec<u32>, &Vec<f32>>,
         x: &Vec<f32>,
-        lse: &Vec<f32>,
+        statistics: &Vec<f32>,
         dy: &mut Vec<f32>,
     ) -> Result<(), Error> {
-        let mask = mask_slices(mask);
-        cpu::softmax_dropout::backward_in_place(&self.cpu, dropout, scores, &mask, x, Some(lse), dy)
+        let (mask, statistics) = (mask_slices(mask), Some(&statistics[..]));
+        cpu::softmax_dropout::backward_in_place(
+            &self.cpu, dropout, scores, &mask, x, statistics, dy,
+        )
     }
 
     fn cross_entropy(
@@ -349,10 +352,9 @@ impl Backend for CpuBackend {
             .collect();
         // The gradient of a row is its softmax, less 1 at the label.
         let scores = Scores { batch: 1, heads: 1, queries: rows, keys: cols, scale: 1.0 };
-        let mut lse = vec![0.0; rows];
-        let mask = AttentionMask::NONE;
-        let (kept, lse_out) = (kept(), Some(&mut lse[..]));
-        cpu::softmax_dropout::forward_in_place(&self.cpu, &kept, &scores, &mask, logits, lse_out)?;
+        let mut statistics = vec![0.0; STATISTICS * rows];
+        let (kept, mask, saved) = (kept(), AttentionMask::NONE, Some(&mut statistics[..]));
+        cpu::softmax_dropout::forward_in_place(&self.cpu, &kept, &scores, &mask, logits, saved)?;
         if cols > 0 {
             logits.par_chunks_mut(cols).zip(labels).with_min_len(64).for_each(|(row, &label)| {
                 if label < 0 {
@@ -362,9 +364,13 @@ impl Backend for CpuBackend {
                 row.iter_mut().for_each(|value| *value *= factor);
             });
         }
-        let rows =
-            labels.iter().zip(lse.iter().zip(&label_logits)).filter(|(label, _)| **label >= 0);
-        let sum: f64 = rows.map(|(_, (lse, logit))| f64::from(lse - logit)).sum();
+        // ln S - (logit - max): the log-sum-exp itself would lose ln S beside a large maximum.
+        let (statistics, _) = statistics.as_chunks::<STATISTICS>();
+        let rows = labels.iter().zip(statistics.iter().zip(&label_logits));
+        let sum = rows.filter(|(label, _)| **label >= 0).fold(0.0, |sum, (_, (row, logit))| {
+            let [max, reciprocal] = row.map(f64::from);
+            sum + (max - f64::from(*logit) - reciprocal.ln())
+        });
         loss[0] = (f64::from(factor) * sum) as f32;
         Ok(())
     }

@@ -11,15 +11,13 @@ pub struct AttentionMask<'a, T> {
     pub additive: Option<&'a [T]>,
 }
 
-/// The exact softmax of one row with the relative error that an f32 implementation of each
-/// probability may have.
+/// The exact softmax of one row's z, which are scale * x + a rounded once to f32, with the relative error that an f32
+/// implementation of each probability may have.
 ///
 /// With u = 2^-24, to first order:
-/// - z = scale * x + a is three roundings at most (two in a base-2 formulation's premultiplied scale,
-///   one for the sum), each of at most |scale x| + |a|: 3u (|scale x| + |a|), absolute;
-/// - z - max is one more, doubled for the base-2 formulation: 2u |z - max|. The shift itself cancels;
+/// - z - max is one rounding, doubled for a base-2 formulation: 2u |z - max|. The shift itself cancels;
 /// - an absolute error of an exponential's argument is a relative one of its value, and the
-///   exponential adds 2 ulp, 4u: e = 3u (|scale x| + |a|) + 2u |z - max| + 4u;
+///   exponential adds 2 ulp, 4u: e = 2u |z - max| + 4u;
 /// - the sum's relative error is the mean of the e under P, plus a rounding a level of the summation:
 ///   every implementation keeps at least 16 running sums, so ceil(n / 16) + 8 levels;
 /// - the reciprocal or quotient, and the product with it: 3u.
@@ -30,12 +28,16 @@ pub struct Row {
     pub p: Vec<f64>,
     /// Relative error of each probability; see [`SUBNORMAL`] for the absolute one.
     pub error: Vec<f64>,
-    /// Relative error of the terms before the normalisation.
-    term: Vec<f64>,
-    /// log-sum-exp and its absolute error.
-    pub lse: Bounded,
-    pub seen: Vec<bool>,
+    /// The largest z, NaNs left out.
+    pub max: f32,
+    /// 1 over the sum of exp(z - max).
+    pub reciprocal: Bounded,
+    /// Keys whose exponential is not 0 in f32, or is a NaN. The others take no part: y and dx are +0 there.
+    pub present: Vec<bool>,
 }
+
+/// Below it exp is 0 in f32, 2^-150 rounded. No case comes near it.
+const VANISHES: f64 = -104.0;
 
 /// Absolute error of a probability whose exponential is subnormal.
 const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
@@ -48,62 +50,58 @@ pub fn softmax_row<T: Dtype>(
 ) -> Row {
     let n = scores.keys;
     let (batch, query) = (row / (scores.queries * scores.heads), row % scores.queries);
-    let additive = |k: usize| {
-        let at = (batch * scores.queries + query) * n + k;
-        mask.additive.map_or(0.0, |a| f64::from(a[at].to_f32()))
-    };
     let seen: Vec<bool> = (0..n)
         .map(|k| {
             mask.causal.is_none_or(|offset| (k as i128) <= query as i128 + i128::from(offset))
                 && mask.lengths.is_none_or(|lengths| (k as u64) < u64::from(lengths[row]))
         })
         .collect();
-    let sx = |k: usize| f64::from(scores.scale) * f64::from(x[row * n + k].to_f32());
-    let z: Vec<f64> =
-        (0..n).map(|k| if seen[k] { sx(k) + additive(k) } else { f64::NEG_INFINITY }).collect();
-    let nan = (0..n).any(|k| seen[k] && z[k].is_nan());
-    let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if max == f64::NEG_INFINITY && !nan {
-        let lse = Bounded { value: max, error: 0.0 };
-        return Row { p: vec![0.0; n], error: vec![0.0; n], term: vec![0.0; n], lse, seen };
+    let z_of = |k: usize| match mask.additive {
+        _ if !seen[k] => f32::NEG_INFINITY,
+        None => x[row * n + k].to_f32() * scores.scale,
+        Some(a) => {
+            let additive = a[(batch * scores.queries + query) * n + k].to_f32();
+            x[row * n + k].to_f32().mul_add(scores.scale, additive)
+        }
+    };
+    let z: Vec<f32> = (0..n).map(z_of).collect();
+    let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if max == f32::NEG_INFINITY && !z.iter().any(|z| z.is_nan()) {
+        let (p, error, present) = (vec![0.0; n], vec![0.0; n], vec![false; n]);
+        return Row { p, error, max, reciprocal: Bounded { value: 0.0, error: 0.0 }, present };
     }
-    let e: Vec<f64> = (0..n).map(|k| if seen[k] { (z[k] - max).exp() } else { 0.0 }).collect();
+    let below: Vec<f64> = z.iter().map(|&z| f64::from(z) - f64::from(max)).collect();
+    let e: Vec<f64> = (0..n).map(|k| if seen[k] { below[k].exp() } else { 0.0 }).collect();
     let sum: f64 = e.iter().sum();
     let p: Vec<f64> = e.iter().map(|e| e / sum).collect();
-    let term: Vec<f64> = (0..n)
-        .map(|k| {
-            if p[k] == 0.0 {
-                return 0.0;
-            }
-            U * (3.0 * (sx(k).abs() + additive(k).abs()) + 2.0 * (z[k] - max).abs() + 4.0)
-        })
-        .collect();
+    let term: Vec<f64> =
+        below.iter().map(|b| if *b < VANISHES { 0.0 } else { U * (2.0 * b.abs() + 4.0) }).collect();
     let levels = n.div_ceil(16) as f64 + 8.0;
-    let mean: f64 = p.iter().zip(&term).map(|(p, e)| p * e).sum();
+    let mean: f64 = p.iter().zip(&term).filter(|(p, _)| **p != 0.0).map(|(p, e)| p * e).sum();
     let sum_error = mean + levels * U;
     let error = term.iter().map(|e| e + sum_error + 3.0 * U).collect();
-    let value = max + sum.ln();
-    // The logarithm is within 2 ulp, the addition of the maximum is one rounding, twice for base 2.
-    let lse_error = sum_error + U * (4.0 * sum.ln().abs() + 3.0 * value.abs() + 2.0 * max.abs());
-    Row { p, error, term, lse: Bounded { value, error: lse_error }, seen }
+    let reciprocal = Bounded { value: 1.0 / sum, error: 1.01 * (sum_error + U) / sum };
+    // Where the sum is a NaN, so is each product with it.
+    let present = (0..n).map(|k| seen[k] && (sum.is_nan() || !(below[k] < VANISHES))).collect();
+    Row { p, error, max, reciprocal, present }
 }
 
-/// y = D(softmax(...)) with its bounds, and the log-sum-exp of each row.
+/// y = D(softmax(...)) with its bounds, and the statistics of each row.
 pub fn softmax_dropout<T: Dtype>(
     dropout: &Dropout<'_>,
     scores: &Scores,
     mask: &AttentionMask<'_, T>,
     x: &[T],
-) -> (Vec<Bounded>, Vec<Bounded>) {
+) -> (Vec<Bounded>, Vec<(f32, Bounded)>) {
     let shape = Shape::new(scores.batch * scores.heads * scores.queries, scores.keys);
     let (scale, _) = scale_and_threshold(dropout);
     let keep = keep_mask(dropout, shape);
     let (relative, absolute) = rounding::<T>();
-    let (mut y, mut lse) = (Vec::with_capacity(x.len()), Vec::with_capacity(shape.rows));
+    let (mut y, mut statistics) = (Vec::with_capacity(x.len()), Vec::with_capacity(shape.rows));
     for r in 0..shape.rows {
         let row = softmax_row(scores, mask, r, x);
         for k in 0..shape.cols {
-            if !keep[r * shape.cols + k] || !row.seen[k] {
+            if !keep[r * shape.cols + k] || !row.present[k] {
                 y.push(Bounded { value: 0.0, error: 0.0 });
                 continue;
             }
@@ -113,24 +111,21 @@ pub fn softmax_dropout<T: Dtype>(
             let error = error * 1.01 + (value + error) * relative + absolute;
             y.push(Bounded { value, error });
         }
-        lse.push(row.lse);
+        statistics.push((row.max, row.reciprocal));
     }
-    (y, lse)
+    (y, statistics)
 }
 
-/// dx = scale * P * (g - sum P g), g = D(dy), with its bounds; `saved`: P from a saved log-sum-exp that
-/// is the exact one rounded to f32.
+/// dx = scale * P * (g - sum P g), g = D(dy) rounded to f32, with its bounds.
 ///
-/// Errors, to first order: P as above, or the term's own and u |lse| where the lse is given; g one
-/// rounding; the dot product the mean of both under P |g|, plus its levels and a product; then one
-/// rounding each for the difference and two products.
+/// Errors, to first order: P as above; the dot product the mean of them under P |g|, plus its levels and a product;
+/// then one rounding each for the difference and two products.
 pub fn softmax_dropout_backward<T: Dtype>(
     dropout: &Dropout<'_>,
     scores: &Scores,
     mask: &AttentionMask<'_, T>,
     x: &[T],
     dy: &[T],
-    saved: bool,
 ) -> Vec<Bounded> {
     let shape = Shape::new(scores.batch * scores.heads * scores.queries, scores.keys);
     let (scale, _) = scale_and_threshold(dropout);
@@ -141,31 +136,27 @@ pub fn softmax_dropout_backward<T: Dtype>(
     let mut dx = Vec::with_capacity(x.len());
     for r in 0..shape.rows {
         let row = softmax_row(scores, mask, r, x);
-        let p_error = |k: usize| match saved {
-            true => row.term[k] + U * 2.0 * row.lse.value.abs() + 4.0 * U,
-            false => row.error[k],
-        };
         let g = |k: usize| {
             let i = r * shape.cols + k;
-            if keep[i] { f64::from(dy[i].to_f32()) * f64::from(scale) } else { 0.0 }
+            if keep[i] { f64::from(dy[i].to_f32() * scale) } else { 0.0 }
         };
-        let seen = |k: &usize| row.seen[*k];
-        let dot: f64 = (0..shape.cols).filter(seen).map(|k| row.p[k] * g(k)).sum();
+        let present = |k: &usize| row.present[*k];
+        let dot: f64 = (0..shape.cols).filter(present).map(|k| row.p[k] * g(k)).sum();
         let dot_error: f64 = (0..shape.cols)
-            .filter(seen)
+            .filter(present)
             .map(|k| {
-                let relative = p_error(k) + (levels + 3.0) * U;
+                let relative = row.error[k] + (levels + 3.0) * U;
                 g(k).abs() * (row.p[k] * relative + SUBNORMAL)
             })
             .sum();
         for k in 0..shape.cols {
-            if !row.seen[k] {
+            if !row.present[k] {
                 dx.push(Bounded { value: 0.0, error: 0.0 });
                 continue;
             }
             let value = factor * row.p[k] * (g(k) - dot);
-            let inner = U * g(k).abs() + dot_error + U * (g(k) - dot).abs();
-            let error = value.abs() * (p_error(k) + 3.0 * U)
+            let inner = dot_error + U * (g(k) - dot).abs();
+            let error = value.abs() * (row.error[k] + 3.0 * U)
                 + (factor * row.p[k]).abs() * inner
                 + (factor * (g(k) - dot)).abs() * SUBNORMAL
                 + SUBNORMAL;

@@ -654,11 +654,11 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         mask: &AttentionMask<&D::Buffer<u32>, &D::Buffer<T>>,
         x: &D::Buffer<T>,
         y: &mut D::Buffer<T>,
-        lse: &mut D::Buffer<f32>,
+        statistics: &mut D::Buffer<f32>,
     ) -> Result<(), Error> {
         let mask = device_mask(mask);
         self.with_call(dropout, |call| {
-            softmax_dropout::forward(call, dropout, scores, &mask, x, y, Some(lse))
+            softmax_dropout::forward(call, dropout, scores, &mask, x, y, Some(statistics))
         })
     }
 
@@ -668,12 +668,20 @@ impl<D: Memory, T: Dtype + Element> Backend for Accelerator<D, T> {
         scores: &Scores,
         mask: &AttentionMask<&D::Buffer<u32>, &D::Buffer<T>>,
         x: &D::Buffer<T>,
-        lse: &D::Buffer<f32>,
+        statistics: &D::Buffer<f32>,
         dy: &mut D::Buffer<T>,
     ) -> Result<(), Error> {
         let mask = device_mask(mask);
         self.with_call(dropout, |call| {
-            softmax_dropout::backward_in_place(call, dropout, scores, &mask, x, Some(lse), dy)
+            softmax_dropout::backward_in_place(
+                call,
+                dropout,
+                scores,
+                &mask,
+                x,
+                Some(statistics),
+                dy,
+            )
         })
     }
 
