@@ -38,7 +38,8 @@ impl Probability {
     /// Everything is dropped.
     pub const ONE: Self = Self { threshold: 65536 };
 
-    /// The probability `p` of dropping, rounded to a multiple of 1/65536.
+    /// The probability `p` of dropping, rounded to a multiple of 1/65536: what a p below 1/131072 becomes is 0. See
+    /// [`nonvanishing`](Self::nonvanishing).
     ///
     /// # Errors
     /// [`Error::Argument`] unless `0 <= p <= 1` (a NaN fails the same comparison).
@@ -50,6 +51,29 @@ impl Probability {
             // p * 65536 is exact: a multiplication by a power of two.
             threshold: (p * 65536.0).round_ties_even() as u32,
         })
+    }
+
+    /// [`new`](Self::new) for a probability that a person set: one that rounding would turn into never, or into always, is
+    /// refused. 0 and 1 themselves are what they are.
+    ///
+    /// ```
+    /// use fused_dropout::Probability;
+    /// assert_eq!(Probability::new(0.000_005)?, Probability::ZERO);
+    /// assert!(Probability::nonvanishing(0.000_005).is_err());
+    /// assert_eq!(Probability::nonvanishing(0.000_008)?.threshold(), 1);
+    /// # Ok::<(), fused_dropout::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Argument`] as [`new`](Self::new), and where `0 < p <= 1 / 131072` or `1 - 1 / 131072 <= p < 1`.
+    pub fn nonvanishing(p: f64) -> Result<Self, Error> {
+        let rounded = Self::new(p)?;
+        if rounded.effective() == p || !matches!(rounded, Self::ZERO | Self::ONE) {
+            return Ok(rounded);
+        }
+        let expected =
+            "0, 1, or a probability that is neither when rounded to a multiple of 1/65536";
+        Err(Error::argument("Probability::nonvanishing", "p", expected, p))
     }
 
     /// `round_half_even(p * 65536)`, 0 ..= 65536: a 16-bit lane below it is dropped.
@@ -331,6 +355,17 @@ impl Groups {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_probability_that_vanishes_is_refused_where_asked() {
+        let half_a_step = 1.0 / 131_072.0;
+        for p in [f64::MIN_POSITIVE, half_a_step, 1.0 - half_a_step, 1.0 - f64::EPSILON, -0.1] {
+            assert!(Probability::nonvanishing(p).is_err(), "{p}");
+        }
+        for p in [0.0, -0.0, 1.0, half_a_step.next_up(), 0.1, (1.0 - half_a_step).next_down()] {
+            assert_eq!(Probability::nonvanishing(p), Probability::new(p), "{p}");
+        }
+    }
 
     #[test]
     fn affine_maps_agree_with_their_formulas() {
