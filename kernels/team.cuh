@@ -88,12 +88,28 @@ struct Walk {
     /// count)`.
     template <typename Get, typename Term>
     __device__ __forceinline__ float sum(Scratch& scratch, Get get, Term term) const {
+        return total(scratch, get, [&](float sum, const auto& values, unsigned j) {
+            return __fadd_rn(sum, term(values, j));
+        });
+    }
+
+    /// The sum of the same terms, each times `share`: their mean, where that is 1 over their number.
+    template <typename Get, typename Term>
+    __device__ __forceinline__ float mean(float share, Scratch& scratch, Get get, Term term) const {
+        return total(scratch, get, [&](float sum, const auto& values, unsigned j) {
+            return __fmaf_rn(term(values, j), share, sum);
+        });
+    }
+
+private:
+    template <typename Get, typename Add>
+    __device__ __forceinline__ float total(Scratch& scratch, Get get, Add add) const {
         float sum = 0.0f;
         each([&](unsigned slot, unsigned octet, unsigned count) {
             const auto& values = get(slot, octet, count);
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
-                if (aligned || j < count) sum = __fadd_rn(sum, term(values, j));
+                if (aligned || j < count) sum = add(sum, values, j);
             }
         });
         return team.sum(sum, scratch);

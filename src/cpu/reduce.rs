@@ -16,21 +16,40 @@ pub(super) fn largest(values: &[f32]) -> f32 {
     best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
-/// The sum of `term(a, b)` over two rows of the same length: [`LANES`] running sums, and a tree over them.
+/// The sum of `term(a, b)` over two rows of the same length.
 #[inline(always)]
 pub(super) fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; LANES];
+    let [sum] = sums(a, b, |a, b| [term(a, b)]);
+    sum
+}
+
+/// The sums of `terms(a, b)` over two rows of the same length: [`LANES`] running sums of each, and a tree over them.
+#[inline(always)]
+pub(super) fn sums<const N: usize>(
+    a: &[f32],
+    b: &[f32],
+    terms: impl Fn(f32, f32) -> [f32; N],
+) -> [f32; N] {
+    let mut sums = [[0.0f32; LANES]; N];
+    let mut add = |l: usize, a: f32, b: f32| {
+        let terms = terms(a, b);
+        (0..N).for_each(|n| sums[n][l] += terms[n]);
+    };
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
-        for l in 0..LANES {
-            sums[l] += term(a[l], b[l]);
-        }
+        (0..LANES).for_each(|l| add(l, a[l], b[l]));
     }
     // Otherwise the compiler pairs the sums as the tree below does, and shuffles in the loop above.
     let mut sums = std::hint::black_box(sums);
     for (l, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[l] += term(a, b);
+        let terms = terms(a, b);
+        (0..N).for_each(|n| sums[n][l] += terms[n]);
     }
+    sums.map(tree)
+}
+
+#[inline(always)]
+fn tree(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {

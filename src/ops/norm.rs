@@ -7,7 +7,12 @@
 //! - y = xhat · w + b.
 //!
 //! Where v + epsilon is 0, 1 / √(v + epsilon) counts as 0, so xhat is. Statistics are sums in f32 of
-//! values less a pivot of their row, so a mean far above the deviation costs the deviation no digits.
+//! values less a first mean of their row, so a mean far above the deviation costs the deviation no digits, and it does
+//! not matter which column an outlier is in.
+//!
+//! Rows of any finite magnitude are right: a row whose squares are beyond f32, or below it, is scaled by a power of two for
+//! its statistics. Two limits stay, which f32 has itself: a value that lies further than 3.4e38 from its row's mean
+//! becomes an infinity or NaN, and 1 / √(v + epsilon) is at most 3.4e38. A NaN, and with LayerNorm an infinity, makes its row NaN.
 
 use super::check_len;
 use crate::error::Error;

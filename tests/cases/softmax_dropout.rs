@@ -199,7 +199,7 @@ fn scores_of<T: Dtype>(rows: usize, cols: usize) -> Vec<T> {
     let score = |i: usize| {
         let x = ordinary[i].to_f32() * 8.0;
         match i / cols % 4 {
-            1 if i % 7 == 0 => special[i],
+            1 if i.is_multiple_of(7) => special[i],
             2 => T::from_f32(x + far),
             _ => T::from_f32(x),
         }

@@ -24,7 +24,7 @@ pub fn normalised<T: Dtype>(
     let (mut y, mut stats) = (Vec::with_capacity(s.len()), Vec::with_capacity(2 * shape.rows));
     for r in 0..shape.rows {
         let row: Vec<f64> = row(shape, s, r);
-        let row = centred(norm.kind, &row, row.first().copied().unwrap_or(0.0));
+        let row = centred(norm.kind, &row, None);
         let (rstd, rstd_error) = deviation(norm, &row);
         stats.push(row.mean);
         stats.push(Bounded { value: rstd, error: rstd * rstd_error * 1.01 });

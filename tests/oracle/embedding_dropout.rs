@@ -99,7 +99,7 @@ pub fn embedding_norm<T: Dtype>(
     let (relative, absolute) = rounding::<T>();
     let (mut y, mut stats) = (Vec::new(), Vec::new());
     for (r, row) in rows(shape, lookups, tables).into_iter().enumerate() {
-        let row = centred(norm.kind, &row, row.first().copied().unwrap_or(0.0));
+        let row = centred(norm.kind, &row, None);
         let (rstd, rstd_error) = deviation(norm, &row);
         stats.push(row.mean);
         stats.push(Bounded { value: rstd, error: rstd * rstd_error * 1.01 });

@@ -82,7 +82,7 @@ pub fn softmax_row<T: Dtype>(
     let error = term.iter().map(|e| e + sum_error + 3.0 * U).collect();
     let reciprocal = Bounded { value: 1.0 / sum, error: 1.01 * (sum_error + U) / sum };
     // Where the sum is a NaN, so is each product with it.
-    let present = (0..n).map(|k| seen[k] && (sum.is_nan() || !(below[k] < VANISHES))).collect();
+    let present = (0..n).map(|k| seen[k] && (sum.is_nan() || below[k] >= VANISHES)).collect();
     Row { p, error, max, reciprocal, present }
 }
 
