@@ -1,6 +1,7 @@
 // Activations and their slopes in f32. The formulas, and where they come from, are those of
 // src/cpu/math.rs; the exponential is CUDA's expf, within 2 ulp, so results agree with the CPU's within the
-// bounds of CONTRACT.md, not to the bit.
+// bounds of CONTRACT.md, not to the bit. As there, a factor that is 0 beyond some x meets a limited x: at an
+// infinity a product is the limit, and not NaN.
 
 #pragma once
 
@@ -13,6 +14,21 @@ enum class Activation : unsigned { gelu, gelu_tanh, relu, silu, tanh, identity }
 /// numbers that do not come here.
 __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 
+/// Beyond these distances from 0 a tail of the normal and of the logistic function, and sigma(2u) of the
+/// approximate GELU, are 0 in f32.
+constexpr float NORMAL = 14.5f;
+constexpr float LOGISTIC = 104.0f;
+constexpr float CUBE = 20.0f;
+
+/// x, at least -limit; a NaN stays one, as it would not with fmaxf.
+__device__ __forceinline__ float at_least(float x, float limit) { return x < -limit ? -limit : x; }
+
+/// x, at most `limit` from 0; a NaN stays one.
+__device__ __forceinline__ float limited(float x, float limit) {
+    x = at_least(x, limit);
+    return x > limit ? limit : x;
+}
+
 /// The standard normal distribution.
 struct Normal {
     float below;    // Phi(x)
@@ -20,7 +36,7 @@ struct Normal {
 
     /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) A(z) / B(z); both are 0 beyond 14.5.
     __device__ __forceinline__ explicit Normal(float x) {
-        const float z = fminf(fabsf(x), 14.5f);
+        const float z = fminf(fabsf(x), NORMAL);
         const float e = expf(__fmul_rn(__fmul_rn(-0.5f, z), z));
         float a = 0.004116297f;
         a = __fmaf_rn(a, z, 0.040633146f);
@@ -76,16 +92,14 @@ __device__ __forceinline__ float hyperbolic_tangent_slope(float x) {
     return __fmul_rn(__fmul_rn(__fmul_rn(4.0f, e), r), r);
 }
 
-/// 2u of the approximate GELU, sqrt(8 / pi) (x + 0.044715 x^3). Beyond 20 on either side sigma(2u) is 0 or
-/// 1 in f32: the limit keeps the cube finite.
+/// 2u of the approximate GELU, sqrt(8 / pi) (x + 0.044715 x^3), and its derivative, for an x within CUBE.
 struct TwiceU {
     float value;
     float slope;
 
     __device__ __forceinline__ explicit TwiceU(float x) {
-        const float limited = fminf(fmaxf(x, -20.0f), 20.0f);
-        const float square = __fmul_rn(limited, limited);
-        value = __fmul_rn(limited, __fmaf_rn(square, 0.071354814f, 1.5957692f));
+        const float square = __fmul_rn(x, x);
+        value = __fmul_rn(x, __fmaf_rn(square, 0.071354814f, 1.5957692f));
         slope = __fmaf_rn(square, 0.21406444f, 1.5957692f);
     }
 };
@@ -94,10 +108,13 @@ struct TwiceU {
 template <Activation activation>
 __device__ __forceinline__ float activate(float x) {
     switch (activation) {
-        case Activation::gelu: return __fmul_rn(x, Normal(x).below);
-        case Activation::gelu_tanh: return __fmul_rn(x, Logistic(TwiceU(x).value).value);
+        case Activation::gelu: return __fmul_rn(at_least(x, NORMAL), Normal(x).below);
+        case Activation::gelu_tanh: {
+            const float low = at_least(x, CUBE);
+            return __fmul_rn(low, Logistic(TwiceU(fminf(low, CUBE)).value).value);
+        }
         case Activation::relu: return x < 0.0f ? 0.0f : x;  // a NaN stays one
-        case Activation::silu: return __fmul_rn(x, Logistic(x).value);
+        case Activation::silu: return __fmul_rn(at_least(x, LOGISTIC), Logistic(x).value);
         case Activation::tanh: return hyperbolic_tangent(x);
         default: return x;
     }
@@ -108,16 +125,19 @@ template <Activation activation>
 __device__ __forceinline__ float slope(float x) {
     switch (activation) {
         case Activation::gelu: {
+            x = limited(x, NORMAL);
             const Normal normal(x);
             return __fmaf_rn(x, normal.density, normal.below);
         }
         case Activation::gelu_tanh: {
+            x = limited(x, CUBE);
             const TwiceU u(x);
             const Logistic s(u.value);
             return __fmaf_rn(__fmul_rn(x, __fmul_rn(s.value, s.rest)), u.slope, s.value);
         }
         case Activation::relu: return x <= 0.0f ? 0.0f : 1.0f;
         case Activation::silu: {
+            x = limited(x, LOGISTIC);
             const Logistic s(x);
             return __fmaf_rn(__fmul_rn(x, s.value), s.rest, s.value);
         }

@@ -1,5 +1,7 @@
 //! Functions of one f32, without branches, so that loops over them are vectorised. They do the same
 //! operations at every level, so their results are the same bits.
+//!
+//! A factor that is 0 beyond some x meets a limited x: at an infinity a product is the limit, and not NaN.
 
 use super::dropout::select_of;
 use crate::ops::Draw;
@@ -39,6 +41,23 @@ fn scaled_exp(x: f32) -> f32 {
     p * f32::from_bits(shifted.to_bits() << 23)
 }
 
+/// Beyond these distances from 0 a tail of the normal and of the logistic function is 0 in f32.
+const NORMAL: f32 = 14.5;
+const LOGISTIC: f32 = 104.0;
+
+/// x, at least -`limit`; a NaN stays one.
+#[inline(always)]
+fn at_least(x: f32, limit: f32) -> f32 {
+    if x < -limit { -limit } else { x }
+}
+
+/// x, at most `limit` from 0; a NaN stays one.
+#[inline(always)]
+fn limited(x: f32, limit: f32) -> f32 {
+    let x = at_least(x, limit);
+    if x > limit { limit } else { x }
+}
+
 /// The polynomial with these coefficients, that of the constant first.
 #[inline(always)]
 fn polynomial<const N: usize>(coefficients: [f32; N], x: f32) -> f32 {
@@ -57,8 +76,7 @@ fn polynomial<const N: usize>(coefficients: [f32; N], x: f32) -> f32 {
 fn normal(x: f32) -> (f32, f32) {
     const A: [f32; 5] = [0.5, 0.438_294_65, 0.183_234_9, 0.040_633_146, 0.004_116_297];
     const B: [f32; 6] = [1.0, 1.674_474_2, 1.202_502_1, 0.469_47, 0.101_858_64, 0.010_317_907];
-    let z = x.abs();
-    let z = if z > 14.5 { 14.5 } else { z };
+    let z = limited(x, NORMAL).abs();
     let e = scaled_exp(-0.5 * z * z);
     let tail = e * (polynomial(A, z) / polynomial(B.map(|b| b * SCALE), z));
     (if x < 0.0 { tail } else { 1.0 - tail }, e * (0.398_942_3 / SCALE))
@@ -67,8 +85,7 @@ fn normal(x: f32) -> (f32, f32) {
 /// The logistic function σ(x) = 1 / (1 + e^-x), and 1 - σ(x), each right in relative terms.
 #[inline(always)]
 fn logistic(x: f32) -> (f32, f32) {
-    let z = x.abs();
-    let e = scaled_exp(if z > 104.0 { -104.0 } else { -z });
+    let e = scaled_exp(-limited(x, LOGISTIC).abs());
     let reciprocal = 1.0 / (SCALE + e);
     let (large, small) = (SCALE * reciprocal, e * reciprocal);
     if x < 0.0 { (small, large) } else { (large, small) }
@@ -98,36 +115,38 @@ fn tanh_slope(x: f32) -> f32 {
     4.0 * e * r * r
 }
 
-/// 2u of the approximate GELU, √(8/π) (x + 0.044715 x³), and its derivative. Beyond 20 on either side σ(2u)
-/// is 0 or 1 in f32: the limit keeps the cube finite.
+/// Beyond 20 on either side σ(2u) of the approximate GELU is 0 or 1 in f32.
+const CUBE: f32 = 20.0;
+
+/// 2u of the approximate GELU, √(8/π) (x + 0.044715 x³), and its derivative, for an x within [`CUBE`].
 #[inline(always)]
 fn twice_u(x: f32) -> (f32, f32) {
     const LINEAR: f32 = 1.595_769_2;
     const CUBIC: f32 = 0.071_354_814;
-    let x = if x < -20.0 { -20.0 } else { x };
-    let x = if x > 20.0 { 20.0 } else { x };
     let square = x * x;
     (x * square.mul_add(CUBIC, LINEAR), square.mul_add(3.0 * CUBIC, LINEAR))
 }
 
 #[inline(always)]
 fn gelu(x: f32) -> f32 {
-    x * normal(x).0
+    at_least(x, NORMAL) * normal(x).0
 }
 
 #[inline(always)]
 fn gelu_slope(x: f32) -> f32 {
+    let x = limited(x, NORMAL);
     let (below, density) = normal(x);
     x.mul_add(density, below)
 }
 
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
-    x * logistic(twice_u(x).0).0
+    at_least(x, CUBE) * logistic(twice_u(limited(x, CUBE)).0).0
 }
 
 #[inline(always)]
 fn gelu_tanh_slope(x: f32) -> f32 {
+    let x = limited(x, CUBE);
     let (u, du) = twice_u(x);
     let (s, rest) = logistic(u);
     (x * (s * rest)).mul_add(du, s)
@@ -147,11 +166,12 @@ fn relu_slope(x: f32) -> f32 {
 
 #[inline(always)]
 fn silu(x: f32) -> f32 {
-    x * logistic(x).0
+    at_least(x, LOGISTIC) * logistic(x).0
 }
 
 #[inline(always)]
 fn silu_slope(x: f32) -> f32 {
+    let x = limited(x, LOGISTIC);
     let (s, rest) = logistic(x);
     (x * s).mul_add(rest, s)
 }
@@ -207,6 +227,24 @@ mod tests {
         }
         assert_eq!((tanh(f32::INFINITY), tanh(-40.0)), (1.0, -1.0));
         assert!(tanh(f32::NAN).is_nan() && tanh_slope(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn at_infinities_activations_and_their_slopes_are_their_limits() {
+        let infinity = f32::INFINITY;
+        for value in [gelu, gelu_tanh, silu, relu] {
+            // The largest numbers have their limits' values too.
+            assert_eq!([-infinity, f32::MIN].map(value), [0.0; 2]);
+            assert_eq!([infinity, f32::MAX].map(value), [infinity, f32::MAX]);
+            assert!(value(f32::NAN).is_nan());
+        }
+        for slope in [gelu_slope, gelu_tanh_slope, silu_slope, relu_slope] {
+            assert_eq!([-infinity, f32::MIN, f32::MAX, infinity].map(slope), [0.0, 0.0, 1.0, 1.0]);
+        }
+        assert_eq!([-infinity, infinity].map(tanh_slope), [0.0; 2]);
+        assert!(
+            [gelu_slope, gelu_tanh_slope, silu_slope].iter().all(|slope| slope(f32::NAN).is_nan())
+        );
     }
 
     #[test]

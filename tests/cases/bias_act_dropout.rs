@@ -156,7 +156,10 @@ fn backward<T: Dtype, B: Backend>(backend: &B, call: &Call, a: Activation) -> Re
         let x = far_out::<T>(elements(call), 12, specials);
         let bias = values::<T>(call.shape.cols, 13, specials);
         let bias = specials.then_some(&bias[..]);
-        let dy = values::<T>(elements(call), 14, false);
+        let dy = match specials {
+            true => some_special::<T>(elements(call), call.shape.cols, 14),
+            false => values::<T>(elements(call), 14, false),
+        };
         let (expected, sums) =
             oracle::bias_act_dropout_backward(&call.dropout, call.shape, a, &x, bias, &dy);
         let mut dbias = Guarded::new(&vec![9.0f32; call.shape.cols], 0);

@@ -322,7 +322,8 @@ impl<T: Dtype> Data<T> {
             let value = |(i, v): (usize, T)| {
                 T::from_f32(outliers::<T>(i, cols) * (centre + spread * v.to_f32()))
             };
-            some_special(values::<T>(n, salt, false).into_iter().enumerate().map(value), cols, salt)
+            let ordinary = values::<T>(n, salt, false).into_iter().enumerate().map(value);
+            with_special(ordinary.collect(), cols, salt)
         };
         Self {
             norm: Norm { kind, epsilon: [1e-5, 0.0, 0.1][k % 3] },
@@ -331,8 +332,8 @@ impl<T: Dtype> Data<T> {
             residual: around(centre, 23),
             weight: values::<T>(cols, 24, false),
             norm_bias: (k % 4 < 2).then(|| values::<T>(cols, 25, false)),
-            dy: some_special(values::<T>(n, 26, false).into_iter(), cols, 26),
-            ds: (k % 3 != 1).then(|| some_special(values::<T>(n, 27, false).into_iter(), cols, 27)),
+            dy: some_special::<T>(n, cols, 26),
+            ds: (k % 3 != 1).then(|| some_special::<T>(n, cols, 27)),
             grads: [every(2), !every(7), !every(3)],
             keeps_s: k % 8 < 5,
         }
@@ -360,22 +361,6 @@ fn outliers<T: Dtype>(i: usize, cols: usize) -> f32 {
         7 if T::ID != DtypeId::F16 => 1e33,
         _ => 1.0,
     }
-}
-
-/// Every eleventh row has a few special values; those near the end of f32's range are less, so that f64 and f32 agree
-/// on what overflows.
-fn some_special<T: Dtype>(ordinary: impl Iterator<Item = T>, cols: usize, salt: u64) -> Vec<T> {
-    let mut all: Vec<T> = ordinary.collect();
-    let special = values::<T>(all.len(), salt, true);
-    for (i, special) in special.into_iter().enumerate() {
-        let row = i / cols.max(1);
-        let value = special.to_f32();
-        let large = value.is_finite() && value.abs() > 1e10;
-        if row % 11 == (salt % 11) as usize && i % 3 == 0 {
-            all[i] = if large { T::from_f32(1e10f32.copysign(value)) } else { special };
-        }
-    }
-    all
 }
 
 /// s, whatever the values.

@@ -212,6 +212,26 @@ pub fn values<T: Dtype>(len: usize, salt: u64, specials: bool) -> Vec<T> {
     (0..len).map(value).collect()
 }
 
+/// [`values`] for sums whose order of magnitude f32 and f64 must agree on: special ones in every eleventh row, and none
+/// that is finite and beyond 1e10.
+pub fn some_special<T: Dtype>(len: usize, cols: usize, salt: u64) -> Vec<T> {
+    let ordinary = values::<T>(len, salt, false);
+    with_special(ordinary, cols, salt)
+}
+
+/// `ordinary` with special values in every eleventh row.
+pub fn with_special<T: Dtype>(mut ordinary: Vec<T>, cols: usize, salt: u64) -> Vec<T> {
+    let special = values::<T>(ordinary.len(), salt, true);
+    for (i, special) in special.into_iter().enumerate() {
+        let value = special.to_f32();
+        let large = value.is_finite() && value.abs() > 1e10;
+        if (i / cols.max(1)) as u64 % 11 == salt % 11 && i.is_multiple_of(3) {
+            ordinary[i] = if large { T::from_f32(1e10f32.copysign(value)) } else { special };
+        }
+    }
+    ordinary
+}
+
 /// Bits, all NaNs alike.
 pub fn bits<T: Dtype>(value: T) -> u32 {
     let value = value.to_f32();

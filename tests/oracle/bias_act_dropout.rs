@@ -24,8 +24,10 @@ use fused_dropout::Activation;
 
 const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
 
-/// act(x).
+/// act(x); at -∞ its limit.
 fn activation(activation: Activation, x: f64) -> Bounded {
+    let curve = matches!(activation, Activation::Gelu | Activation::GeluTanh | Activation::Silu);
+    let x = if curve && x == f64::NEG_INFINITY { f64::from(f32::MIN) } else { x };
     let error = match activation {
         Activation::Gelu => {
             let n = Normal::new(x);
@@ -50,8 +52,9 @@ fn activation(activation: Activation, x: f64) -> Bounded {
     bounded(value, error, x)
 }
 
-/// act'(x).
+/// act'(x); at ±∞ its limit.
 fn slope(activation: Activation, x: f64) -> Bounded {
+    let x = x.clamp(f64::from(f32::MIN), f64::from(f32::MAX));
     // s + x s (1 - s) dv, and its errors.
     let logistic = |v: f64, dv: f64, slope: f64, slope_error: f64| {
         let (s, rest) = (sigma(v), sigma(-v));
@@ -87,7 +90,8 @@ fn slope(activation: Activation, x: f64) -> Bounded {
 fn bounded(value: f64, error: f64, factor: f64) -> Bounded {
     // Beyond 2^100 the exponential is exactly 0.
     let subnormal = if factor.abs() < 1e30 { factor.abs() + 1.0 } else { 0.0 } * SUBNORMAL;
-    Bounded { value, error: if error == 0.0 { 0.0 } else { 1.01 * error + subnormal } }
+    let exact = error == 0.0 || value.is_infinite();
+    Bounded { value, error: if exact { 0.0 } else { 1.01 * error + subnormal } }
 }
 
 /// The normal distribution at x.
@@ -171,6 +175,9 @@ pub fn bias_act_dropout_backward<T: Dtype>(
         }
         let slope = slope(act, biased(shape, x, bias, i));
         let dy = f64::from(dy[i].to_f32()) * f64::from(scale);
+        if dy.is_infinite() && slope.value.abs() <= slope.error {
+            return Bounded::NOT_FINITE;
+        }
         let value = dy * slope.value;
         // Two products, of which a subnormal one is off by half a last place.
         Bounded { value, error: dy.abs() * slope.error + 2.0 * U * value.abs() + SUBNORMAL }

@@ -107,10 +107,16 @@ pub struct Bounded {
 }
 
 impl Bounded {
+    /// NaN or an infinity: an infinity times what may be 0 or of either sign.
+    pub const NOT_FINITE: Self = Self { value: f64::NAN, error: f64::INFINITY };
+
     /// Whether `given` is the value within its bound; NaN and infinities must be themselves.
     pub fn admits(self, given: f64) -> bool {
         if self.value.is_nan() {
-            return given.is_nan();
+            return given.is_nan() || self.error == f64::INFINITY && given.is_infinite();
+        }
+        if self.value.is_infinite() {
+            return given == self.value;
         }
         given == self.value || (given - self.value).abs() <= self.error
     }
@@ -139,6 +145,9 @@ fn exact_sum_rows(shape: Shape, factor: f32, term: impl Fn(usize) -> f32) -> Vec
 
 /// A value that was computed within `error`, as it is stored.
 fn stored<T: Dtype>(value: f64, error: f64) -> Bounded {
+    if value.is_nan() {
+        return Bounded { value, error };
+    }
     let (relative, absolute) = rounding::<T>();
     let error = error * 1.01;
     Bounded { value, error: error + (value.abs() + error) * relative + absolute }
@@ -153,6 +162,9 @@ fn sum_rows(terms: impl Iterator<Item = Bounded>) -> Bounded {
         error += term.error;
         size += term.value.abs();
         count += 1;
+    }
+    if value.is_nan() {
+        return Bounded { value, error };
     }
     let levels = f64::from(count.max(2).ilog(64) + 1);
     Bounded { value, error: 1.01 * error + 64.0 * levels * U * size }
