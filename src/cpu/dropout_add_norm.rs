@@ -184,7 +184,7 @@ impl Task<'_> {
         stats: Option<&mut [f32]>,
     ) {
         let Shape { rows, cols } = self.shape;
-        if cols == 0 {
+        if rows == 0 || cols == 0 {
             let stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
             return stats.for_each(|stats| *stats = Standard::of(self.norm, &[]).stats());
         }
@@ -289,8 +289,10 @@ impl Task<'_> {
         grads: ParamGrads<&mut [f32]>,
     ) {
         let Shape { rows, cols } = self.shape;
-        if cols == 0 {
-            return;
+        if rows == 0 || cols == 0 {
+            // Sums of nothing.
+            let ParamGrads { dbias, dweight, dnorm_bias } = grads;
+            return [dbias, dweight, dnorm_bias].into_iter().flatten().for_each(|g| g.fill(0.0));
         }
         // Without a sum over rows nothing asks for tiles.
         let tile_rows = if grads.any() { TILE_ROWS } else { self.part() };

@@ -11,7 +11,7 @@ use crate::ops::embedding_dropout::{
     Gradients, Ids, Lens, Lookup, Lookups, NormGradients, TABLES, Tables, check, check_ids,
     check_norm,
 };
-use crate::ops::norm::{Affine, Norm, stats_len};
+use crate::ops::norm::{Affine, Norm};
 use crate::ops::{Draw, Dropout, Shape};
 use rayon::prelude::*;
 
@@ -132,7 +132,7 @@ pub fn backward_norm<T: Dtype>(
     let affine = Affine { weight: weight.len(), bias: None };
     check_norm(norm, shape, &affine, Some(stats.len()), &norm_gradients.lens(|g| g.len()))?;
     check_ids(lookups)?;
-    if shape.cols == 0 {
+    if shape.rows == 0 || shape.cols == 0 {
         return Ok(());
     }
     let rows = NormRows { cpu: *cpu, draw, norm, shape, sum: Sum::new(shape, lookups, tables) };
@@ -211,30 +211,32 @@ struct NormRows<'a, T> {
 
 impl<T: Dtype> NormRows<'_, T> {
     fn forward(&self, affine: &Affine<&[T]>, y: &mut [T], stats: Option<&mut [f32]>) {
-        let cols = self.shape.cols;
-        let mut unasked = Vec::new();
-        let stats = stats.unwrap_or_else(|| {
-            unasked.resize(stats_len(self.shape.rows), 0.0);
-            &mut unasked
-        });
-        let (stats, _) = stats.as_chunks_mut::<2>();
-        if cols == 0 {
-            return stats.fill(Standard::of(self.norm, &[]).stats());
+        let Shape { rows, cols } = self.shape;
+        let stats = stats.map(|stats| stats.as_chunks_mut::<2>().0);
+        if rows == 0 || cols == 0 {
+            let empty = Standard::of(self.norm, &[]).stats();
+            return stats.into_iter().flatten().for_each(|stats| *stats = empty);
         }
+        // Rows of a thread's piece of work.
+        let part = rows.div_ceil(4 * rayon::current_num_threads());
         let affine = affine.map(convert::widened);
         let streaming = split::streaming(self.cpu, y);
-        y.par_chunks_mut(cols).zip(stats).enumerate().for_each_init(
+        let stats = split::optional_chunks(stats, part, rows.div_ceil(part)).into_par_iter();
+        y.par_chunks_mut(part * cols).zip(stats).enumerate().for_each_init(
             || vec![0.0; cols],
-            |values, (row, (y, stats))| {
+            |values, (index, (y, stats))| {
+                let mut stats = stats.into_iter().flatten();
                 self.cpu.run(
                     #[inline(always)]
                     || {
-                        self.sum.load(row, 0, values);
-                        let standard = Standard::of(self.norm, values);
-                        *stats = standard.stats();
-                        standard.normalise(values, &affine.weight, affine.bias.as_deref());
-                        self.drop(row, values);
-                        split::emit(values, y, streaming);
+                        for (row, y) in (index * part..).zip(y.chunks_mut(cols)) {
+                            self.sum.load(row, 0, values);
+                            let standard = Standard::of(self.norm, values);
+                            stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
+                            standard.normalise(values, &affine.weight, affine.bias.as_deref());
+                            self.drop(row, values);
+                            split::emit(values, y, streaming);
+                        }
                         split::fence();
                     },
                 )
@@ -310,7 +312,7 @@ fn add_gradients<T: Dtype>(
     dy: &[T],
     gradients: Gradients<&mut [f32]>,
 ) {
-    if shape.cols == 0 {
+    if shape.rows == 0 || shape.cols == 0 {
         return;
     }
     for (lookup, gradient) in lookups.all().into_iter().zip(gradients.all()) {

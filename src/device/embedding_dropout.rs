@@ -338,7 +338,7 @@ pub mod raw {
     }
 
     fn check_rows(shape: Shape, most: usize) -> Result<(), Error> {
-        if shape.rows <= most {
+        if shape.rows <= most || shape.cols == 0 {
             return Ok(());
         }
         Err(Error::argument(NAME, "shape", format!("at most {most} rows"), shape.rows))

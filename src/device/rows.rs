@@ -30,9 +30,9 @@ macro_rules! forms {
 }
 pub(crate) use forms;
 
-/// Refuses more rows than a local row number has values, less one.
+/// Refuses more rows than a local row number has values, less one; rows without columns have no elements to number.
 pub(crate) fn check(operator: &'static str, shape: Shape) -> Result<(), Error> {
-    if shape.rows <= u32::MAX as usize {
+    if shape.rows <= u32::MAX as usize || shape.cols == 0 {
         return Ok(());
     }
     Err(Error::argument(operator, "rows", "fewer than 2^32 rows", shape.rows))
