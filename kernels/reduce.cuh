@@ -15,11 +15,16 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+/// One addition, in the type of a sum.
+__device__ __forceinline__ float plus(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double plus(double a, double b) { return a + b; }
+
 /// All 32 lanes must be here, and get the sum.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename Sum>
+__device__ __forceinline__ Sum warp_sum(Sum value) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
-        value = __fadd_rn(value, __shfl_xor_sync(0xffffffffu, value, distance));
+        value = plus(value, __shfl_xor_sync(0xffffffffu, value, distance));
     }
     return value;
 }
@@ -40,12 +45,13 @@ __device__ __forceinline__ float block_max(float value, float (&scratch)[WARPS])
 }
 
 /// All 256 threads of the block must be here, and get the sum. `scratch` as in `block_max`.
-__device__ __forceinline__ float block_sum(float value, float (&scratch)[WARPS]) {
+template <typename Sum>
+__device__ __forceinline__ Sum block_sum(Sum value, Sum (&scratch)[WARPS]) {
     value = warp_sum(value);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();
     value = scratch[0];
 #pragma unroll
-    for (unsigned warp = 1; warp < WARPS; ++warp) value = __fadd_rn(value, scratch[warp]);
+    for (unsigned warp = 1; warp < WARPS; ++warp) value = plus(value, scratch[warp]);
     return value;
 }

@@ -67,21 +67,23 @@ struct Blocks {
 };
 
 /// The sum of `term(i)` over i from `first` to `end`: each thread adds up every 256th, in order, and the block
-/// these. All 256 threads of the block must be here, once in a kernel; they all get the sum.
+/// these, in the type of the terms. All 256 threads of the block must be here, once in a kernel; they all get the
+/// sum.
 template <typename Term>
-__device__ __forceinline__ float block_total(unsigned long long first, unsigned long long end,
-                                             Term term) {
+__device__ __forceinline__ auto block_total(unsigned long long first, unsigned long long end,
+                                            Term term) {
+    using Sum = decltype(term(first));
     constexpr unsigned AT_ONCE = 8;  // loads on their way: a block may be all that runs
-    __shared__ float scratch[WARPS];
-    float sum = 0.0f;
+    __shared__ Sum scratch[WARPS];
+    Sum sum = 0;
     for (unsigned long long i = first + threadIdx.x; i < end; i += AT_ONCE * THREADS) {
-        float terms[AT_ONCE];
+        Sum terms[AT_ONCE];
 #pragma unroll
         for (unsigned j = 0; j < AT_ONCE; ++j) {
-            terms[j] = i + j * THREADS < end ? term(i + j * THREADS) : 0.0f;
+            terms[j] = i + j * THREADS < end ? term(i + j * THREADS) : Sum(0);
         }
 #pragma unroll
-        for (unsigned j = 0; j < AT_ONCE; ++j) sum = __fadd_rn(sum, terms[j]);
+        for (unsigned j = 0; j < AT_ONCE; ++j) sum = plus(sum, terms[j]);
     }
     return block_sum(sum, scratch);
 }

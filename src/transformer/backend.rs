@@ -386,7 +386,9 @@ pub trait Backend {
     /// to += from.
     fn accumulate(&self, from: &F32<Self>, to: &mut Act<Self>) -> Result<(), Error>;
 
-    /// norm = (‖grads‖₂, what clips it to `max_norm`: min(1, max_norm / (‖grads‖₂ + 1e-6))). The sum has a fixed order.
+    /// norm = (‖grads‖₂, what clips it to `max_norm`: min(1, max_norm / (‖grads‖₂ + 1e-6))). The sum has a fixed order,
+    /// and no square overflows. Gradients that are not finite clip to NaN, and the weights with them: they do not go
+    /// unseen.
     fn gradient_norm(
         &self,
         grads: &[F32<Self>],

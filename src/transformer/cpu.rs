@@ -390,10 +390,12 @@ impl Backend for CpuBackend {
         check_len("gradient_norm", "norm", 2, norm.len())?;
         let chunks: Vec<&[f32]> = grads.iter().flat_map(|grad| grad.chunks(CHUNK)).collect();
         let sums: Vec<f64> = chunks.into_par_iter().map(sum_of_squares).collect();
-        let length = sums.into_iter().sum::<f64>().sqrt() as f32;
-        // Written so that a norm that is no number clips to no number: it must not go unseen.
-        let factor = max_norm / (length + 1e-6);
-        norm.copy_from_slice(&[length, if factor > 1.0 { 1.0 } else { factor }]);
+        // Not `sum`, which is -0 of nothing.
+        let length = sums.into_iter().fold(0.0, |sum, part| sum + part).sqrt();
+        // Written so that a norm that is not finite clips to no number: it must not go unseen.
+        let factor = f64::from(max_norm) / (length + 1e-6) + 0.0 * length;
+        let factor = if factor > 1.0 { 1.0 } else { factor };
+        norm.copy_from_slice(&[length as f32, factor as f32]);
         Ok(())
     }
 
@@ -531,15 +533,15 @@ unsafe fn product(
     }
 }
 
-/// In 16 sums, for the vector unit, then over these in order.
+/// In 16 sums, for the vector unit, then over these in order. In f64, in which no square overflows or is rounded.
 fn sum_of_squares(values: &[f32]) -> f64 {
+    let square = |&value: &f32| f64::from(value) * f64::from(value);
     let (chunks, rest) = values.as_chunks::<16>();
-    let mut sums = [0.0f32; 16];
+    let mut sums = [0.0; 16];
     for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += value * value);
+        sums.iter_mut().zip(chunk).for_each(|(sum, value)| *sum += square(value));
     }
-    let rest: f64 = rest.iter().map(|&value| f64::from(value * value)).sum();
-    sums.into_iter().map(f64::from).sum::<f64>() + rest
+    sums.into_iter().chain(rest.iter().map(square)).sum()
 }
 
 fn adamw(

@@ -297,6 +297,18 @@ pub fn same<T: Dtype>(what: &str, given: &[T], expected: &[T]) -> Result<(), Str
     }
 }
 
+/// [`within`] of sums and products in which an infinity may meet what is 0 or of either sign: where the oracle has no
+/// finite number, neither has `given`, and that is all that is promised.
+pub fn close<T: Dtype>(what: &str, given: &[T], expected: &[Bounded]) -> Result<(), String> {
+    let nan = Bounded { value: f64::NAN, error: 0.0 };
+    let pair = |(given, expected): (&T, &Bounded)| match expected.value.is_finite() {
+        false if !given.to_f32().is_finite() => (T::from_f32(f32::NAN), nan),
+        _ => (*given, *expected),
+    };
+    let (given, expected): (Vec<T>, Vec<Bounded>) = given.iter().zip(expected).map(pair).unzip();
+    within(what, &given, &expected)
+}
+
 pub fn within<T: Dtype>(what: &str, given: &[T], expected: &[Bounded]) -> Result<(), String> {
     for (i, (given, expected)) in given.iter().zip(expected).enumerate() {
         let zero = expected.value == 0.0 && expected.error == 0.0;

@@ -72,7 +72,8 @@ pub fn deviation(norm: &Norm, row: &Centred) -> (f64, f64) {
     let error = (levels(row.c.len()) + 7.0) * U * (v + slack * slack)
         + delta_error * (2.0 * slack + delta_error);
     let total = v + f64::from(norm.epsilon);
-    if total == 0.0 {
+    // Of nothing but zeros, and of an infinity without a mean.
+    if total == 0.0 || total.is_infinite() {
         return (0.0, 0.0);
     }
     let rstd = 1.0 / total.sqrt();
