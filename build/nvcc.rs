@@ -54,7 +54,7 @@ pub fn compile() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     // docs.rs has no compiler, and documenting needs no kernels.
     if env::var_os("DOCS_RS").is_some() {
-        return write_list(&out, "none", &[]);
+        return write_list(&out, "none", "", &[]);
     }
     if let Err(message) = compile_into(&out) {
         eprintln!("error: {message}");
@@ -88,7 +88,7 @@ fn compile_into(out: &Path) -> Result<(), String> {
         running.into_iter().try_for_each(|one| one.join().expect("compile_one does not panic"))
     })?;
     let (major, minor) = nvcc.version;
-    write_list(out, &format!("{major}.{minor}"), &sources);
+    write_list(out, &format!("{major}.{minor}"), &archs, &sources);
     Ok(())
 }
 
@@ -147,8 +147,9 @@ fn compile_one(nvcc: &Path, flags: &[String], source: &PathBuf, out: &Path) -> R
 }
 
 /// Writes the list of fatbins as Rust.
-fn write_list(out: &Path, toolkit: &str, sources: &[PathBuf]) {
+fn write_list(out: &Path, toolkit: &str, archs: &str, sources: &[PathBuf]) {
     let mut text = format!("pub(super) const TOOLKIT: &str = {toolkit:?};\n");
+    writeln!(text, "pub(super) const ARCHS: &str = {archs:?};").expect("a String takes it");
     text += "pub(super) const FATBINS: &[(&str, &[u8])] = &[\n";
     for source in sources {
         let operator = name(source);

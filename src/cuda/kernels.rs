@@ -1,6 +1,6 @@
 //! The compiled kernels of a context.
 
-use super::context::{describe, driver, unavailable};
+use super::context::{describe, unavailable};
 use crate::device::Kernel;
 use crate::error::Error;
 use cudarc::driver::sys::cuDriverGetVersion;
@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// What build.rs compiled: `TOOLKIT`, the toolkit's version ("none" where nothing was compiled), and
-/// `FATBINS`, operator and fatbin.
+/// What build.rs compiled: `TOOLKIT`, the toolkit's version ("none" where nothing was compiled), `ARCHS`, the
+/// architectures, and `FATBINS`, operator and fatbin.
 mod compiled {
     include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 }
@@ -29,7 +29,8 @@ impl Kernels {
     ///
     /// # Errors
     /// [`Error::Driver`] where the driver refuses them: it is too old for the toolkit that compiled
-    /// them, or there is neither machine code nor PTX for this device. [`Error::Unavailable`] where
+    /// them, or there is neither machine code nor PTX for this device; the message names the device's compute
+    /// capability, those that were compiled, and both versions. [`Error::Unavailable`] where
     /// the crate was built for its documentation only.
     pub fn load(context: &Arc<CudaContext>) -> Result<Arc<Self>, Error> {
         if compiled::FATBINS.is_empty() {
@@ -39,7 +40,10 @@ impl Kernels {
         for &(operator, fatbin) in compiled::FATBINS {
             // The copy gives the driver an aligned image.
             let image = Ptx::from_binary(fatbin.to_vec());
-            modules.insert(operator, context.load_module(image).map_err(refused)?);
+            modules.insert(
+                operator,
+                context.load_module(image).map_err(|error| refused(context, error))?,
+            );
         }
         Ok(Arc::new(Self { context: context.clone(), modules, functions: RwLock::default() }))
     }
@@ -76,25 +80,63 @@ impl fmt::Debug for Kernels {
     }
 }
 
-/// Why the driver did not take a fatbin, with both versions: most often it is too old.
-fn refused(error: DriverError) -> Error {
+/// Why the driver did not take a fatbin: most often the device or the driver is too old.
+fn refused(context: &CudaContext, error: DriverError) -> Error {
     let mut version = 0;
     // SAFETY: the pointer is to a live i32. The driver has every function of its first versions.
     let known = unsafe { cuDriverGetVersion(&mut version) }.result();
-    let message = known.map_or_else(
-        |_| describe(error),
-        |()| {
-            format!(
-                "{} (the kernels were compiled by CUDA {}, the driver supports up to CUDA {}.{})",
-                describe(error),
-                compiled::TOOLKIT,
-                version / 1000,
-                version % 1000 / 10
-            )
-        },
-    );
-    let Error::Driver { operation, code, .. } = driver("loading the kernels")(error) else {
-        unreachable!("driver() makes Error::Driver")
+    let driver = known.ok().map(|()| (version / 1000, version % 1000 / 10));
+    let message = explain(&describe(error), context.compute_capability().ok(), driver);
+    Error::Driver { operation: "loading the kernels", code: error.0 as u32, message }
+}
+
+/// What the driver said, and what it was asked: the device's compute capability and those that were compiled, the
+/// toolkit's version and the driver's.
+fn explain(said: &str, device: Option<(i32, i32)>, driver: Option<(i32, i32)>) -> String {
+    let version = |version: Option<(i32, i32)>| {
+        version.map_or("unknown".into(), |(major, minor)| format!("{major}.{minor}"))
     };
-    Error::Driver { operation, code, message }
+    format!(
+        "{said} (the device has compute capability {}; the kernels were compiled for {} by CUDA {}; the driver \
+         supports up to CUDA {})",
+        version(device),
+        capabilities(compiled::ARCHS),
+        compiled::TOOLKIT,
+        version(driver)
+    )
+}
+
+/// `80+ptx,90a` as compute capabilities: "8.0 and later, 9.0a".
+fn capabilities(archs: &str) -> String {
+    let capability = |arch: &str| {
+        let (arch, later) = match arch.trim().strip_suffix("+ptx") {
+            Some(arch) => (arch, " and later"),
+            None => (arch.trim(), ""),
+        };
+        let digits = arch.trim_end_matches(|c: char| !c.is_ascii_digit()).len();
+        let (major, minor) = arch.split_at(digits.saturating_sub(1));
+        format!("{major}.{minor}{later}")
+    };
+    archs.split(',').map(capability).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_names_what_the_device_has_and_what_was_compiled() {
+        assert_eq!(
+            capabilities("80+ptx,90+ptx, 100,120f"),
+            "8.0 and later, 9.0 and later, 10.0, 12.0f"
+        );
+        let text = explain("no kernel image", Some((7, 5)), Some((13, 0)));
+        assert!(
+            text.starts_with("no kernel image (the device has compute capability 7.5;"),
+            "{text}"
+        );
+        assert!(text.contains(&capabilities(compiled::ARCHS)), "{text}");
+        assert!(text.ends_with("the driver supports up to CUDA 13.0)"), "{text}");
+        assert!(explain("", None, None).contains("capability unknown"));
+    }
 }

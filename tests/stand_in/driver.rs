@@ -42,6 +42,18 @@ macro_rules! questions {
     };
 }
 
+/// The compute capability that the device pretends to, `FUSED_DROPOUT_STAND_IN_CAPABILITY`.
+fn capability() -> (u8, u8) {
+    let given = std::env::var("FUSED_DROPOUT_STAND_IN_CAPABILITY").ok();
+    let parsed = given.as_deref().and_then(|given| given.split_once('.'));
+    parsed
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))
+        .unwrap_or((9, 0))
+}
+
+/// The first compute capability that the kernels are compiled for.
+const OLDEST: (u8, u8) = (8, 0);
+
 // ---- the driver and the device ---------------------------------------------------------------
 
 calls! {
@@ -63,7 +75,8 @@ questions! {
             5 => i32::MAX, // blocks a grid
             10 => 32,      // threads a warp
             16 => 1,       // multiprocessors
-            75 => 9,       // compute capability
+            75 => i32::from(capability().0),
+            76 => i32::from(capability().1),
             115 => 1,      // memory pools
             _ => 0,
         });
@@ -211,6 +224,9 @@ extern "C" fn cuStreamEndCapture(stream: usize, out: Option<&mut usize>) -> u32 
 extern "C" fn cuModuleLoadData(out: Option<&mut usize>, image: Option<&u32>) -> u32 {
     if image != Some(&FATBIN) {
         return INVALID_IMAGE.0;
+    }
+    if capability() < OLDEST {
+        return NO_BINARY_FOR_GPU.0;
     }
     put(out, || ask(|device, caller| device.load_module(caller)))
 }

@@ -9,7 +9,8 @@
 //! refuses, and what the stand-in does not know (forked captures, allocations and copies from pageable
 //! memory in a graph).
 //!
-//! `FUSED_DROPOUT_STAND_IN_BYTES` is how much memory the device has (2 GiB). A function that is not here is a
+//! `FUSED_DROPOUT_STAND_IN_BYTES` is how much memory the device has (2 GiB), `FUSED_DROPOUT_STAND_IN_CAPABILITY` its
+//! compute capability (9.0); below 8.0 it takes no kernel, as a driver finds none for it. A function that is not here is a
 //! missing symbol, which cudarc panics about.
 
 mod blas;
