@@ -533,7 +533,7 @@ mod emulated {
         layer: usize,
     ) -> Result<Vec<f32>, Error> {
         let shape = Shape::new(5, 20);
-        let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.4).unwrap());
+        let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.4).unwrap()).unwrap();
         let (x, bias) = (backend.upload(&[1.0; 100])?, backend.upload(&[0.0; 20])?);
         let mut y = backend.zeros(100)?;
         backend.bias_act_dropout(&dropout, shape, Activation::Identity, &x, &bias, &mut y)?;
@@ -581,7 +581,7 @@ mod emulated {
         let mut embed = |ids: &[u32]| {
             let ids = backend.upload(ids).unwrap();
             let tables = Tables { token: &table, position: None, segment: None };
-            let dropout = Pass::Evaluate.dropout(0, Site::Embedding, Probability::ZERO);
+            let dropout = Pass::Evaluate.dropout(0, Site::Embedding, Probability::ZERO).unwrap();
             let (shape, lookups) = (Shape::new(2, 4), Lookups::tokens(3, &ids));
             backend.embedding(&dropout, shape, &lookups, &tables, &mut y).unwrap();
             backend.read(&y)

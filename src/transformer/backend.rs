@@ -88,11 +88,12 @@ pub struct MatMul {
 
 impl MatMul {
     /// Checks that the matrices lie within buffers of `lens` = (a, b, c) elements, and that no two elements of c are
-    /// the same: what every backend needs before it writes through bare addresses.
+    /// the same: what every backend needs before it writes through bare addresses. Answers the same products without
+    /// the strides that no element needs, so that no address overflows; `None` where c has no element.
     ///
     /// # Errors
     /// [`Error::Argument`] with the matrix.
-    pub fn check(&self, lens: [usize; 3]) -> Result<(), Error> {
+    pub fn check(&self, lens: [usize; 3]) -> Result<Option<Self>, Error> {
         let [m, n, k] = self.mnk;
         let matrices = [("a", self.a, [m, k]), ("b", self.b, [k, n]), ("c", self.c, [m, n])];
         for ((name, layout, size), len) in matrices.into_iter().zip(lens) {
@@ -109,7 +110,11 @@ impl MatMul {
             let given = format!("{:?}", self.c);
             return Err(Error::argument("matmul", "c", "elements that do not overlap", given));
         }
-        Ok(())
+        if m == 0 || n == 0 || self.batch.contains(&0) {
+            return Ok(None);
+        }
+        let [a, b, c] = matrices.map(|(_, layout, size)| layout.reduced(size, self.batch));
+        Ok(Some(Self { a, b, c, ..*self }))
     }
 }
 
@@ -128,6 +133,19 @@ impl Layout {
         dimensions.iter().try_fold(self.offset.checked_add(1)?, |end, &(stride, steps)| {
             stride.checked_mul(steps - 1).and_then(|last| last.checked_add(end))
         })
+    }
+
+    /// The same elements without the strides along dimensions of one step: between neighbours they are 1, or a row.
+    fn reduced(self, [rows, cols]: [usize; 2], batch: [usize; 2]) -> Self {
+        if rows == 0 || cols == 0 {
+            return Self::rows(cols);
+        }
+        let row = if rows == 1 && self.col == 1 { cols } else { self.row };
+        let col = if cols == 1 && self.row == 1 { rows } else { self.col };
+        let of = |d: usize| if batch[d] == 1 { 0 } else { self.batch[d] };
+        let one = rows == 1 && cols == 1;
+        let [row, col] = if one { [1, 1] } else { [row, col] };
+        Self { offset: self.offset, row, col, batch: [of(0), of(1)] }
     }
 
     /// Whether each stride steps over all that the smaller ones reach.

@@ -196,9 +196,17 @@ impl Bert {
         length: usize,
         recompute: bool,
     ) -> Result<BertRun<B>, Error> {
-        check_size("bert", batch, length, self.config.max_position_embeddings)?;
-        let tokens = batch * length;
         let width = self.config.hidden_size;
+        let widest = self
+            .config
+            .vocab_size
+            .max(3 * width)
+            .max(self.config.intermediate_size)
+            .max(self.config.num_labels);
+        let (positions, heads) =
+            (self.config.max_position_embeddings, self.config.num_attention_heads);
+        check_size("bert", [batch, length], positions, widest, heads)?;
+        let tokens = batch * length;
         let (rows, classes, normed, taken) = match self.head {
             Head::MaskedLanguageModel { .. } => (tokens, self.config.vocab_size, tokens, 0),
             Head::Classification { .. } => (batch, self.config.num_labels, 0, batch),
@@ -276,11 +284,12 @@ impl Bert {
         batch: &BertBatch<B>,
         pass: Pass,
     ) -> Result<(), Error> {
+        self.check(params.lens(), run, batch)?;
         let cx = Context { backend, params, sequences: &batch.sequences, pass };
         let shape = self.shape(run);
         let input = run.stack.input();
         backend.embedding_norm(
-            &self.embedding_dropout(pass),
+            &self.embedding_dropout(pass)?,
             &self.blocks[0].norm,
             shape,
             &self.lookups(batch),
@@ -333,6 +342,8 @@ impl Bert {
         pass: Pass,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
+        self.check(params.lens(), run, batch)?;
+        self.specs.check("bert", "grads", grads.lens())?;
         let cx = Context { backend, params, sequences: &batch.sequences, pass };
         let shape = self.shape(run);
         let BertRun { stack, logits, head, .. } = run;
@@ -358,7 +369,7 @@ impl Bert {
             grads.several([token, position, segment, weight, bias]);
         let (input, scratch) = stack.input_and_scratch();
         backend.embedding_norm_backward(
-            &self.embedding_dropout(pass),
+            &self.embedding_dropout(pass)?,
             &self.blocks[0].norm,
             shape,
             &self.lookups(batch),
@@ -380,6 +391,23 @@ impl Bert {
             backend.matmul_f32(&table, logits, &head.normed, &mut grads[tokens])?;
         }
         Ok(())
+    }
+
+    /// Refuses weights, memory and batches of another model.
+    fn check<B: Backend>(
+        &self,
+        params: &[usize],
+        run: &BertRun<B>,
+        batch: &BertBatch<B>,
+    ) -> Result<(), Error> {
+        self.specs.check("bert", "params", params)?;
+        run.stack.check("bert", self.blocks.len())?;
+        let of_batch = [batch.sequences.batch, batch.sequences.length];
+        if of_batch == [run.batch, run.length] {
+            return Ok(());
+        }
+        let expected = format!("{} sequences of {} tokens", run.batch, run.length);
+        Err(Error::argument("bert", "batch", expected, format!("{of_batch:?}")))
     }
 
     /// logits = norm(act(a · W + b)) · tokensᵀ + bias.
@@ -477,7 +505,7 @@ impl Bert {
         let tables = Tables { token: a, position: None, segment: None };
         cx.backend.embedding(&kept(), shape, &lookups, &tables, &mut head.taken)?;
         pooler.forward(cx.backend, batch, cx.params, &head.taken, &mut head.dense)?;
-        let dropout = self.pooler_dropout(cx.pass);
+        let dropout = self.pooler_dropout(cx.pass)?;
         let bias = &cx.params[pooler.bias];
         let tanh = Activation::Tanh;
         cx.backend.bias_act_dropout(&dropout, shape, tanh, &head.dense, bias, &mut head.active)?;
@@ -503,7 +531,7 @@ impl Bert {
         classifier
             .backward(cx.backend, batch, cx.params, active, dlogits, dactive, false, grads)?;
         cx.backend.bias_act_dropout_backward(
-            &self.pooler_dropout(cx.pass),
+            &self.pooler_dropout(cx.pass)?,
             shape,
             Activation::Tanh,
             dense,
@@ -542,11 +570,11 @@ impl Bert {
         Shape::new(run.batch * run.length, self.config.hidden_size)
     }
 
-    fn embedding_dropout(&self, pass: Pass) -> crate::Dropout<'static> {
+    fn embedding_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
         pass.dropout(0, Site::Embedding, self.config.hidden_dropout_prob)
     }
 
-    fn pooler_dropout(&self, pass: Pass) -> crate::Dropout<'static> {
+    fn pooler_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
         pass.dropout(self.blocks.len() + 1, Site::Pooler, self.config.classifier_dropout)
     }
 

@@ -297,7 +297,7 @@ impl Block {
         to: &mut Boundary<B>,
     ) -> Result<(), Error> {
         cx.backend.dropout_add_norm(
-            &cx.pass.dropout(self.layer, site, self.residual_p),
+            &cx.pass.dropout(self.layer, site, self.residual_p)?,
             &self.norm,
             self.shape(cx),
             &Inputs { x: branch, bias: Some(&cx.params[bias]), residual },
@@ -323,7 +323,7 @@ impl Block {
         let grads =
             ParamGrads { dbias: Some(dbias), dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) };
         cx.backend.dropout_add_norm_backward(
-            &cx.pass.dropout(self.layer, site, self.residual_p),
+            &cx.pass.dropout(self.layer, site, self.residual_p)?,
             &self.norm,
             self.shape(cx),
             &Saved::Sum(&from.s),
@@ -408,7 +408,7 @@ impl Block {
         let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
         // q, k and v lie in one buffer; the product reads it twice.
         cx.backend.matmul(&self.square_of(cx, q, k.transposed()), qkv, qkv, scores)?;
-        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
+        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p)?;
         let mask = cx.sequences.mask();
         cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, statistics)?;
         cx.backend.matmul(&self.of_square(cx, square, v, merged), probs, qkv, context)?;
@@ -438,7 +438,7 @@ impl Block {
             dcontext,
             dqkv,
         )?;
-        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p);
+        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p)?;
         let mask = cx.sequences.mask();
         cx.backend.softmax_dropout_backward(
             &dropout,

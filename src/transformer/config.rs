@@ -95,7 +95,9 @@ impl GptConfig {
             n_embd,
             n_layer: file.required("n_layer")?,
             n_head: file.required("n_head")?,
-            n_inner: file.take::<Option<usize>>("n_inner", None)?.unwrap_or(4 * n_embd),
+            n_inner: file
+                .take::<Option<usize>>("n_inner", None)?
+                .unwrap_or_else(|| n_embd.saturating_mul(4)),
             activation_function: file.activation("activation_function", "gelu_new")?,
             layer_norm_epsilon: file.take("layer_norm_epsilon", 1e-5)?,
             initializer_range: file.take("initializer_range", 0.02)?,
@@ -156,7 +158,17 @@ impl GptConfig {
         positive("num_labels", self.num_labels)?;
         layers("n_layer", self.n_layer)?;
         heads("n_embd", self.n_embd, self.n_head)?;
-        epsilon("layer_norm_epsilon", self.layer_norm_epsilon)
+        epsilon("layer_norm_epsilon", self.layer_norm_epsilon)?;
+        deviation(self.initializer_range)?;
+        let width = self.n_embd;
+        let tables = [
+            ("n_embd", width, 4, self.n_layer),
+            ("n_inner", self.n_inner, 2, self.n_layer),
+            ("vocab_size", self.vocab_size, 1, 1),
+            ("n_positions", self.n_positions, 1, 1),
+            ("num_labels", self.num_labels, 1, 1),
+        ];
+        weights_fit(width, tables)
     }
 }
 
@@ -237,7 +249,18 @@ impl BertConfig {
         positive("num_labels", self.num_labels)?;
         layers("num_hidden_layers", self.num_hidden_layers)?;
         heads("hidden_size", self.hidden_size, self.num_attention_heads)?;
-        epsilon("layer_norm_eps", self.layer_norm_eps)
+        epsilon("layer_norm_eps", self.layer_norm_eps)?;
+        deviation(self.initializer_range)?;
+        let width = self.hidden_size;
+        let tables = [
+            ("hidden_size", width, 4, self.num_hidden_layers),
+            ("intermediate_size", self.intermediate_size, 2, self.num_hidden_layers),
+            ("vocab_size", self.vocab_size, 1, 1),
+            ("max_position_embeddings", self.max_position_embeddings, 1, 1),
+            ("type_vocab_size", self.type_vocab_size, 1, 1),
+            ("num_labels", self.num_labels, 1, 1),
+        ];
+        weights_fit(width, tables)
     }
 }
 
@@ -339,7 +362,10 @@ fn read<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, Error> {
 }
 
 fn probability(name: &str, p: f64) -> Result<Probability, Error> {
-    Probability::new(p).map_err(|_| Error::setting(name, "0 <= p <= 1", p))
+    Probability::nonvanishing(p).map_err(|error| match error {
+        Error::Argument { expected, .. } => Error::setting(name, expected, p),
+        other => other,
+    })
 }
 
 /// The activations under Hugging Face's names.
@@ -397,6 +423,28 @@ fn heads(name: &str, width: usize, heads: usize) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::setting(name, format!("a multiple of the {heads} heads"), width))
+}
+
+/// Refuses sizes whose matrices, `[size, width]` so many times a layer, hold more f32 than memory has addresses, by the
+/// first size that is too large. A quarter of them each, and an eighth is left for biases and heads: so no sum of sizes
+/// overflows either.
+fn weights_fit<const N: usize>(
+    width: usize,
+    tables: [(&str, usize, usize, usize); N],
+) -> Result<(), Error> {
+    let most = isize::MAX as u128 / size_of::<f32>() as u128 / 8;
+    for (name, size, matrices, layers) in tables {
+        let elements = (size as u128).saturating_mul(width as u128);
+        let elements = elements.saturating_mul(matrices as u128).saturating_mul(layers as u128);
+        if elements > most {
+            return Err(Error::setting(name, "a size whose weights fit in memory", size));
+        }
+    }
+    Ok(())
+}
+
+fn deviation(value: f32) -> Result<(), Error> {
+    epsilon("initializer_range", value)
 }
 
 fn epsilon(name: &str, value: f32) -> Result<(), Error> {

@@ -49,6 +49,10 @@ impl Backend for CpuBackend {
     }
 
     fn zeros<E: Element>(&self, len: usize) -> Result<Vec<E>, Error> {
+        // A reservation that fails is an error; of `vec!` it would be the end of the process.
+        Vec::<E>::new()
+            .try_reserve_exact(len)
+            .map_err(|_| Error::argument("zeros", "len", "elements that fit in memory", len))?;
         Ok(vec![E::default(); len])
     }
 
@@ -473,7 +477,7 @@ impl Output {
 
 /// c = a · b or c += a · b: one product on all threads, or a batch with a thread a product.
 pub(super) fn matmul(what: &MatMul, a: &[f32], b: &[f32], c: &mut [f32]) -> Result<(), Error> {
-    what.check([a.len(), b.len(), c.len()])?;
+    let Some(what) = &what.check([a.len(), b.len(), c.len()])? else { return Ok(()) };
     let c = Output(c.as_mut_ptr());
     let threads = rayon::current_num_threads();
     let [outer, inner] = what.batch;

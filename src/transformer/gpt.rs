@@ -207,7 +207,9 @@ impl Gpt {
         length: usize,
         recompute: bool,
     ) -> Result<GptRun<B>, Error> {
-        check_size("gpt", batch, length, self.config.n_positions)?;
+        let GptConfig { vocab_size, n_positions, n_embd, n_inner, n_head, .. } = self.config;
+        let widest = vocab_size.max(3 * n_embd).max(n_inner);
+        check_size("gpt", [batch, length], n_positions, widest, n_head)?;
         let rows = batch * length;
         let summary = match &self.summary {
             Some(linear) => Some(Summary {
@@ -316,6 +318,7 @@ impl Gpt {
         batch: &GptBatch<B>,
         pass: Pass,
     ) -> Result<(), Error> {
+        self.check(params.lens(), run, batch)?;
         let cx = Context { backend, params, sequences: &run.sequences, pass };
         self.embed(&cx, &mut run.stack, batch)?;
         run.stack.forward(&cx, &self.blocks)?;
@@ -376,6 +379,8 @@ impl Gpt {
         pass: Pass,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
+        self.check(params.lens(), run, batch)?;
+        self.specs.check("gpt", "grads", grads.lens())?;
         let cx = Context { backend, params, sequences: &run.sequences, pass };
         let rows = run.sequences.rows();
         let (vocab, width) = (self.config.vocab_size, self.config.n_embd);
@@ -407,6 +412,23 @@ impl Gpt {
         self.embed_backward(&cx, &mut run.stack, batch, grads)
     }
 
+    /// Refuses weights, memory and batches of another model.
+    fn check<B: Backend>(
+        &self,
+        params: &[usize],
+        run: &GptRun<B>,
+        batch: &GptBatch<B>,
+    ) -> Result<(), Error> {
+        self.specs.check("gpt", "params", params)?;
+        run.stack.check("gpt", self.blocks.len())?;
+        let heads = [self.summary.is_some(), run.summary.is_some(), batch.choice.is_some()];
+        if heads == [heads[0]; 3] {
+            return Ok(());
+        }
+        let expected = "run and batch of a model with as many heads";
+        Err(Error::argument("gpt", "run", expected, "those of another model"))
+    }
+
     /// s = D(token + position), a = norm(s).
     fn embed<B: Backend>(
         &self,
@@ -415,7 +437,7 @@ impl Gpt {
         batch: &GptBatch<B>,
     ) -> Result<(), Error> {
         let shape = Shape::new(cx.sequences.rows(), self.config.n_embd);
-        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop);
+        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop)?;
         let tables = Tables {
             token: &cx.params[self.token],
             position: Some(&cx.params[self.position]),
@@ -464,7 +486,7 @@ impl Gpt {
         cx.backend.clear(&mut grads[self.position])?;
         let [token, position] = grads.several([self.token, self.position]);
         let gradients = Gradients { token: Some(token), position: Some(position), segment: None };
-        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop);
+        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop)?;
         let lookups = self.lookups(cx, batch);
         cx.backend.embedding_backward(&dropout, shape, &lookups, &scratch.dresidual, gradients)
     }
@@ -482,7 +504,7 @@ impl Gpt {
         let lookups = Lookups::tokens(cx.sequences.rows(), &choice.rows);
         let tables = Tables { token: a, position: None, segment: None };
         let taken = Shape::new(batch, linear.inputs);
-        let dropout = self.summary_dropout(cx.pass);
+        let dropout = self.summary_dropout(cx.pass)?;
         cx.backend.embedding(&dropout, taken, &lookups, &tables, &mut memory.taken)?;
         linear.forward(cx.backend, batch, cx.params, &memory.taken, &mut memory.projected)?;
         cx.backend.bias_act_dropout(
@@ -519,7 +541,7 @@ impl Gpt {
         linear.backward(cx.backend, batch, cx.params, taken, logits, dtaken, false, grads)?;
         cx.backend.clear(drows)?;
         cx.backend.embedding_backward(
-            &self.summary_dropout(cx.pass),
+            &self.summary_dropout(cx.pass)?,
             Shape::new(batch, linear.inputs),
             &Lookups::tokens(cx.sequences.rows(), &choice.rows),
             dtaken,
@@ -528,7 +550,7 @@ impl Gpt {
         cx.backend.accumulate(drows, da)
     }
 
-    fn summary_dropout(&self, pass: Pass) -> crate::Dropout<'static> {
+    fn summary_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
         let layer = self.blocks.len() + 1;
         pass.dropout(layer, Site::Summary, self.config.summary_first_dropout)
     }
@@ -583,12 +605,15 @@ impl<B: Backend> GptRun<B> {
     }
 }
 
-/// Refuses batches of nothing and sequences longer than the table of positions.
+/// Refuses batches of nothing, sequences longer than the table of positions, and sizes whose tensors would be larger than
+/// memory or have more rows than a mask: `widest` columns for each token, and for each head and token the scores of a
+/// sequence.
 pub(crate) fn check_size(
     model: &'static str,
-    batch: usize,
-    length: usize,
+    [batch, length]: [usize; 2],
     positions: usize,
+    widest: usize,
+    heads: usize,
 ) -> Result<(), Error> {
     if batch == 0 {
         return Err(Error::argument(model, "batch", "at least one sequence", batch));
@@ -596,7 +621,16 @@ pub(crate) fn check_size(
     if length == 0 || length > positions {
         return Err(Error::argument(model, "length", format!("1 to {positions} tokens"), length));
     }
-    Ok(())
+    let rows = batch.checked_mul(length).and_then(|rows| rows.checked_mul(heads));
+    let fits = rows.filter(|&rows| rows <= u32::MAX as usize).is_some_and(|rows| {
+        let elements = rows.checked_mul(widest.max(length));
+        elements.is_some_and(|elements| elements <= isize::MAX as usize / size_of::<f32>())
+    });
+    if fits {
+        return Ok(());
+    }
+    let expected = format!("sequences of {length} tokens whose tensors fit in memory");
+    Err(Error::argument(model, "batch", expected, batch))
 }
 
 /// Refuses tokens and labels of another number, or out of range.

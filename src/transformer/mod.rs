@@ -1,4 +1,5 @@
-//! GPT and BERT on the operators of this crate: how a trainer without automatic differentiation calls them.
+//! GPT and BERT on the operators of this crate: how a trainer without automatic differentiation calls them. Equal
+//! (seed, step) draw equal masks, on every rank and for every micro-batch: give each of them a seed of its own ([`Pass`]).
 //!
 //! Forward and backward passes are written out, once, over the trait [`Backend`]; every dropout of the two models is
 //! part of a fused operator with a stream of its own, and no mask is stored.

@@ -4,6 +4,9 @@ use super::backend::{ADAMW_NUMBERS, Backend, F32, Weight};
 use super::params::{Grads, Params, Specs, download, upload, zeros};
 use crate::error::Error;
 
+/// The optimiser's name in errors.
+const NAME: &str = "adamw";
+
 /// Settings of AdamW (Loshchilov and Hutter, ICLR 2019).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -26,6 +29,28 @@ impl Default for AdamW {
     }
 }
 
+impl AdamW {
+    /// Refuses what makes no step: decays outside of 0 <= beta < 1, and what is negative or not finite. `max_norm` may be
+    /// infinite: nothing is clipped.
+    fn check(&self) -> Result<(), Error> {
+        let Self { beta1, beta2, epsilon, weight_decay, max_norm } = *self;
+        for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::argument(NAME, name, "0 <= beta < 1", beta));
+            }
+        }
+        for (name, value) in [("epsilon", epsilon), ("weight_decay", weight_decay)] {
+            if !(0.0..=f32::MAX).contains(&value) {
+                return Err(Error::argument(NAME, name, "a finite number, at least 0", value));
+            }
+        }
+        if max_norm > 0.0 {
+            return Ok(());
+        }
+        Err(Error::argument(NAME, "max_norm", "a number above 0", max_norm))
+    }
+}
+
 /// A learning rate that rises linearly and falls as a cosine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
@@ -43,7 +68,7 @@ impl Schedule {
     /// The rate of step `step`, counted from 0.
     pub fn rate(&self, step: u64) -> f32 {
         if step < self.warmup {
-            return self.peak * (step + 1) as f32 / (self.warmup + 1) as f32;
+            return self.peak * (step as f32 + 1.0) / (self.warmup as f32 + 1.0);
         }
         if step >= self.steps {
             return self.floor;
@@ -57,6 +82,8 @@ impl Schedule {
 /// What AdamW keeps of every weight.
 pub struct Optimizer<B: Backend> {
     settings: AdamW,
+    /// Elements of each tensor.
+    lens: Vec<usize>,
     steps: u64,
     m: Vec<F32<B>>,
     v: Vec<F32<B>>,
@@ -79,10 +106,12 @@ impl<B: Backend> Optimizer<B> {
     /// Before the first step.
     ///
     /// # Errors
-    /// What the backend says.
+    /// [`Error::Argument`] where a setting is out of its range; what the backend says.
     pub fn new(backend: &B, specs: &Specs, settings: AdamW) -> Result<Self, Error> {
+        settings.check()?;
         Ok(Self {
             settings,
+            lens: specs.iter().map(|spec| spec.elements()).collect(),
             steps: 0,
             m: zeros(backend, specs)?,
             v: zeros(backend, specs)?,
@@ -101,14 +130,12 @@ impl<B: Backend> Optimizer<B> {
         settings: AdamW,
         state: &OptimizerState,
     ) -> Result<Self, Error> {
-        let lens: Vec<usize> = specs.iter().map(|spec| spec.elements()).collect();
+        let lens = |values: &[Vec<f32>]| values.iter().map(Vec::len).collect::<Vec<_>>();
         for values in [&state.m, &state.v] {
-            if !values.iter().map(Vec::len).eq(lens.iter().copied()) {
-                let expected = "moments of the model's tensors";
-                return Err(Error::argument("adamw", "state", expected, "others"));
-            }
+            specs.check(NAME, "state", &lens(values))?;
         }
         Ok(Self {
+            lens: lens(&state.m),
             steps: state.steps,
             m: upload(backend, &state.m)?,
             v: upload(backend, &state.v)?,
@@ -128,9 +155,15 @@ impl<B: Backend> Optimizer<B> {
     /// Writes the numbers of the next step: the only part of [`step`](Self::step) that a captured graph leaves to the host.
     ///
     /// # Errors
-    /// What the backend says.
+    /// [`Error::Argument`] where the rate is not finite or no step is left; what the backend says.
     pub fn advance(&mut self, backend: &B, rate: f32) -> Result<(), Error> {
-        self.steps += 1;
+        if !rate.is_finite() {
+            return Err(Error::argument(NAME, "rate", "a finite number", rate));
+        }
+        let Some(steps) = self.steps.checked_add(1) else {
+            return Err(Error::argument(NAME, "steps", "fewer than 2^64 steps", self.steps));
+        };
+        self.steps = steps;
         let AdamW { beta1, beta2, epsilon, .. } = self.settings;
         let correction = |beta: f32| {
             let power = f64::from(beta).powi(self.steps.min(i32::MAX as u64) as i32);
@@ -143,7 +176,7 @@ impl<B: Backend> Optimizer<B> {
     /// Clips the gradients and moves every weight, with the numbers of [`advance`](Self::advance).
     ///
     /// # Errors
-    /// What the backend says.
+    /// [`Error::Argument`] where `params`, `grads` or the optimiser are those of another model; what the backend says.
     pub fn apply(
         &mut self,
         backend: &B,
@@ -151,6 +184,11 @@ impl<B: Backend> Optimizer<B> {
         params: &mut Params<B>,
         grads: &Grads<B>,
     ) -> Result<(), Error> {
+        for (argument, lens) in
+            [("self", &self.lens[..]), ("params", params.lens()), ("grads", grads.lens())]
+        {
+            specs.check(NAME, argument, lens)?;
+        }
         backend.gradient_norm(&grads.0, self.settings.max_norm, &mut self.norm)?;
         let decay = self.settings.weight_decay;
         let mut masters = params.masters.iter_mut().flatten();
@@ -166,7 +204,7 @@ impl<B: Backend> Optimizer<B> {
     /// [`advance`](Self::advance) and [`apply`](Self::apply).
     ///
     /// # Errors
-    /// What the backend says.
+    /// As both.
     pub fn step(
         &mut self,
         backend: &B,
@@ -206,5 +244,8 @@ mod tests {
         assert!(rates[3..13].windows(2).all(|pair| pair[1] < pair[0]));
         assert!((rates[8] - 0.55).abs() < 1e-6, "half way down: {}", rates[8]);
         assert!(rates[13..].iter().all(|&rate| rate == 0.1));
+        let endless = Schedule { warmup: u64::MAX, steps: 0, ..schedule };
+        assert!(endless.rate(0) > 0.0 && endless.rate(u64::MAX - 1) <= 1.0);
+        assert_eq!(endless.rate(u64::MAX), 0.1);
     }
 }

@@ -91,6 +91,19 @@ impl Specs {
         self.list.iter()
     }
 
+    /// Refuses tensors of other lengths than the model's.
+    pub(crate) fn check(
+        &self,
+        model: &'static str,
+        argument: &'static str,
+        lens: &[usize],
+    ) -> Result<(), Error> {
+        if self.iter().map(Spec::elements).eq(lens.iter().copied()) {
+            return Ok(());
+        }
+        Err(Error::argument(model, argument, "the tensors of this model", "those of another"))
+    }
+
     /// Elements of all tensors.
     pub fn elements(&self) -> usize {
         self.iter().map(Spec::elements).sum()
@@ -190,6 +203,7 @@ pub struct Params<B: Backend> {
     pub(crate) weights: Vec<Act<B>>,
     /// The same in f32, where the operators read another type.
     pub(crate) masters: Option<Vec<F32<B>>>,
+    lens: Vec<usize>,
 }
 
 impl<B: Backend> Params<B> {
@@ -207,7 +221,12 @@ impl<B: Backend> Params<B> {
             crate::DtypeId::F32 => None,
             _ => Some(upload(backend, values)?),
         };
-        Ok(Self { weights, masters })
+        Ok(Self { weights, masters, lens: values.iter().map(Vec::len).collect() })
+    }
+
+    /// Elements of each tensor.
+    pub(crate) fn lens(&self) -> &[usize] {
+        &self.lens
     }
 
     /// The values, in f32.
@@ -232,7 +251,7 @@ impl<B: Backend> Index<Id> for Params<B> {
 }
 
 /// The gradients of a model's weights, in f32.
-pub struct Grads<B: Backend>(pub(crate) Vec<F32<B>>);
+pub struct Grads<B: Backend>(pub(crate) Vec<F32<B>>, Vec<usize>);
 
 impl<B: Backend> Grads<B> {
     /// Zeros.
@@ -240,7 +259,12 @@ impl<B: Backend> Grads<B> {
     /// # Errors
     /// What the backend says.
     pub fn zeros(backend: &B, specs: &Specs) -> Result<Self, Error> {
-        Ok(Self(zeros(backend, specs)?))
+        Ok(Self(zeros(backend, specs)?, specs.iter().map(Spec::elements).collect()))
+    }
+
+    /// Elements of each tensor.
+    pub(crate) fn lens(&self) -> &[usize] {
+        &self.1
     }
 
     /// The values.

@@ -36,6 +36,15 @@ impl<B: Backend> Stack<B> {
         })
     }
 
+    /// Refuses memory of a model with another number of blocks.
+    pub fn check(&self, model: &'static str, blocks: usize) -> Result<(), Error> {
+        let given = self.boundaries.len() - 1;
+        if given == blocks {
+            return Ok(());
+        }
+        Err(Error::argument(model, "run", format!("memory of {blocks} blocks"), given))
+    }
+
     /// What enters the first block.
     pub fn input(&mut self) -> &mut Boundary<B> {
         &mut self.boundaries[0]

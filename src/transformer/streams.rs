@@ -1,5 +1,6 @@
 //! Which stream of random numbers each application of dropout takes.
 
+use crate::error::Error;
 use crate::mask::{Key, Probability};
 use crate::ops::{Dropout, Mode};
 
@@ -33,12 +34,24 @@ pub const MAX_STEPS: u64 = 1 << 44;
 ///
 /// It depends on nothing else, neither on the number of layers nor on what ran before: a layer that is
 /// computed again draws its mask again.
-pub fn stream(step: u64, layer: usize, site: Site) -> u64 {
-    debug_assert!(step < MAX_STEPS && layer < MAX_LAYERS);
-    (step << STEP_SHIFT) | ((layer as u64) << 4) | site as u64
+///
+/// # Errors
+/// [`Error::Argument`] where there is no such step or layer: their streams would be those of others.
+pub fn stream(step: u64, layer: usize, site: Site) -> Result<u64, Error> {
+    if step >= MAX_STEPS {
+        return Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step));
+    }
+    if layer >= MAX_LAYERS {
+        return Err(Error::argument("streams", "layer", format!("below {MAX_LAYERS}"), layer));
+    }
+    Ok((step << STEP_SHIFT) | ((layer as u64) << 4) | site as u64)
 }
 
-/// What a pass through a model is for.
+/// What a pass through a model is for. Every rank and every micro-batch with the same (seed, step) draws the same masks:
+/// give each of them a seed of its own.
+///
+/// A model does not know which rows of the global batch it has: for the contract they are 0, 1, .. on every rank. The
+/// operators do know, where a [`Place`](crate::Place) says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// Training step `step` of the run with this seed: dropout acts.
@@ -54,13 +67,21 @@ pub enum Pass {
 
 impl Pass {
     /// The application of dropout at `site` of `layer`.
-    pub fn dropout(self, layer: usize, site: Site, p: Probability) -> Dropout<'static> {
-        match self {
+    ///
+    /// # Errors
+    /// As [`stream`].
+    pub fn dropout(
+        self,
+        layer: usize,
+        site: Site,
+        p: Probability,
+    ) -> Result<Dropout<'static>, Error> {
+        Ok(match self {
             Pass::Train { seed, step } => {
-                Dropout::new(Key::new(seed, stream(step, layer, site)), p)
+                Dropout::new(Key::new(seed, stream(step, layer, site)?), p)
             }
             Pass::Evaluate => Dropout::new(Key::new(0, 0), p).mode(Mode::Inference),
-        }
+        })
     }
 }
 
@@ -93,10 +114,13 @@ mod tests {
         for step in [0, 1, 2, MAX_STEPS - 1] {
             for layer in (0..40).chain([MAX_LAYERS - 1]) {
                 for site in sites {
-                    assert!(seen.insert(stream(step, layer, site)));
+                    assert!(seen.insert(stream(step, layer, site).unwrap()));
                 }
             }
         }
-        assert_eq!(stream(3, 2, Site::MlpOutput), (3 << 20) + 35);
+        assert_eq!(stream(3, 2, Site::MlpOutput).unwrap(), (3 << 20) + 35);
+        let pass = Pass::Train { seed: 1, step: MAX_STEPS };
+        assert!(pass.dropout(0, Site::Embedding, Probability::ZERO).is_err());
+        assert!(stream(0, MAX_LAYERS, Site::Embedding).is_err());
     }
 }

@@ -99,7 +99,7 @@ fn a_captured_step(device: &Gpu<f32>) {
 /// Takes the stream number of a site of a layer.
 fn draw(device: &Gpu<f32>, step: u64, layer: usize) -> Result<(), Error> {
     let pass = Pass::Train { seed: 1, step };
-    let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?);
+    let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?)?;
     let (x, bias, mut y) = (device.zeros(8)?, device.zeros(8)?, device.zeros(8)?);
     device.bias_act_dropout(&dropout, Shape::new(1, 8), Activation::Identity, &x, &bias, &mut y)
 }

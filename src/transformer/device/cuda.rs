@@ -275,15 +275,11 @@ impl Memory for CudaDevice {
         b: &CudaBuffer<T>,
         c: &mut CudaBuffer<C>,
     ) -> Result<(), Error> {
-        what.check([a.len, b.len, c.len])?;
+        let Some(what) = &what.check([a.len, b.len, c.len])? else { return Ok(()) };
         let gemm = Gemm::new(what)?;
         let (a, b, c) = (a.read(self)?, b.read(self)?, c.write(self)?);
         let base = [a.pointer, b.pointer, c.pointer];
         let size = [size_of::<T>(), size_of::<T>(), size_of::<C>()];
-        let [m, n, _] = what.mnk;
-        if m * n == 0 || what.batch.contains(&0) {
-            return Ok(());
-        }
         let first = |outer: usize| {
             let matrices = [what.a, what.b, what.c];
             let element = |x: usize| matrices[x].offset + outer * matrices[x].batch[0];
