@@ -7,8 +7,9 @@
 //!
 //! z is rounded once, to f32; both passes have the same z. A masked key has y = +0 and dx = +0, whatever its dy; so
 //! has a key whose P is 0 in f32. A row without a visible key, or whose z are all -infinity, gives zeros, the
-//! statistics (-infinity, 0) and a zero gradient. (In f32; a NaN or +infinity among a row's z makes the kept elements of
-//! that row NaN, as the mathematics has it.)
+//! statistics (-infinity, 0) and a zero gradient. A NaN or +infinity among a row's z makes all kept elements of
+//! that row NaN, as the mathematics has it, also those of keys that an additive mask hides; keys beyond the row's length
+//! or the causal limit stay +0.
 //!
 //! # The statistics of a row
 //! Two f32 a row, `[rows, 2]`: the largest z, m, and 1 / S. The backward pass takes the same P from them as the forward

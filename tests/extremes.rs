@@ -1,0 +1,166 @@
+//! Values at the edges of f32, as users meet them: masks that trainers write, outliers, overflows. Right values are computed
+//! by hand; `tests/conformance.rs` has the bounds for every backend.
+
+use fused_dropout::cpu::dropout_add_norm::Inputs;
+use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::ops::softmax_dropout::STATISTICS;
+use fused_dropout::{
+    Activation, Affine, AttentionMask, Dropout, Key, Mode, Norm, Probability, Scores, Shape,
+};
+use half::{bf16, f16};
+
+/// Nothing is dropped.
+fn kept() -> Dropout<'static> {
+    Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap()).mode(Mode::Inference)
+}
+
+/// dx of one row of scores, with saved statistics and without.
+fn softmax_gradients(cpu: &Cpu, x: &[f32], additive: &[f32], dy: &[f32]) -> [Vec<f32>; 2] {
+    let scores = Scores { batch: 1, heads: 1, queries: 1, keys: x.len(), scale: 1.0 };
+    let mask = AttentionMask { additive: Some(additive), ..AttentionMask::NONE };
+    let (mut y, mut statistics) = (vec![0.0; x.len()], [0.0; STATISTICS]);
+    let saved = Some(&mut statistics[..]);
+    cpu::softmax_dropout::forward(cpu, &kept(), &scores, &mask, x, &mut y, saved).unwrap();
+    [Some(&statistics[..]), None].map(|saved| {
+        let mut dx = vec![9.0; x.len()];
+        cpu::softmax_dropout::backward(cpu, &kept(), &scores, &mask, x, saved, dy, &mut dx)
+            .unwrap();
+        dx
+    })
+}
+
+#[test]
+fn the_gradient_of_a_masked_key_stays_out_of_its_row() {
+    let x = [0.5, 9.0, -0.25, 1.0, 0.0, 0.75, -1.0, 2.0];
+    for cpu in Cpu::levels() {
+        // Masked, or so far below that P is 0.
+        for hidden in [f32::NEG_INFINITY, -200.0] {
+            let additive = std::array::from_fn::<f32, 8, _>(|k| if k == 1 { hidden } else { 0.0 });
+            let with = |dy: f32| {
+                let dys = std::array::from_fn::<f32, 8, _>(|k| if k == 1 { dy } else { k as f32 });
+                softmax_gradients(&cpu, &x, &additive, &dys)
+            };
+            let expected = with(0.0);
+            for dy in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0] {
+                for (dx, expected) in with(dy).iter().zip(&expected) {
+                    assert_eq!(dx[1].to_bits(), 0, "{cpu:?}: dx of the masked key for dy = {dy}");
+                    assert_eq!(dx, expected, "{cpu:?}: dy = {dy}");
+                    assert!(dx.iter().all(|dx| dx.is_finite()));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_finite_mask_over_a_whole_row_costs_nothing() {
+    let dy = std::array::from_fn::<f32, 8, _>(|k| k as f32);
+    // P = 1/8, mean(dy) = 3.5: within the rounding of the exponentials, of the sums and of two products.
+    let tolerance = 64.0 * f32::EPSILON;
+    for cpu in Cpu::levels() {
+        for (x, mask) in
+            [(0.0, -1e9), (0.0, f32::MIN), (0.0, -65504.0), (1e7, 0.0), (-1e7, 0.0), (3.0, -1e4)]
+        {
+            for dx in softmax_gradients(&cpu, &[x; 8], &[mask; 8], &dy) {
+                for (k, dx) in dx.iter().enumerate() {
+                    let expected = (k as f32 - 3.5) / 8.0;
+                    assert!(
+                        (dx - expected).abs() <= tolerance,
+                        "{cpu:?} {mask:e}: {dx} {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn layer_norm<T: fused_dropout::Dtype>(cpu: &Cpu, norm: &Norm, s: &[f32]) -> Vec<f32> {
+    let row: Vec<T> = s.iter().map(|&s| T::from_f32(s)).collect();
+    let zeros = vec![T::from_f32(0.0); s.len()];
+    let weight = vec![T::from_f32(1.0); s.len()];
+    let mut y = zeros.clone();
+    let inputs = Inputs { x: &zeros[..], bias: None, residual: &row[..] };
+    let affine = Affine { weight: &weight[..], bias: None };
+    let shape = Shape::new(1, s.len());
+    cpu::dropout_add_norm::forward(cpu, &kept(), norm, shape, &inputs, &affine, None, &mut y, None)
+        .unwrap();
+    y.iter().map(|y| y.to_f32()).collect()
+}
+
+#[test]
+fn an_outlier_costs_the_same_in_every_column() {
+    let n = 4096;
+    let spread = |k: usize| ((k * 2_654_435_761) % 65_536) as f32 / 32_768.0 - 1.0;
+    for cpu in Cpu::levels() {
+        for column in [0, 1, 17, 4095] {
+            let row: Vec<f32> =
+                (0..n).map(|k| if k == column { 3000.0 } else { spread(k) }).collect();
+            let wide = || row.iter().map(|&s| f64::from(s));
+            let mean = wide().sum::<f64>() / n as f64;
+            let variance = wide().map(|s| (s - mean).powi(2)).sum::<f64>() / n as f64;
+            let y = layer_norm::<f32>(&cpu, &Norm::layer(0.0), &row);
+            for (k, (y, s)) in y.iter().zip(wide()).enumerate() {
+                // The deviation is that of the outlier, 47, and has half of the 271 roundings of a square. With the first
+                // value as the pivot, an outlier there cost 60 times as much as this.
+                let expected = (s - mean) / variance.sqrt();
+                let error = (f64::from(*y) - expected).abs();
+                assert!(
+                    error <= 8.1e-6 * expected.abs().max(1.0 / 47.0),
+                    "column {column}, {k}: {error}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_any_magnitude_are_normalised() {
+    for cpu in Cpu::levels() {
+        for size in [3e19f32, 1e30, 1e37, 1e-25, 1e-37] {
+            let row: Vec<f32> = (0..64).map(|k| if k % 2 == 0 { size } else { -size }).collect();
+            for norm in [Norm::layer(0.0), Norm::rms(0.0)] {
+                for y in
+                    [layer_norm::<f32>(&cpu, &norm, &row), layer_norm::<bf16>(&cpu, &norm, &row)]
+                {
+                    for (k, y) in y.iter().enumerate() {
+                        let expected = if k % 2 == 0 { 1.0 } else { -1.0 };
+                        assert!(
+                            (y - expected).abs() <= 4.0 * f32::EPSILON,
+                            "{size:e} {norm:?}: {y}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_that_overflowed_have_their_limits() {
+    // 60000 + 60000 is an infinity in f16 and none in f32; both ways to one are here.
+    let x = [f16::NEG_INFINITY, f16::INFINITY, f16::MIN, f16::MAX].map(|x| [x; 8]).concat();
+    let bias = vec![f16::from_f32(0.0); 32];
+    let (shape, ones) = (Shape::new(1, 32), vec![f16::from_f32(1.0); 32]);
+    for cpu in Cpu::levels() {
+        for act in [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu] {
+            let (mut y, mut dx) = (ones.clone(), ones.clone());
+            let bias = Some(&bias[..]);
+            cpu::bias_act_dropout::forward(&cpu, &kept(), shape, act, &x, bias, &mut y).unwrap();
+            cpu::bias_act_dropout::backward(
+                &cpu,
+                &kept(),
+                shape,
+                act,
+                &x,
+                bias,
+                &ones,
+                &mut dx,
+                None,
+            )
+            .unwrap();
+            let [y, dx] = [y, dx].map(|v| [0, 8, 16, 24].map(|k| v[k].to_f32()));
+            assert_eq!(y, [0.0, f32::INFINITY, 0.0, f16::MAX.to_f32()], "{act:?}");
+            assert_eq!(dx, [0.0, 1.0, 0.0, 1.0], "{act:?}'s slope");
+        }
+    }
+}
