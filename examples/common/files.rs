@@ -1,11 +1,11 @@
 //! Files in and out.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use fused_dropout::transformer::Specs;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -26,7 +26,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 /// A folder that a run writes to.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct Folder(PathBuf);
 
 impl fmt::Display for Folder {
@@ -46,6 +46,10 @@ impl Folder {
     /// One in it.
     pub fn inner(&self, name: &str) -> Self {
         Self(self.path(name))
+    }
+
+    pub fn as_path(&self) -> &Path {
+        &self.0
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -85,12 +89,29 @@ impl Folder {
         self.write("model.safetensors", &specs.serialize(weights)?)
     }
 
-    /// Removes the checkpoint of an earlier run, if there is one.
+    /// Whether an earlier run, or this one, left a checkpoint.
+    pub fn has_checkpoint(&self) -> bool {
+        self.checkpoint().exists()
+    }
+
+    /// Keeps other runs out of the folder as long as the file is open: the system gives it free with the process, however
+    /// that ends.
+    pub fn lock(&self) -> Result<File> {
+        let path = self.path(".lock");
+        let cannot = || format!("cannot lock {}", path.display());
+        let file = File::options().create(true).append(true).open(&path).with_context(cannot)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another run is writing to {self}: wait for its end, or take another --out")
+            }
+            Err(TryLockError::Error(error)) => Err(error).with_context(cannot),
+        }
+    }
+
+    /// Removes its checkpoint, which must be there.
     pub fn remove_checkpoint(&self) -> Result<()> {
         let path = self.checkpoint();
-        if !path.exists() {
-            return Ok(());
-        }
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
     }
 }

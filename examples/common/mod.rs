@@ -7,6 +7,7 @@ pub mod draws;
 pub mod epochs;
 pub mod files;
 pub mod interrupt;
+pub mod output;
 pub mod plot;
 pub mod session;
 pub mod settings;

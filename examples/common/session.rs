@@ -1,15 +1,15 @@
-//! A run as its user sees it: a progress bar, a table of evaluations, checkpoints.
+//! Runs as their user sees them: a progress bar, a table of evaluations, checkpoints.
 
 use super::files::Folder;
 use super::interrupt;
-use super::settings::{Notes, saved};
+use super::output::{Output, Start};
+use super::settings::{Notes, Settings, check_same_run, saved};
 use super::trainer::{Evaluation, Plan, Record, Task, Trainer};
 use anyhow::{Context, Result};
 use fused_dropout::transformer::{Backend, Checkpoint};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use std::time::Instant;
+use std::io::Write;
+use std::path::Path;
 
 /// Where a run is shown and kept.
 pub struct Session<S> {
@@ -17,37 +17,59 @@ pub struct Session<S> {
     pub settings: S,
     /// What it is called.
     pub title: String,
+    /// The same in a word, for the rows of a table of several.
+    pub name: String,
     /// Tokens of a step.
     pub tokens: usize,
-    /// When it must be over, whether it has taken all steps or not.
-    pub deadline: Option<Instant>,
 }
 
-/// How a run ended.
+/// A run, and where it is shown and kept.
+pub struct Run<'a, B: Backend, T, S> {
+    pub session: Session<S>,
+    pub trainer: Trainer<'a, B, T>,
+}
+
+/// How runs ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// With its last step, or with the time.
+    /// With the last step.
     Finished,
-    /// By Ctrl-C. The checkpoint is written.
+    /// By Ctrl-C. The checkpoints are written.
     Interrupted,
 }
 
-impl<S: Serialize + DeserializeOwned + Clone> Session<S> {
-    /// The run that the folder has a checkpoint of, if `resume`; otherwise a new one with the weights that `init` makes.
+impl<S: Settings> Session<S> {
+    /// The run that the folder has a checkpoint of, if it is to be resumed; otherwise a new one with the weights that
+    /// `init` makes.
     pub fn open<'a, B: Backend, T: Task<B>>(
+        self,
+        backend: &'a B,
+        task: T,
+        plan: Plan,
+        start: Start,
+        init: impl FnOnce(&T) -> Result<Vec<Vec<f32>>>,
+    ) -> Result<Run<'a, B, T, S>> {
+        let saved = if start == Start::Resume { saved::<S>(&self.folder)? } else { None };
+        let trainer = match saved {
+            Some((bytes, notes)) => self.resume(backend, task, plan, &bytes, notes)?,
+            None => {
+                let weights = init(&task)?;
+                Trainer::new(backend, task, plan, &weights)?
+            }
+        };
+        Ok(Run { session: self, trainer })
+    }
+
+    fn resume<'a, B: Backend, T: Task<B>>(
         &self,
         backend: &'a B,
         task: T,
         plan: Plan,
-        resume: bool,
-        init: impl FnOnce(&T) -> Result<Vec<Vec<f32>>>,
+        bytes: &[u8],
+        notes: Notes<S>,
     ) -> Result<Trainer<'a, B, T>> {
-        let saved = if resume { saved::<S>(&self.folder)? } else { None };
-        let Some((bytes, notes)) = saved else {
-            let weights = init(&task)?;
-            return Trainer::new(backend, task, plan, &weights);
-        };
-        let checkpoint = Checkpoint::parse(task.specs(), &bytes).with_context(|| {
+        check_same_run(&notes.settings, &self.settings)?;
+        let checkpoint = Checkpoint::parse(task.specs(), bytes).with_context(|| {
             format!("cannot resume from {}", self.folder.checkpoint().display())
         })?;
         let threads = rayon::current_num_threads();
@@ -60,59 +82,6 @@ impl<S: Serialize + DeserializeOwned + Clone> Session<S> {
         Trainer::resume(backend, task, plan, &checkpoint, notes.record)
     }
 
-    /// Trains to the end, or to Ctrl-C.
-    pub fn train<B: Backend, T: Task<B>>(
-        &self,
-        trainer: &mut Trainer<'_, B, T>,
-    ) -> Result<Outcome> {
-        println!("\n{}", self.title);
-        (0..trainer.record.evaluations.len()).for_each(|index| show(&trainer.record, index));
-        let bar = progress_bar(trainer.record.steps(), trainer.steps());
-        let outcome = self.steps(trainer, &bar);
-        bar.finish_and_clear();
-        outcome
-    }
-
-    fn steps<B: Backend, T: Task<B>>(
-        &self,
-        trainer: &mut Trainer<'_, B, T>,
-        bar: &ProgressBar,
-    ) -> Result<Outcome> {
-        loop {
-            if trainer.evaluation_due() {
-                evaluate(trainer, bar)?;
-                self.save(trainer)?;
-            }
-            if trainer.finished() {
-                return Ok(Outcome::Finished);
-            }
-            if interrupt::asked() {
-                self.save(trainer)?;
-                return Ok(Outcome::Interrupted);
-            }
-            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                // The checkpoint knows nothing of an evaluation that a run with more time does not make here.
-                self.save(trainer)?;
-                evaluate(trainer, bar)?;
-                bar.suspend(|| println!("out of time after {} steps", trainer.record.steps()));
-                return Ok(Outcome::Finished);
-            }
-            trainer.step()?;
-            // The steps that were waited for.
-            bar.set_position(trainer.record.steps());
-            bar.set_message(self.speed(&trainer.record));
-        }
-    }
-
-    fn save<B: Backend, T: Task<B>>(&self, trainer: &mut Trainer<'_, B, T>) -> Result<()> {
-        let notes = |record: &Record| {
-            let (settings, threads) = (self.settings.clone(), rayon::current_num_threads());
-            Notes { settings, threads, record: record.clone() }.to_json()
-        };
-        let checkpoint = trainer.checkpoint(notes)?;
-        self.folder.write(Folder::CHECKPOINT, &checkpoint.serialize(trainer.task.specs())?)
-    }
-
     /// Loss and speed of the last steps.
     fn speed(&self, record: &Record) -> String {
         let last = |values: &[f32]| mean(&values[values.len().saturating_sub(50)..]);
@@ -122,38 +91,130 @@ impl<S: Serialize + DeserializeOwned + Clone> Session<S> {
     }
 }
 
-fn evaluate<B: Backend, T: Task<B>>(
-    trainer: &mut Trainer<'_, B, T>,
-    bar: &ProgressBar,
-) -> Result<()> {
-    trainer.evaluate()?;
-    let record = &trainer.record;
-    bar.suspend(|| show(record, record.evaluations.len() - 1));
-    Ok(())
+impl<B: Backend, T: Task<B>, S: Settings> Run<'_, B, T, S> {
+    /// Evaluates where that is due, and keeps the result.
+    fn look(&mut self, output: &Output, table: &mut Table, bar: &ProgressBar) -> Result<()> {
+        if !self.trainer.evaluation_due() {
+            return Ok(());
+        }
+        self.trainer.evaluate()?;
+        let record = &self.trainer.record;
+        bar.suspend(|| table.show(&self.session.name, record, record.evaluations.len() - 1));
+        self.save(output)
+    }
+
+    /// Replaces the checkpoint, by a better one or not at all.
+    fn save(&mut self, output: &Output) -> Result<()> {
+        let Self { session, trainer } = self;
+        let notes = |record: &Record| {
+            let (settings, threads) = (session.settings.clone(), rayon::current_num_threads());
+            Notes { settings, threads, record: record.clone() }.to_json()
+        };
+        let checkpoint = trainer.checkpoint(notes)?.serialize(trainer.task.specs())?;
+        session.folder.write(Folder::CHECKPOINT, &checkpoint)?;
+        output.has_saved(&session.folder)
+    }
 }
 
-/// Prints a row of the table of evaluations, above the first one the names of the columns.
-fn show(record: &Record, index: usize) {
-    let Evaluation { step, scores } = record.evaluations[index];
-    let (mut names, mut row) = (String::new(), String::new());
-    let mut column = |name: &str, value: String| {
-        names += &format!("{name:>12}");
-        row += &format!("{value:>12}");
+/// Trains all to the end, or to Ctrl-C. They take turns of a few steps, whoever is behind the next, so that the machine is
+/// as busy with other things for one as for the other: only then do their times compare.
+pub fn train<B: Backend, T: Task<B>, S: Settings>(
+    runs: &mut [Run<'_, B, T, S>],
+    output: &Output,
+) -> Result<Outcome> {
+    runs.iter().for_each(|run| println!("\n{}", run.session.title));
+    let mut table = Table { named: runs.len() > 1, begun: false };
+    for Run { session, trainer } in &*runs {
+        let evaluations = 0..trainer.record.evaluations.len();
+        evaluations.for_each(|index| table.show(&session.name, &trainer.record, index));
+    }
+    let bar = progress_bar(steps_taken(runs), runs.iter().map(|run| run.trainer.steps()).sum());
+    let outcome = take_turns(runs, output, &mut table, &bar);
+    bar.finish_and_clear();
+    outcome
+}
+
+fn take_turns<B: Backend, T: Task<B>, S: Settings>(
+    runs: &mut [Run<'_, B, T, S>],
+    output: &Output,
+    table: &mut Table,
+    bar: &ProgressBar,
+) -> Result<Outcome> {
+    loop {
+        runs.iter_mut().try_for_each(|run| run.look(output, table, bar))?;
+        let left = runs.iter_mut().filter(|run| !run.trainer.finished());
+        let Some(next) = left.min_by_key(|run| run.trainer.steps_taken()) else {
+            return Ok(Outcome::Finished);
+        };
+        if interrupt::asked() {
+            runs.iter_mut().try_for_each(|run| run.save(output))?;
+            return Ok(Outcome::Interrupted);
+        }
+        next.trainer.turn()?;
+        let message = next.session.speed(&next.trainer.record);
+        bar.set_position(steps_taken(runs));
+        bar.set_message(message);
+    }
+}
+
+fn steps_taken<B: Backend, T: Task<B>, S>(runs: &[Run<'_, B, T, S>]) -> u64 {
+    runs.iter().map(|run| run.trainer.steps_taken()).sum()
+}
+
+/// The evaluations of runs, a row each.
+struct Table {
+    /// Whether a row says of which run it is.
+    named: bool,
+    /// Whether the names of the columns are printed.
+    begun: bool,
+}
+
+impl Table {
+    fn show(&mut self, run: &str, record: &Record, index: usize) {
+        let Evaluation { step, scores } = record.evaluations[index];
+        let (mut names, mut row) = (String::new(), String::new());
+        let mut column = |name: &str, value: String| {
+            names += &format!("{name:>12}");
+            row += &format!("{value:>12}");
+        };
+        if self.named {
+            column("run", run.to_owned());
+        }
+        column("step", step.to_string());
+        column("train loss", format!("{:.4}", scores.train_loss));
+        column("val loss", format!("{:.4}", scores.val_loss));
+        if let Some(accuracy) = scores.accuracy {
+            column("accuracy", format!("{:.2} %", 100.0 * accuracy));
+        }
+        let before = index.checked_sub(1).map_or(0, |before| record.evaluations[before].step);
+        let since = &record.step_ms[before as usize..step as usize];
+        let ms = if since.is_empty() { "-".to_owned() } else { format!("{:.2}", mean(since)) };
+        column("ms/step", ms);
+        if !self.begun {
+            println!("{names}");
+            self.begun = true;
+        }
+        println!("{row}");
+    }
+}
+
+/// Prints the command that continues a run: this program as it was called, with the folder and what no checkpoint knows.
+pub fn show_how_to_resume(out: &Path, more: &[String]) -> Result<()> {
+    let program = std::env::args_os().next().unwrap_or_default();
+    let quoted = |text: &std::ffi::OsStr| {
+        let quoted = shlex::bytes::try_quote(text.as_encoded_bytes()).map(|text| text.into_owned());
+        quoted.context("a zero byte in a path")
     };
-    column("step", step.to_string());
-    column("train loss", format!("{:.4}", scores.train_loss));
-    column("val loss", format!("{:.4}", scores.val_loss));
-    if let Some(accuracy) = scores.accuracy {
-        column("accuracy", format!("{:.2} %", 100.0 * accuracy));
-    }
-    let before = index.checked_sub(1).map_or(0, |before| record.evaluations[before].step);
-    let since = &record.step_ms[before as usize..step as usize];
-    let ms = if since.is_empty() { "-".to_owned() } else { format!("{:.2}", mean(since)) };
-    column("ms/step", ms);
-    if index == 0 {
-        println!("{names}");
-    }
-    println!("{row}");
+    // The name and the folder in one word: the folder's may begin with a dash.
+    let mut command =
+        [&quoted(&program)?, &b" --resume --out="[..], &quoted(out.as_os_str())?].concat();
+    more.iter().for_each(|more| command.extend_from_slice(format!(" {more}").as_bytes()));
+    // A path need not be text.
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(b"\nstopped; to continue: ")?;
+    stdout.write_all(&command)?;
+    stdout.write_all(b"\n")?;
+    Ok(())
 }
 
 fn mean(values: &[f32]) -> f32 {

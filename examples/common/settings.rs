@@ -43,18 +43,49 @@ pub fn saved<S: Serialize + DeserializeOwned>(
     Ok(Some((bytes, notes)))
 }
 
-/// The settings of the run that `folders` have checkpoints of, which must be one run.
-pub fn of_saved_run<S: Serialize + DeserializeOwned>(folders: &[Folder]) -> Result<S> {
-    let mut found: Option<S> = None;
-    for folder in folders {
-        let Some((_, notes)) = saved::<S>(folder)? else { continue };
-        if let Some(first) = &found {
-            check_same(first, &notes.settings)?;
+/// The settings of a program's runs.
+pub trait Settings: Serialize + DeserializeOwned + Clone {
+    /// Those that say where the data lie. They may move: what they are is said by their SHA-256, a setting as well.
+    const PLACES: &[&str];
+
+    /// The folders of the run below `out`; the last one's checkpoint says what run it is.
+    fn folders(&self, out: &Folder) -> Vec<Folder>;
+}
+
+/// The settings of the run that `out`, or a folder that its program may make below it, has a checkpoint of.
+pub fn of_saved_run<S: Settings>(out: &Folder, known: &[Folder]) -> Result<S> {
+    let Some(settings) = first_saved::<S>(known)? else {
+        let paths: Vec<_> = known.iter().map(|f| f.checkpoint().display().to_string()).collect();
+        bail!("nothing to resume: no {}", paths.join(" and no "));
+    };
+    // Others than the run's own are of an earlier one.
+    for folder in settings.folders(out) {
+        if let Some((_, notes)) = saved::<S>(&folder)? {
+            check_same_run(&notes.settings, &settings)?;
         }
-        found = Some(notes.settings);
     }
-    let paths = || folders.iter().map(|f| f.checkpoint().display().to_string()).collect::<Vec<_>>();
-    found.with_context(|| format!("nothing to resume: no {}", paths().join(" and no ")))
+    Ok(settings)
+}
+
+fn first_saved<S: Settings>(known: &[Folder]) -> Result<Option<S>> {
+    for folder in known.iter().rev() {
+        if let Some((_, notes)) = saved(folder)? {
+            return Ok(Some(notes.settings));
+        }
+    }
+    Ok(None)
+}
+
+/// Refuses to go on with other settings, naming the first that differs. The data may have moved.
+pub fn check_same_run<S: Settings>(saved: &S, wanted: &S) -> Result<()> {
+    let what = |settings: &S| -> Result<Value> {
+        let mut value = serde_json::to_value(settings)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.retain(|name, _| !S::PLACES.contains(&name.as_str()));
+        }
+        Ok(value)
+    };
+    check_same(&what(saved)?, &what(wanted)?)
 }
 
 /// Refuses to go on with other settings, naming the first that differs.

@@ -1,6 +1,6 @@
 //! A training run: weights, optimiser, and the steps.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use fused_dropout::Error;
 use fused_dropout::transformer::backend::F32;
 use fused_dropout::transformer::{
@@ -62,6 +62,22 @@ pub struct Evaluation {
     pub step: u64,
     #[serde(flatten)]
     pub scores: Scores,
+}
+
+impl Evaluation {
+    /// Refuses scores of weights that are none any more.
+    fn check(&self) -> Result<()> {
+        let Scores { train_loss, val_loss, accuracy } = self.scores;
+        for (name, value) in [("training", train_loss), ("validation", val_loss)] {
+            let step = self.step;
+            ensure!(
+                value.is_finite(),
+                "the {name} loss after {step} steps is {value}: the training has diverged"
+            );
+        }
+        ensure!(accuracy.is_none_or(f64::is_finite), "an accuracy that is not finite");
+        Ok(())
+    }
 }
 
 /// What a run has seen so far.
@@ -183,7 +199,8 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
         Ok(Self { backend, task, params, record, plan, optimizer, grads, recorded, ahead })
     }
 
-    /// What [`resume`](Self::resume) takes, with the notes that `notes` makes of the record.
+    /// What [`resume`](Self::resume) takes, with the notes that `notes` makes of the record. Refuses weights and moments
+    /// that are not finite: nothing can be continued with them.
     pub fn checkpoint(
         &mut self,
         notes: impl FnOnce(&Record) -> Result<String>,
@@ -191,7 +208,24 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
         self.catch_up()?;
         let notes = notes(&self.record)?;
         let weights = self.params.download(self.backend)?;
-        Ok(Checkpoint { weights, optimizer: self.optimizer.state(self.backend)?, notes })
+        let optimizer = self.optimizer.state(self.backend)?;
+        let (specs, steps) = (self.task.specs(), optimizer.steps);
+        check_finite(specs, "weight", steps, &weights)?;
+        check_finite(specs, "mean gradient", steps, &optimizer.m)?;
+        check_finite(specs, "mean squared gradient", steps, &optimizer.v)?;
+        Ok(Checkpoint { weights, optimizer, notes })
+    }
+
+    /// Takes steps until they were waited for, so that nothing of this run takes time after it.
+    pub fn turn(&mut self) -> Result<()> {
+        self.step()?;
+        while self.ahead.steps > 0 {
+            if self.finished() || self.evaluation_due() {
+                return self.catch_up();
+            }
+            self.step()?;
+        }
+        Ok(())
     }
 
     /// Submits one step, and from time to time waits for those that were submitted.
@@ -253,6 +287,7 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
         self.catch_up()?;
         let scores = self.task.evaluate(self.backend, &self.params)?;
         let evaluation = Evaluation { step: self.record.steps(), scores };
+        evaluation.check()?;
         self.record.evaluations.push(evaluation);
         Ok(evaluation)
     }
@@ -266,4 +301,15 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
     pub fn steps(&self) -> u64 {
         self.plan.schedule.steps
     }
+}
+
+/// Refuses values, one list for each tensor, that are not all finite.
+fn check_finite(specs: &Specs, what: &str, steps: u64, values: &[Vec<f32>]) -> Result<()> {
+    for (spec, values) in specs.iter().zip(values) {
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            let name = &spec.parts[0].name;
+            bail!("a {what} of {name} after {steps} steps is {value}: the training has diverged");
+        }
+    }
+    Ok(())
 }

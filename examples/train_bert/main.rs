@@ -17,8 +17,9 @@ use clap::Parser;
 use common::device::Job;
 use common::files::{Folder, read, to_text};
 use common::interrupt;
-use common::session::{Outcome, Session};
-use common::settings::{check_same, of_saved_run};
+use common::output::{Output, Start};
+use common::session::{self, Outcome, Session, show_how_to_resume};
+use common::settings::{check_same_run, of_saved_run};
 use common::trainer::{Plan, Record};
 use fused_dropout::transformer::{Backend, Bert, BertTask};
 use model::{Model, inherit};
@@ -39,12 +40,14 @@ fn main() -> ExitCode {
 
 /// Looks at everything that can be refused, and then trains.
 fn run(arguments: &Arguments) -> Result<Outcome> {
-    let folders = options::folders(&arguments.out);
+    let out = Folder::new(arguments.out.clone());
+    let folders = options::folders(&out);
     let settings = match arguments.resume {
         true => {
-            let saved: Settings = of_saved_run(&folders)?;
-            check_same(&saved, &arguments.over(saved.clone())?)?;
-            saved
+            let saved: Settings = of_saved_run(&out, &folders)?;
+            let wanted = arguments.over(saved.clone())?;
+            check_same_run(&saved, &wanted)?;
+            wanted
         }
         false => arguments.settings()?,
     };
@@ -53,15 +56,16 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     let (negative, positive) = (to_text(negative), to_text(positive));
     let reviews = Reviews::new(&negative, &positive, settings.size.length, settings.seed)?;
     let epoch = reviews.train.len().div_ceil(settings.size.batch) as u64;
-    let resume = arguments.resume;
-    settings.device.run(Training { folders, resume, settings: settings.clone(), reviews, epoch })
+    let start = Start::new(arguments.resume, arguments.overwrite);
+    let output = Output::claim(&folders, &folders, start)?;
+    settings.device.run(Training { folders, output, settings: settings.clone(), reviews, epoch })
 }
 
 /// The training of both models.
 struct Training {
     /// Of the masked language model, and of the classifier.
     folders: [Folder; 2],
-    resume: bool,
+    output: Output,
     settings: Settings,
     reviews: Reviews,
     /// Steps of an epoch.
@@ -80,17 +84,13 @@ impl Job for Training {
 
     fn run<B: Backend>(self, backend: &B, _: &str) -> Result<Outcome> {
         interrupt::listen()?;
-        if !self.resume {
-            // Those of an earlier run are not this one's.
-            self.folders.iter().try_for_each(Folder::remove_checkpoint)?;
-        }
         let masked = self.masked_language_model(backend)?;
         let classifier = match &masked {
             Some(masked) => self.classifier(backend, masked)?,
             None => None,
         };
         let (Some(masked), Some(classifier)) = (masked, classifier) else {
-            println!("{}", self.how_to_resume());
+            show_how_to_resume(self.folders[1].as_path(), &[])?;
             return Ok(Outcome::Interrupted);
         };
         report::write(&self, &masked, &classifier)?;
@@ -127,13 +127,12 @@ impl Training {
         let model = Model::new(backend, config, task, reviews, size.batch, seed, first_step)?;
         let [masked, classifier] = &self.folders;
         let folder = if task == BertTask::Classification { classifier } else { masked };
-        folder.create()?;
         let session = Session {
             folder: folder.clone(),
             settings: settings.clone(),
             title: report::title(name, self, model.bert()),
+            name: name.to_owned(),
             tokens: size.batch * size.length,
-            deadline: None,
         };
         let init = |model: &Model<'_, B>| {
             let mut weights = model.bert().specs().init(seed);
@@ -142,20 +141,14 @@ impl Training {
             }
             Ok(weights)
         };
-        let mut trainer = session.open(backend, model, plan, self.resume, init)?;
-        if session.train(&mut trainer)? == Outcome::Interrupted {
+        let mut run = session.open(backend, model, plan, self.output.start, init)?;
+        if session::train(std::slice::from_mut(&mut run), &self.output)? == Outcome::Interrupted {
             return Ok(None);
         }
+        let trainer = run.trainer;
         let bert = trainer.task.bert().clone();
         let weights = trainer.params.download(backend)?;
         folder.write_model(&bert.config().to_json(), bert.specs(), &weights)?;
         Ok(Some(Trained { bert, weights, record: trainer.record }))
-    }
-
-    fn how_to_resume(&self) -> String {
-        format!(
-            "\nstopped; to continue: cargo run --release --features transformer --example train_bert -- --resume --out {}",
-            self.folders[1]
-        )
     }
 }

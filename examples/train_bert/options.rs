@@ -2,6 +2,7 @@
 
 use super::common::device::Device;
 use super::common::files::{Folder, sha256};
+use super::common::settings;
 use super::common::trainer::Plan;
 use super::tokenizer::PAD;
 use anyhow::{Context, Result, ensure};
@@ -9,7 +10,7 @@ use clap::Parser;
 use fused_dropout::transformer::{AdamW, BertConfig, Schedule};
 use fused_dropout::{Activation, Probability};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Trains a small BERT on two files of texts, one a line, and fine-tunes it to tell which file a text is of.
 ///
@@ -56,9 +57,13 @@ pub struct Arguments {
     /// The folder for whatever is written
     #[arg(long, value_name = "DIR", default_value = "target/train_bert")]
     pub out: PathBuf,
-    /// Continue the run that OUT has a checkpoint of; other options are not needed, and must not differ
+    /// Continue the run that OUT has a checkpoint of; other options are not needed, and must not differ, except --positive
+    /// and --negative where the same texts are elsewhere now
     #[arg(long)]
     pub resume: bool,
+    /// Replace the checkpoint that an earlier run left in OUT, with the first one of this run
+    #[arg(long, conflicts_with = "resume")]
+    pub overwrite: bool,
 }
 
 /// Everything that a run follows from.
@@ -138,13 +143,21 @@ impl Arguments {
     }
 }
 
+impl settings::Settings for Settings {
+    const PLACES: &[&str] = &["positive", "negative"];
+
+    fn folders(&self, out: &Folder) -> Vec<Folder> {
+        folders(out).into()
+    }
+}
+
 impl Settings {
     /// Of a run on files with these bytes: refuses others than before.
     pub fn with_texts(self, negative: &[u8], positive: &[u8]) -> Result<Self> {
         let data_sha256 = [negative, positive].map(sha256).join(" ");
         ensure!(
             self.data_sha256.is_empty() || self.data_sha256 == data_sha256,
-            "cannot resume: the texts have changed"
+            "cannot resume: the texts have changed (--positive and --negative for where they are now)"
         );
         Ok(Self { data_sha256, ..self })
     }
@@ -189,7 +202,6 @@ fn plan(epochs: u64, epoch: u64) -> Plan {
 }
 
 /// The folders of the masked language model and of the classifier.
-pub fn folders(out: &Path) -> [Folder; 2] {
-    let out = Folder::new(out.to_owned());
-    [out.inner("masked"), out]
+pub fn folders(out: &Folder) -> [Folder; 2] {
+    [out.inner("masked"), out.clone()]
 }

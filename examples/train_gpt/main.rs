@@ -17,14 +17,14 @@ use clap::Parser;
 use common::device::Job;
 use common::files::{Folder, read, to_text};
 use common::interrupt;
-use common::session::{Outcome, Session};
-use common::settings::{check_same, of_saved_run};
+use common::output::{Output, Start};
+use common::session::{self, Outcome, Session, show_how_to_resume};
+use common::settings::{Settings as _, check_same_run, of_saved_run};
 use fused_dropout::transformer::Backend;
 use language_model::LanguageModel;
 use options::{Arguments, Settings};
 use report::Run;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 use text::Text;
 
 fn main() -> ExitCode {
@@ -41,11 +41,13 @@ fn main() -> ExitCode {
 /// Looks at everything that can be refused, and then trains.
 fn run(arguments: &Arguments) -> Result<Outcome> {
     let out = Folder::new(arguments.out.clone());
+    let known = options::folders(&out);
     let settings = match arguments.resume {
         true => {
-            let saved: Settings = of_saved_run(&options::folders(&out))?;
-            check_same(&saved, &arguments.over(saved.clone())?)?;
-            saved
+            let saved: Settings = of_saved_run(&out, &known)?;
+            let wanted = arguments.over(saved.clone())?;
+            check_same_run(&saved, &wanted)?;
+            wanted
         }
         false => arguments.settings()?,
     };
@@ -55,19 +57,24 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     };
     let settings = settings.with_text(&bytes)?;
     let text = Text::new(&to_text(bytes), settings.size.context)?;
-    let (resume, sample) = (arguments.resume, arguments.sample);
-    settings.device.run(Training { out, resume, sample, settings: settings.clone(), text })
+    let start = Start::new(arguments.resume, arguments.overwrite);
+    let output = Output::claim(&settings.folders(&out), &known, start)?;
+    let sample = arguments.sample;
+    settings.device.run(Training { out, output, sample, settings: settings.clone(), text })
 }
 
 /// The training of one model, or of one without and one with dropout.
 struct Training {
     out: Folder,
-    resume: bool,
+    output: Output,
     /// Characters to write at the end.
     sample: usize,
     settings: Settings,
     text: Text,
 }
+
+/// A model's run, before and after its training.
+type Opened<'a, B> = session::Run<'a, B, LanguageModel<'a, B>, Settings>;
 
 impl Job for Training {
     type Output = Outcome;
@@ -75,58 +82,52 @@ impl Job for Training {
     fn run<B: Backend>(self, backend: &B, name: &str) -> Result<Outcome> {
         interrupt::listen()?;
         let folders = self.settings.folders(&self.out);
-        if !self.resume {
-            // Those of an earlier run are not this one's.
-            folders.iter().try_for_each(Folder::remove_checkpoint)?;
+        let models = folders.into_iter().zip(&self.settings.dropouts);
+        let runs = models.map(|(folder, &dropout)| self.open(backend, folder, dropout));
+        let mut runs = runs.collect::<Result<Vec<_>>>()?;
+        if session::train(&mut runs, &self.output)? == Outcome::Interrupted {
+            show_how_to_resume(self.out.as_path(), &[format!("--sample={}", self.sample)])?;
+            return Ok(Outcome::Interrupted);
         }
-        let mut runs = Vec::new();
-        for (folder, &dropout) in folders.iter().zip(&self.settings.dropouts) {
-            match self.train(backend, folder.clone(), dropout)? {
-                Some(run) => runs.push(run),
-                None => {
-                    println!("{}", self.how_to_resume());
-                    return Ok(Outcome::Interrupted);
-                }
-            }
-        }
+        let dropouts = self.settings.dropouts.iter();
+        let runs = runs.into_iter().zip(dropouts).map(|(run, &p)| self.finish(backend, run, p));
+        let runs = runs.collect::<Result<Vec<_>>>()?;
         report::write(&self.out, &self.settings, name, &self.text, &runs)?;
         Ok(Outcome::Finished)
     }
 }
 
 impl Training {
-    /// Trains a model, shows what it writes, and keeps it; `None` where Ctrl-C came in between.
-    fn train<B: Backend>(&self, backend: &B, folder: Folder, dropout: f64) -> Result<Option<Run>> {
+    fn open<'a, B: Backend>(
+        &'a self,
+        backend: &'a B,
+        folder: Folder,
+        dropout: f64,
+    ) -> Result<Opened<'a, B>> {
         let Self { settings, text, .. } = self;
         let config = settings.config(text.vocabulary.len(), dropout)?;
         let model = LanguageModel::new(backend, config, text, settings.size.batch, settings.seed)?;
-        folder.create()?;
         let session = Session {
             folder,
             settings: settings.clone(),
             title: report::title(settings, text, dropout, &model),
+            name: format!("dropout {dropout}"),
             tokens: settings.size.batch * settings.size.context,
-            deadline: settings.seconds.map(|s| Instant::now() + Duration::from_secs(s)),
         };
         let init = |model: &LanguageModel<'_, B>| Ok(model.gpt().specs().init(settings.seed));
-        let mut trainer = session.open(backend, model, settings.plan(), self.resume, init)?;
-        if session.train(&mut trainer)? == Outcome::Interrupted {
-            return Ok(None);
-        }
+        session.open(backend, model, settings.plan(), self.output.start, init)
+    }
+
+    /// Keeps a model, and shows what it writes.
+    fn finish<B: Backend>(&self, backend: &B, run: Opened<'_, B>, dropout: f64) -> Result<Run> {
+        let session::Run { session, trainer } = run;
         let gpt = trainer.task.gpt();
         let weights = trainer.params.download(backend)?;
         session.folder.write_model(&gpt.config().to_json(), gpt.specs(), &weights)?;
         if self.sample > 0 {
             let written = trainer.task.write(backend, &trainer.params, self.sample)?;
-            println!("\nIt writes:\n\n{written}");
+            println!("\nWith dropout {dropout} it writes:\n\n{written}");
         }
-        Ok(Some(Run::new(dropout, gpt.config(), trainer.record, session.tokens)?))
-    }
-
-    fn how_to_resume(&self) -> String {
-        format!(
-            "\nstopped; to continue: cargo run --release --features transformer --example train_gpt -- --resume --out {}",
-            self.out
-        )
+        Run::new(dropout, gpt.config(), trainer.record, session.tokens)
     }
 }
