@@ -139,7 +139,7 @@ fn rows_of_any_magnitude_are_normalised() {
 fn activations_that_overflowed_have_their_limits() {
     // 60000 + 60000 is an infinity in f16 and none in f32; both ways to one are here.
     let x = [f16::NEG_INFINITY, f16::INFINITY, f16::MIN, f16::MAX].map(|x| [x; 8]).concat();
-    let bias = vec![f16::from_f32(0.0); 32];
+    let bias = [f16::from_f32(0.0); 32];
     let (shape, ones) = (Shape::new(1, 32), vec![f16::from_f32(1.0); 32]);
     for cpu in Cpu::levels() {
         for act in [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu] {
