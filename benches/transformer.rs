@@ -65,6 +65,8 @@ impl Training {
                 resid_pdrop: p,
                 summary_first_dropout: p,
                 summary_activation: Activation::Identity,
+                bos_token_id: None,
+                eos_token_id: None,
                 num_labels: 1,
             },
             false,

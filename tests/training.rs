@@ -66,6 +66,8 @@ fn language_model<'a>(
         resid_pdrop: p(dropout),
         summary_first_dropout: Probability::ZERO,
         summary_activation: Activation::Identity,
+        bos_token_id: None,
+        eos_token_id: None,
         num_labels: 1,
     };
     LanguageModel::new(backend, config, text, 3, seed).unwrap()

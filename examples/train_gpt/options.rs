@@ -213,6 +213,8 @@ impl Settings {
             // Of the multiple-choice head, which this model has not.
             summary_first_dropout: Probability::ZERO,
             summary_activation: Activation::Identity,
+            bos_token_id: None,
+            eos_token_id: None,
             num_labels: 1,
         })
     }

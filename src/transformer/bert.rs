@@ -111,10 +111,16 @@ impl Bert {
     /// A model for a task.
     ///
     /// # Errors
-    /// [`Error::Setting`] where the configuration's sizes do not fit each other.
+    /// [`Error::Setting`] where the configuration's sizes do not fit each other, or where a classifier has one label: to
+    /// Hugging Face's library that is a regression, and a cross-entropy of one class is always 0.
     pub fn new(config: BertConfig, task: BertTask) -> Result<Self, Error> {
         config.check()?;
-        let mut specs = Specs::default();
+        if task == BertTask::Classification && config.num_labels == 1 {
+            return Err(Error::setting("num_labels", "at least 2 classes", 1));
+        }
+        let mut specs = Specs::of("bert.");
+        specs.constant("bert.embeddings.position_ids".into());
+        specs.constant("bert.embeddings.token_type_ids".into());
         let width = config.hidden_size;
         let normal = Init::Normal(config.initializer_range);
         let tables = [
@@ -147,6 +153,7 @@ impl Bert {
             }
         });
         let blocks = blocks.collect();
+        specs.begin_head();
         let head = match task {
             BertTask::MaskedLanguageModel => {
                 specs.alias(

@@ -38,7 +38,11 @@ pub struct GptConfig {
     pub summary_first_dropout: Probability,
     /// Activation of the sequence summary; none where it is the identity.
     pub summary_activation: Activation,
-    /// Outputs of the sequence summary.
+    /// The token that begins a text, if the vocabulary has one.
+    pub bos_token_id: Option<usize>,
+    /// The token that ends a text, if the vocabulary has one.
+    pub eos_token_id: Option<usize>,
+    /// Classes of the file's `id2label`. No part of these models has them: the sequence summary has one output.
     pub num_labels: usize,
 }
 
@@ -84,13 +88,15 @@ impl GptConfig {
     /// [`Error::Setting`] with the setting that is unknown, missing, of another type, or does not fit.
     pub fn from_json(text: &str) -> Result<Self, Error> {
         let mut file = Settings::parse(text, "gpt2")?;
+        GPT_SYNONYMS.iter().try_for_each(|&(other, name)| file.synonym(other, name))?;
         let n_embd = file.required("n_embd")?;
+        let vocab_size = file.required("vocab_size")?;
         let summary_activation = match file.take::<Option<String>>("summary_activation", None)? {
-            Some(name) => activation("summary_activation", &name)?,
-            None => Activation::Identity,
+            Some(name) if !name.is_empty() => activation("summary_activation", &name)?,
+            _ => Activation::Identity,
         };
         let config = Self {
-            vocab_size: file.required("vocab_size")?,
+            vocab_size,
             n_positions: file.required("n_positions")?,
             n_embd,
             n_layer: file.required("n_layer")?,
@@ -106,6 +112,8 @@ impl GptConfig {
             resid_pdrop: file.probability("resid_pdrop", 0.1)?,
             summary_first_dropout: file.probability("summary_first_dropout", 0.1)?,
             summary_activation,
+            bos_token_id: file.end_of_text("bos_token_id", vocab_size)?,
+            eos_token_id: file.end_of_text("eos_token_id", vocab_size)?,
             num_labels: file.labels(1)?,
         };
         file.only("scale_attn_weights", json!(true))?;
@@ -113,8 +121,8 @@ impl GptConfig {
         file.only("summary_type", json!("cls_index"))?;
         file.only("summary_use_proj", json!(true))?;
         file.only("summary_proj_to_labels", json!(true))?;
-        // Of no influence on the result in f32.
-        file.ignore(&["reorder_and_upcast_attn", "n_ctx"]);
+        // Attention is causal whichever this says; the order of two factors has no influence on a result in f32.
+        file.ignore(&["is_decoder", "reorder_and_upcast_attn", "n_ctx", "pad_token_id"]);
         file.finish()?;
         config.check()?;
         Ok(config)
@@ -141,6 +149,9 @@ impl GptConfig {
                 Activation::Identity => Value::Null,
                 other => json!(activation_name(other)),
             },
+            // Without these the library takes GPT-2's, whatever the vocabulary.
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
             "id2label": labels(self.num_labels),
             "tie_word_embeddings": true,
         });
@@ -153,6 +164,8 @@ impl GptConfig {
     /// [`Error::Setting`] with the one that does not.
     pub fn check(&self) -> Result<(), Error> {
         positive("vocab_size", self.vocab_size)?;
+        token("bos_token_id", self.bos_token_id, self.vocab_size)?;
+        token("eos_token_id", self.eos_token_id, self.vocab_size)?;
         positive("n_positions", self.n_positions)?;
         positive("n_inner", self.n_inner)?;
         positive("num_labels", self.num_labels)?;
@@ -201,9 +214,19 @@ impl BertConfig {
             pad_token_id: file.take("pad_token_id", Some(0))?,
             num_labels: file.labels(2)?,
         };
-        file.only("is_decoder", json!(false))?;
+        file.never("is_decoder")?;
         file.only("position_embedding_type", json!("absolute"))?;
-        file.ignore(&["gradient_checkpointing"]);
+        file.only("pooler_type", json!("first_token_transform"))?;
+        file.only("directionality", json!("bidi"))?;
+        // Of the multilingual models, whose pooler is BERT's all the same.
+        file.ignore(&[
+            "bos_token_id",
+            "eos_token_id",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+        ]);
         file.finish()?;
         config.check()?;
         Ok(config)
@@ -241,10 +264,7 @@ impl BertConfig {
         positive("vocab_size", self.vocab_size)?;
         positive("max_position_embeddings", self.max_position_embeddings)?;
         positive("type_vocab_size", self.type_vocab_size)?;
-        if let Some(token) = self.pad_token_id.filter(|&token| token >= self.vocab_size) {
-            let expected = format!("null, or below {}", self.vocab_size);
-            return Err(Error::setting("pad_token_id", expected, token));
-        }
+        token("pad_token_id", self.pad_token_id, self.vocab_size)?;
         positive("intermediate_size", self.intermediate_size)?;
         positive("num_labels", self.num_labels)?;
         layers("num_hidden_layers", self.num_hidden_layers)?;
@@ -267,36 +287,92 @@ impl BertConfig {
 /// The settings of a file that have not been looked at yet.
 struct Settings(Map<String, Value>);
 
-/// Settings that say nothing about the arithmetic of these models.
-const WITHOUT_INFLUENCE: [&str; 24] = [
-    "_name_or_path",
+/// Other names of GPT-2's settings, which the library takes as well.
+const GPT_SYNONYMS: [(&str, &str); 4] = [
+    ("hidden_size", "n_embd"),
+    ("max_position_embeddings", "n_positions"),
+    ("num_attention_heads", "n_head"),
+    ("num_hidden_layers", "n_layer"),
+];
+
+/// GPT-2's token before and behind a text, which its library means where a file says nothing.
+const END_OF_TEXT: usize = 50_256;
+
+/// Settings that say nothing about the arithmetic of these models: notes of writers, what the library hands back, and how
+/// it stores and computes.
+const WITHOUT_INFLUENCE: &[&str] = &[
+    "_attn_implementation",
     "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
     "architectures",
-    "bos_token_id",
     "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
     "dtype",
-    "eos_token_id",
     "finetuning_task",
-    "id2label",
+    "gradient_checkpointing",
     "keys_to_ignore_at_inference",
     "label2id",
+    "language",
+    "name",
     "output_attentions",
     "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
+    "output_past",
+    "predict_special_tokens",
     "return_dict",
     "sep_token_id",
     "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
     "transformers_version",
+    "use_bfloat16",
     "use_cache",
     "use_return_dict",
+    "xla_device",
+];
+
+/// Settings of the generation of text, which is not the models' business.
+const OF_GENERATION: &[&str] = &[
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_decoder_ids",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "penalty_alpha",
+    "prefix",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
 ];
 
 impl Settings {
     fn parse(text: &str, model_type: &str) -> Result<Self, Error> {
+        // Some editors begin a file with a byte order mark.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let map = serde_json::from_str(text).map_err(|error| Error::File {
             path: "config.json".into(),
             reason: error.to_string(),
@@ -304,8 +380,11 @@ impl Settings {
         let mut settings = Self(map);
         settings.only("model_type", json!(model_type))?;
         settings.only("tie_word_embeddings", json!(true))?;
-        settings.only("add_cross_attention", json!(false))?;
-        settings.only("is_encoder_decoder", json!(false))?;
+        settings.never("add_cross_attention")?;
+        settings.never("is_encoder_decoder")?;
+        settings.never("pruned_heads")?;
+        // Others have other losses than the cross-entropy of one label.
+        settings.nullable("problem_type", json!("single_label_classification"))?;
         Ok(settings)
     }
 
@@ -328,11 +407,44 @@ impl Settings {
         activation(name, &given)
     }
 
-    fn labels(&self, default: usize) -> Result<usize, Error> {
-        let Some(labels) = self.0.get("id2label") else { return Ok(default) };
-        let labels =
-            labels.as_object().ok_or_else(|| Error::setting("id2label", "a map", labels))?;
-        Ok(labels.len())
+    /// The number of classes: of the names, which count in the library, or a number alone.
+    fn labels(&mut self, default: usize) -> Result<usize, Error> {
+        let named = self.take::<Option<Map<String, Value>>>("id2label", None)?;
+        let counts = ["num_labels", "_num_labels"]
+            .map(|name| Ok((name, self.take::<Option<usize>>(name, None)?)));
+        let mut labels = named.map(|names| names.len());
+        for count in counts {
+            let (name, Some(count)) = count? else { continue };
+            if let Some(labels) = labels.filter(|&labels| labels != count) {
+                return Err(Error::setting(name, format!("the {labels} of the others"), count));
+            }
+            labels = Some(count);
+        }
+        Ok(labels.unwrap_or(default))
+    }
+
+    /// A token before or behind a text: the first, where there are several, and none that the vocabulary has not.
+    fn end_of_text(&mut self, name: &str, vocab_size: usize) -> Result<Option<usize>, Error> {
+        let token = match self.0.remove(name) {
+            None => Some(END_OF_TEXT),
+            Some(Value::Array(tokens)) => read(name, tokens.first().cloned().unwrap_or_default())?,
+            Some(token) => read(name, token)?,
+        };
+        Ok(token.filter(|&token| token < vocab_size))
+    }
+
+    /// Takes a setting under its other name.
+    fn synonym(&mut self, other: &str, name: &str) -> Result<(), Error> {
+        let Some(value) = self.0.remove(other) else { return Ok(()) };
+        match self.0.get(name) {
+            Some(known) if *known != value => {
+                Err(Error::setting(other, format!("{known}, as {name}"), value))
+            }
+            _ => {
+                self.0.insert(name.to_owned(), value);
+                Ok(())
+            }
+        }
     }
 
     /// A setting that these models have in one form only.
@@ -343,13 +455,35 @@ impl Settings {
         }
     }
 
+    /// The same, where `null` says nothing.
+    fn nullable(&mut self, name: &str, expected: Value) -> Result<(), Error> {
+        match self.0.remove(name) {
+            None | Some(Value::Null) => Ok(()),
+            Some(given) if given == expected => Ok(()),
+            Some(given) => Err(Error::setting(name, expected, given)),
+        }
+    }
+
+    /// Something that these models do not do: false, null or empty.
+    fn never(&mut self, name: &str) -> Result<(), Error> {
+        let nothing = [json!(false), json!({}), json!([])];
+        match self.0.remove(name).filter(|given| !nothing.contains(given)) {
+            Some(given) if !given.is_null() => {
+                Err(Error::setting(name, "false, null or nothing", given))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn ignore(&mut self, names: &[&str]) {
         names.iter().for_each(|&name| _ = self.0.remove(name));
     }
 
     fn finish(mut self) -> Result<(), Error> {
-        self.ignore(&WITHOUT_INFLUENCE);
-        match self.0.into_iter().next() {
+        self.ignore(WITHOUT_INFLUENCE);
+        self.ignore(OF_GENERATION);
+        // What is null has not been set.
+        match self.0.into_iter().find(|(_, given)| !given.is_null()) {
             Some((name, given)) => Err(Error::setting(name, "a setting that is known", given)),
             None => Ok(()),
         }
@@ -369,10 +503,15 @@ fn probability(name: &str, p: f64) -> Result<Probability, Error> {
 }
 
 /// The activations under Hugging Face's names.
-const ACTIVATIONS: [(&str, Activation); 7] = [
+const ACTIVATIONS: &[(&str, Activation)] = &[
     ("gelu", Activation::Gelu),
+    ("gelu_python", Activation::Gelu),
     ("gelu_new", Activation::GeluTanh),
+    ("gelu_accurate", Activation::GeluTanh),
+    ("gelu_fast", Activation::GeluTanh),
+    ("gelu_python_tanh", Activation::GeluTanh),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("linear", Activation::Identity),
     ("relu", Activation::Relu),
     ("silu", Activation::Silu),
     ("swish", Activation::Silu),
@@ -392,7 +531,7 @@ fn activation(setting: &str, name: &str) -> Result<Activation, Error> {
 
 fn activation_name(activation: Activation) -> &'static str {
     let found = ACTIVATIONS.iter().find(|(_, known)| *known == activation);
-    found.map_or("linear", |(name, _)| name)
+    found.expect("every activation has a name").0
 }
 
 /// Names of so many classes.
@@ -407,6 +546,13 @@ fn short(value: f32) -> f64 {
 
 fn positive(name: &str, value: usize) -> Result<(), Error> {
     if value > 0 { Ok(()) } else { Err(Error::setting(name, "at least 1", value)) }
+}
+
+fn token(name: &str, token: Option<usize>, vocab_size: usize) -> Result<(), Error> {
+    match token.filter(|&token| token >= vocab_size) {
+        Some(token) => Err(Error::setting(name, format!("null, or below {vocab_size}"), token)),
+        None => Ok(()),
+    }
 }
 
 fn layers(name: &str, value: usize) -> Result<(), Error> {

@@ -81,7 +81,7 @@ struct Summary<B: Backend> {
     /// What is summed up, after its dropout: `[sequences, n_embd]`.
     taken: Act<B>,
     projected: Act<B>,
-    /// The logits, `[sequences, num_labels]`, then their gradient.
+    /// The logits, `[sequences]`, then their gradient.
     logits: Act<B>,
     loss: F32<B>,
     /// Gradients: of `taken`, and of all rows.
@@ -115,13 +115,14 @@ pub fn shifted(ids: &[u32], length: usize) -> Vec<i32> {
 }
 
 impl Gpt {
-    /// A language model; with `double_heads` also the sequence summary.
+    /// A language model; with `double_heads` also the sequence summary, which has one output, as in the library: it
+    /// scores a choice, and `num_labels` says nothing about it.
     ///
     /// # Errors
     /// [`Error::Setting`] where the configuration's sizes do not fit each other.
     pub fn new(config: GptConfig, double_heads: bool) -> Result<Self, Error> {
         config.check()?;
-        let mut specs = Specs::default();
+        let mut specs = Specs::of("transformer.");
         let width = config.n_embd;
         let normal = Init::Normal(config.initializer_range);
         // The ends of the residual branches start smaller, so that the sum of all of them does not grow with their
@@ -135,6 +136,8 @@ impl Gpt {
         let mut parts = Vec::new();
         for l in 0..config.n_layer {
             let name = |part: &str| format!("transformer.h.{l}.{part}");
+            specs.constant(name("attn.bias"));
+            specs.constant(name("attn.masked_bias"));
             norms.push(NormIds::add(&mut specs, &name("ln_1"), width));
             let mut linear = |part: &str, inputs, outputs, init| Linear {
                 weight: specs.add(name(&format!("{part}.weight")), &[inputs, outputs], init),
@@ -150,19 +153,15 @@ impl Gpt {
             parts.push((qkv, out, NormIds::add(&mut specs, &name("ln_2"), width), up, down));
         }
         norms.push(NormIds::add(&mut specs, "transformer.ln_f", width));
+        specs.begin_head();
+        let mut head = |part: &str, shape: &[usize], init| {
+            specs.add(format!("multiple_choice_head.summary.{part}"), shape, init)
+        };
         let summary = double_heads.then(|| Linear {
-            weight: specs.add(
-                "multiple_choice_head.summary.weight".into(),
-                &[config.num_labels, width],
-                normal,
-            ),
-            bias: specs.add(
-                "multiple_choice_head.summary.bias".into(),
-                &[config.num_labels],
-                Init::Zeros,
-            ),
+            weight: head("weight", &[1, width], normal),
+            bias: head("bias", &[1], Init::Zeros),
             inputs: width,
-            outputs: config.num_labels,
+            outputs: 1,
             input_major: false,
         });
         let block = |(l, (qkv, out, norm1, up, down))| Block {
@@ -584,7 +583,7 @@ impl<B: Backend> GptRun<B> {
         &self.logits
     }
 
-    /// Before [`Gpt::loss`]: the summary's logits, `[batch, num_labels]`. After it: their gradient.
+    /// Before [`Gpt::loss`]: the summary's logits, one a sequence: `[batch]`. After it: their gradient.
     pub fn choice_logits(&self) -> Option<&Act<B>> {
         self.summary.as_ref().map(|summary| &summary.logits)
     }

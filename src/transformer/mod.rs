@@ -9,7 +9,7 @@
 //! | `gpt.rs`, `bert.rs` | the models: embeddings, blocks, heads, losses |
 //! | `block.rs`, `stack.rs` | a block forward and backward, pre-norm and post-norm; blocks behind each other, kept or computed again |
 //! | `streams.rs` | which stream each (step, layer, site) draws from |
-//! | `config.rs`, `params.rs` | Hugging Face's `config.json`, names and `safetensors` |
+//! | `config.rs`, `params.rs`, `load.rs` | Hugging Face's `config.json`, names and `safetensors`, written, and read as they are published |
 //! | `optim.rs` | AdamW, clipping, the schedule of the rate |
 //! | `backend.rs`, `cpu.rs`, … | what a model asks of a place to run, and the places |
 //!
@@ -59,6 +59,7 @@ mod cpu;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod device;
 mod gpt;
+mod load;
 mod optim;
 mod params;
 mod stack;
@@ -70,6 +71,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{BertConfig, GptConfig};
 pub use cpu::CpuBackend;
 pub use gpt::{Gpt, GptBatch, GptInput, GptLoss, GptRun, IGNORED, shifted};
+pub use load::Loaded;
 pub use optim::{AdamW, Optimizer, OptimizerState, Schedule};
 pub use params::{Grads, Id, Init, Params, Part, Spec, Specs};
 pub use streams::{Pass, Site};

@@ -1,12 +1,12 @@
-//! The tensors of a model: their Hugging Face names, shapes and first values, and the files they lie in.
+//! The tensors of a model: their Hugging Face names, shapes and first values, and the file that is written of them.
 
 use super::backend::{Act, Backend, F32};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use rand_philox::{Philox, u32_to_unit_f32};
-use safetensors::tensor::{Dtype as FileDtype, SafeTensors, TensorView};
+use safetensors::tensor::Dtype as FileDtype;
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::{Index, IndexMut};
 
 /// A tensor of a model.
@@ -65,11 +65,31 @@ impl Spec {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Specs {
     list: Vec<Spec>,
-    /// Other names under which files have a tensor once more: tied weights.
-    aliases: Vec<(String, String)>,
+    /// Where the base model ends and the head begins; none: there is no head.
+    head: Option<usize>,
+    /// How the base model's names begin; files of the base model alone leave it out.
+    pub(super) base: &'static str,
+    /// Other names under which files have a tensor instead or once more: tied weights.
+    pub(super) aliases: Vec<(String, String)>,
+    /// What files have besides tensors of the model: buffers that follow from it.
+    pub(super) constants: HashSet<String>,
 }
 
 impl Specs {
+    /// Of a model whose base has names that begin with `base`.
+    pub(crate) fn of(base: &'static str) -> Self {
+        Self { base, ..Self::default() }
+    }
+
+    /// The base model is complete: what is added from now on is a head, which files may lack.
+    pub(crate) fn begin_head(&mut self) {
+        self.head = Some(self.list.len());
+    }
+
+    pub(super) fn is_head(&self, index: usize) -> bool {
+        self.head.is_some_and(|first| index >= first)
+    }
+
     /// Adds a tensor of one part.
     pub(crate) fn add(&mut self, name: String, shape: &[usize], init: Init) -> Id {
         self.add_parts(vec![Part { name, shape: shape.to_vec() }], init)
@@ -84,6 +104,11 @@ impl Specs {
     /// Files may have tensor `name` under `alias` too.
     pub(crate) fn alias(&mut self, alias: &str, name: &str) {
         self.aliases.push((alias.to_owned(), name.to_owned()));
+    }
+
+    /// Files may have a buffer `name`, which is no weight.
+    pub(crate) fn constant(&mut self, name: String) {
+        self.constants.insert(name);
     }
 
     /// The tensors, in order of their ids.
@@ -112,42 +137,15 @@ impl Specs {
     /// The first values of a new model. Tensor i is drawn from stream 2^64 - 1 - i of `seed`, which no training
     /// step reaches.
     pub fn init(&self, seed: u64) -> Vec<Vec<f32>> {
-        let values = |(index, spec): (usize, &Spec)| match spec.init {
+        (0..self.list.len()).map(|index| self.init_one(index, seed)).collect()
+    }
+
+    pub(super) fn init_one(&self, index: usize, seed: u64) -> Vec<f32> {
+        let spec = &self.list[index];
+        match spec.init {
             Init::Zeros => vec![0.0; spec.elements()],
             Init::Ones => vec![1.0; spec.elements()],
             Init::Normal(deviation) => normal(seed, index, deviation, spec.elements()),
-        };
-        self.iter().enumerate().map(values).collect()
-    }
-
-    /// Every tensor's values from the bytes of a `safetensors` file, in f32.
-    ///
-    /// # Errors
-    /// [`Error::Tensor`] with the tensor that is missing, unknown, of another shape or type, or, for a tied one, of
-    /// other values; [`Error::File`] where the bytes are no such file.
-    pub fn parse(&self, bytes: &[u8]) -> Result<Vec<Vec<f32>>, Error> {
-        let file = SafeTensors::deserialize(bytes).map_err(not_safetensors)?;
-        let mut found: HashMap<_, _> = file.iter().filter(|(name, _)| !is_constant(name)).collect();
-        let mut values = Vec::with_capacity(self.list.len());
-        for spec in &self.list {
-            let mut tensor = Vec::with_capacity(spec.elements());
-            for part in &spec.parts {
-                let view = found.remove(part.name.as_str());
-                let view = view.ok_or_else(|| Error::tensor(&part.name, "a tensor", "none"))?;
-                check_shape(part, &view)?;
-                tensor.extend(to_f32(&part.name, &view)?);
-            }
-            values.push(tensor);
-        }
-        for (alias, name) in &self.aliases {
-            let Some(view) = found.remove(alias.as_str()) else { continue };
-            if file.tensor(name).map_err(not_safetensors)?.data() != view.data() {
-                return Err(Error::tensor(alias, format!("the values of {name}"), "others"));
-            }
-        }
-        match found.into_keys().min() {
-            Some(name) => Err(Error::tensor(name, "a tensor of this model", "an unknown one")),
-            None => Ok(values),
         }
     }
 
@@ -173,7 +171,9 @@ impl Specs {
     /// # Errors
     /// [`Error::File`] where the format refuses them.
     pub fn serialize(&self, values: &[Vec<f32>]) -> Result<Vec<u8>, Error> {
-        safetensors::serialize(self.entries("", values), None).map_err(not_safetensors)
+        // Older versions of Hugging Face's library read no file that does not say so.
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize(self.entries("", values), Some(metadata)).map_err(not_safetensors)
     }
 }
 
@@ -310,34 +310,6 @@ pub(crate) fn download<B: Backend>(
     buffers: &[F32<B>],
 ) -> Result<Vec<Vec<f32>>, Error> {
     buffers.iter().map(|buffer| backend.read(buffer)).collect()
-}
-
-/// Tensors that files carry though they follow from the model: masks and position numbers.
-fn is_constant(name: &str) -> bool {
-    [".attn.bias", ".attn.masked_bias", ".embeddings.position_ids"]
-        .iter()
-        .any(|end| name.ends_with(end))
-}
-
-fn check_shape(part: &Part, view: &TensorView<'_>) -> Result<(), Error> {
-    if part.shape == view.shape() {
-        return Ok(());
-    }
-    let (expected, given) = (format!("{:?}", part.shape), format!("{:?}", view.shape()));
-    Err(Error::tensor(&part.name, expected, given))
-}
-
-fn to_f32(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>, Error> {
-    let bytes = view.data();
-    let halves = || bytes.as_chunks::<2>().0.iter().copied();
-    match view.dtype() {
-        FileDtype::F32 => {
-            Ok(bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes).collect())
-        }
-        FileDtype::F16 => Ok(halves().map(|b| half::f16::from_le_bytes(b).to_f32()).collect()),
-        FileDtype::BF16 => Ok(halves().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()),
-        other => Err(Error::tensor(name, "F32, F16 or BF16", format!("{other:?}"))),
-    }
 }
 
 pub(crate) fn not_safetensors(error: safetensors::SafeTensorError) -> Error {
