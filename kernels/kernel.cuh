@@ -8,11 +8,19 @@
 /// instance, last because of its commas). The emulator makes a host function of it instead.
 #ifdef FUSED_DROPOUT_EMULATOR
 #define FD_KERNEL(name, Params, threads, ...) FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
+#define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                       \
+    FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
 #else
 #define FD_KERNEL(name, Params, threads, ...)                                                     \
     extern "C" __global__ void __launch_bounds__(threads)                                         \
         name(const __grid_constant__ Params params) {                                             \
         __VA_ARGS__(params);                                                                      \
+    }
+/// With registers for so many blocks a multiprocessor.
+#define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
+        name(const __grid_constant__ Params params) {                                              \
+        __VA_ARGS__(params);                                                                       \
     }
 #endif
 

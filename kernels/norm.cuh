@@ -19,7 +19,7 @@
 
 /// A normalisation, as the host describes it.
 struct RowNorm {
-    float share;     // 1 / columns of a row
+    float columns;   // of a row, at least 1: what a mean divides by
     float epsilon;
     unsigned layer;  // 1: LayerNorm; 0: RMSNorm
 };
@@ -52,9 +52,10 @@ template <typename Walk, typename Get>
 __device__ __forceinline__ float delta_of(const RowNorm& norm, const Walk& walk, float pivot,
                                           Scratch& scratch, Get get) {
     if (!norm.layer) return 0.0f;
-    return walk.mean(norm.share, scratch, get, [&](const Values& s, unsigned j) {
+    const float sum = walk.sum(scratch, get, [&](const Values& s, unsigned j) {
         return __fsub_rn(s.at[j], pivot);
     });
+    return __fdiv_rn(sum, norm.columns);
 }
 
 /// Mean and variance of a row: the mean is pivot + delta.
@@ -69,6 +70,7 @@ template <bool scaled, typename Walk, typename Get>
 __device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& walk, float power,
                                               NormScratch& scratch, Get get) {
     const auto value = [&](float s) { return scaled ? __fmul_rn(s, power) : s; };
+    const float share = __fdiv_rn(1.0f, norm.columns);
     Moments row = {};
     if (norm.layer) {
         float first = 0.0f;
@@ -77,7 +79,7 @@ __device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& w
         }
         first = walk.team.first(first, scratch.first);
         const float distance =
-            walk.mean(norm.share, scratch.second, get, [&](const Values& s, unsigned j) {
+            walk.mean(share, scratch.second, get, [&](const Values& s, unsigned j) {
                 return __fsub_rn(value(s.at[j]), first);
             });
         row.pivot = __fadd_rn(first, distance);
@@ -91,12 +93,12 @@ __device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& w
         for (unsigned j = 0; j < 8; ++j) {
             if (!Walk::aligned && j >= count) continue;
             const float d = __fsub_rn(value(s.at[j]), row.pivot);
-            delta = __fmaf_rn(d, norm.share, delta);
+            delta = __fmaf_rn(d, share, delta);
             square = __fmaf_rn(d, d, square);
         }
     });
     if (norm.layer) row.delta = walk.team.sum(delta, scratch.third);
-    square = __fmul_rn(walk.team.sum(square, scratch.first), norm.share);
+    square = __fmul_rn(walk.team.sum(square, scratch.first), share);
     row.variance = __fmaf_rn(-row.delta, row.delta, square);
     if (row.variance < 0.0f) row.variance = 0.0f;
     return row;
@@ -123,12 +125,12 @@ __device__ __forceinline__ Standard scaled_standard_of(const RowNorm& norm, cons
     // The ends of the range, where a power or its reciprocal is no normal number, take their neighbour's.
     exponent = min(max(exponent, 1u), 253u);
     const float power = bits_as<float>((254u - exponent) << 23);  // 2^(127 - exponent)
-    const float back = bits_as<float>(exponent << 23);
     const Moments row = moments_of<true>(norm, walk, power, scratch, get);
     const float epsilon = __fmul_rn(__fmul_rn(norm.epsilon, power), power);
     const float variance = __fadd_rn(row.variance, epsilon);
     const float rstd = variance == 0.0f ? 0.0f : __fdiv_rn(power, __fsqrt_rn(variance));
     const float most = bits_as<float>(0x7f7fffffu);
+    const float back = __fdiv_rn(1.0f, power);
     return {__fmul_rn(row.pivot, back), __fmul_rn(row.delta, back), rstd > most ? most : rstd};
 }
 
@@ -186,13 +188,14 @@ __device__ __forceinline__ NormGradient norm_gradient(const RowNorm& norm, const
                                                       Get get) {
     NormGradient gradient = {};
     if (norm.layer) {
-        gradient.centre =
-            walk.mean(norm.share, scratch.second, get,
-                      [&](const NormPair& pair, unsigned j) { return pair.g.at[j]; });
-    }
-    gradient.slope =
-        walk.mean(norm.share, scratch.third, get, [&](const NormPair& pair, unsigned j) {
-            return __fmul_rn(pair.g.at[j], row.apply(pair.s.at[j]));
+        const float sum = walk.sum(scratch.second, get, [&](const NormPair& pair, unsigned j) {
+            return pair.g.at[j];
         });
+        gradient.centre = __fdiv_rn(sum, norm.columns);
+    }
+    const float sum = walk.sum(scratch.third, get, [&](const NormPair& pair, unsigned j) {
+        return __fmul_rn(pair.g.at[j], row.apply(pair.s.at[j]));
+    });
+    gradient.slope = __fdiv_rn(sum, norm.columns);
     return gradient;
 }

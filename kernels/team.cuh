@@ -97,7 +97,7 @@ struct Walk {
     template <typename Get, typename Term>
     __device__ __forceinline__ float mean(float share, Scratch& scratch, Get get, Term term) const {
         return total(scratch, get, [&](float sum, const auto& values, unsigned j) {
-            return __fmaf_rn(term(values, j), share, sum);
+            return __fadd_rn(sum, __fmul_rn(term(values, j), share));
         });
     }
 

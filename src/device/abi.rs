@@ -248,8 +248,8 @@ impl Mask {
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct RowNorm {
-    /// 1 / columns of a row.
-    pub share: f32,
+    /// Columns of a row, at least 1: what a mean divides by.
+    pub columns: f32,
     pub epsilon: f32,
     /// 1: LayerNorm; 0: RMSNorm.
     pub layer: u32,
@@ -258,7 +258,7 @@ pub(crate) struct RowNorm {
 impl RowNorm {
     pub fn new(norm: &Norm, cols: usize) -> Self {
         let layer = u32::from(norm.kind == NormKind::Layer);
-        Self { share: 1.0 / cols.max(1) as f32, epsilon: norm.epsilon, layer }
+        Self { columns: cols.max(1) as f32, epsilon: norm.epsilon, layer }
     }
 }
 
