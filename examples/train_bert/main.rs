@@ -134,12 +134,9 @@ impl Training {
             name: name.to_owned(),
             tokens: size.batch * size.length,
         };
-        let init = |model: &Model<'_, B>| {
-            let mut weights = model.bert().specs().init(seed);
-            if let Some(from) = from {
-                inherit(from.bert.specs(), &from.weights, model.bert().specs(), &mut weights);
-            }
-            Ok(weights)
+        let init = |model: &Model<'_, B>| match from {
+            Some(from) => inherit(&from.bert, &from.weights, model.bert(), seed),
+            None => Ok(model.bert().specs().init(seed)),
         };
         let mut run = session.open(backend, model, plan, self.output.start, init)?;
         if session::train(std::slice::from_mut(&mut run), &self.output)? == Outcome::Interrupted {

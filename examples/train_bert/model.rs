@@ -12,7 +12,6 @@ use fused_dropout::transformer::{
 };
 use fused_dropout::{Dtype, Error};
 use rand_philox::Philox;
-use std::collections::HashMap;
 
 /// What random numbers are drawn for. (`Epochs` has 0, `reviews` 1.)
 const WORDS: u64 = 2;
@@ -180,25 +179,9 @@ impl<B: Backend> Task<B> for Model<'_, B> {
     }
 }
 
-/// Copies the tensors that both models have, by their names: what fine-tuning begins with.
-pub fn inherit(from: &Specs, values: &[Vec<f32>], to: &Specs, weights: &mut [Vec<f32>]) {
-    let mut known: HashMap<&str, &[f32]> = HashMap::new();
-    for (spec, values) in from.iter().zip(values) {
-        let mut rest = &values[..];
-        for part in &spec.parts {
-            let (values, behind) = rest.split_at(part.elements());
-            rest = behind;
-            known.insert(&part.name, values);
-        }
-    }
-    for (spec, weights) in to.iter().zip(weights) {
-        let mut rest = &mut weights[..];
-        for part in &spec.parts {
-            let (weights, behind) = rest.split_at_mut(part.elements());
-            rest = behind;
-            if let Some(values) = known.get(part.name.as_str()) {
-                weights.copy_from_slice(values);
-            }
-        }
-    }
+/// What fine-tuning begins with: the weights of a trained model, as its file has them, and a new head. Says what is new.
+pub fn inherit(from: &Bert, weights: &[Vec<f32>], to: &Bert, seed: u64) -> Result<Vec<Vec<f32>>> {
+    let loaded = to.specs().load(&[from.specs().serialize(weights)?], seed)?;
+    println!("\n{loaded}");
+    Ok(loaded.values)
 }

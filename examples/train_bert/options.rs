@@ -179,6 +179,7 @@ impl Settings {
             attention_probs_dropout_prob: Probability::new(self.attention_dropout)?,
             classifier_dropout: Probability::new(self.classifier_dropout)?,
             num_labels: 2,
+            problem_type: None,
             pad_token_id: Some(PAD as usize),
         })
     }

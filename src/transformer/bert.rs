@@ -111,12 +111,12 @@ impl Bert {
     /// A model for a task.
     ///
     /// # Errors
-    /// [`Error::Setting`] where the configuration's sizes do not fit each other, or where a classifier has one label: to
-    /// Hugging Face's library that is a regression, and a cross-entropy of one class is always 0.
+    /// [`Error::Setting`] where the configuration's sizes do not fit each other, or where a classifier has another loss
+    /// than the cross-entropy of one class of several: to Hugging Face's library one label is a regression.
     pub fn new(config: BertConfig, task: BertTask) -> Result<Self, Error> {
         config.check()?;
-        if task == BertTask::Classification && config.num_labels == 1 {
-            return Err(Error::setting("num_labels", "at least 2 classes", 1));
+        if task == BertTask::Classification {
+            check_loss(&config)?;
         }
         let mut specs = Specs::of("bert.");
         specs.constant("bert.embeddings.position_ids".into());
@@ -647,6 +647,18 @@ fn sequences<B: Backend>(
     });
     sequences.additive = Some(backend.upload(&additive.collect::<Vec<_>>())?);
     Ok(sequences)
+}
+
+/// Refuses a classifier that is to learn by another loss than the one here.
+fn check_loss(config: &BertConfig) -> Result<(), Error> {
+    const LOSS: &str = "single_label_classification";
+    if let Some(other) = config.problem_type.as_ref().filter(|&problem| problem != LOSS) {
+        return Err(Error::setting("problem_type", format!("null or {LOSS}"), other));
+    }
+    match config.num_labels {
+        1 => Err(Error::setting("num_labels", "at least 2 classes", 1)),
+        _ => Ok(()),
+    }
 }
 
 fn linear(specs: &mut Specs, name: &str, inputs: usize, outputs: usize, init: Init) -> Linear {

@@ -79,6 +79,9 @@ pub struct BertConfig {
     pub pad_token_id: Option<usize>,
     /// Classes.
     pub num_labels: usize,
+    /// What a classifier's loss is to the library: none, or the only one that there is here,
+    /// `single_label_classification`, the cross-entropy of one class.
+    pub problem_type: Option<String>,
 }
 
 impl GptConfig {
@@ -114,7 +117,7 @@ impl GptConfig {
             summary_activation,
             bos_token_id: file.end_of_text("bos_token_id", vocab_size)?,
             eos_token_id: file.end_of_text("eos_token_id", vocab_size)?,
-            num_labels: file.labels(1)?,
+            num_labels: file.label_names()?.unwrap_or(1),
         };
         file.only("scale_attn_weights", json!(true))?;
         file.only("scale_attn_by_inverse_layer_idx", json!(false))?;
@@ -123,6 +126,8 @@ impl GptConfig {
         file.only("summary_proj_to_labels", json!(true))?;
         // Attention is causal whichever this says; the order of two factors has no influence on a result in f32.
         file.ignore(&["is_decoder", "reorder_and_upcast_attn", "n_ctx", "pad_token_id"]);
+        // Of a classifier, which these models have not.
+        file.ignore(&["num_labels", "_num_labels", "problem_type"]);
         file.finish()?;
         config.check()?;
         Ok(config)
@@ -213,6 +218,7 @@ impl BertConfig {
             classifier_dropout,
             pad_token_id: file.take("pad_token_id", Some(0))?,
             num_labels: file.labels(2)?,
+            problem_type: file.take("problem_type", None)?,
         };
         file.never("is_decoder")?;
         file.only("position_embedding_type", json!("absolute"))?;
@@ -251,6 +257,7 @@ impl BertConfig {
             "classifier_dropout": self.classifier_dropout.effective(),
             "pad_token_id": self.pad_token_id,
             "id2label": labels(self.num_labels),
+            "problem_type": self.problem_type,
             "tie_word_embeddings": true,
         });
         format!("{value:#}\n")
@@ -383,8 +390,6 @@ impl Settings {
         settings.never("add_cross_attention")?;
         settings.never("is_encoder_decoder")?;
         settings.never("pruned_heads")?;
-        // Others have other losses than the cross-entropy of one label.
-        settings.nullable("problem_type", json!("single_label_classification"))?;
         Ok(settings)
     }
 
@@ -407,12 +412,17 @@ impl Settings {
         activation(name, &given)
     }
 
-    /// The number of classes: of the names, which count in the library, or a number alone.
+    /// How many classes are named, if any.
+    fn label_names(&mut self) -> Result<Option<usize>, Error> {
+        let names = self.take::<Option<Map<String, Value>>>("id2label", None)?;
+        Ok(names.map(|names| names.len()).filter(|&count| count > 0))
+    }
+
+    /// The number of classes: by their names, or by a number. Versions of the library differ in which of two counts.
     fn labels(&mut self, default: usize) -> Result<usize, Error> {
-        let named = self.take::<Option<Map<String, Value>>>("id2label", None)?;
+        let mut labels = self.label_names()?;
         let counts = ["num_labels", "_num_labels"]
             .map(|name| Ok((name, self.take::<Option<usize>>(name, None)?)));
-        let mut labels = named.map(|names| names.len());
         for count in counts {
             let (name, Some(count)) = count? else { continue };
             if let Some(labels) = labels.filter(|&labels| labels != count) {
@@ -452,15 +462,6 @@ impl Settings {
         match self.0.remove(name) {
             Some(given) if given != expected => Err(Error::setting(name, expected, given)),
             _ => Ok(()),
-        }
-    }
-
-    /// The same, where `null` says nothing.
-    fn nullable(&mut self, name: &str, expected: Value) -> Result<(), Error> {
-        match self.0.remove(name) {
-            None | Some(Value::Null) => Ok(()),
-            Some(given) if given == expected => Ok(()),
-            Some(given) => Err(Error::setting(name, expected, given)),
         }
     }
 
