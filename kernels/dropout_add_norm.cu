@@ -347,12 +347,12 @@ using BlockWalk = Walk<BlockTeam, true, aligned>;
 template <bool aligned>
 using WideWalk = Walk<BlockTeam, false, aligned>;
 
-/// The kernels of one storage type. Without a bound ptxas takes 64 registers for unaligned rows of f16 on sm_80, and spills.
+/// The kernels of one storage type. Without its bound the forward pass of unaligned rows of f16 spills on sm_80.
 #define FD_NORM_KERNELS(form, walk, T, type)                                                       \
     FD_KERNEL(dropout_add_norm_forward_##form##_##type, NormForwardParams<T>, THREADS,             \
               norm_forward<T, walk<true>>)                                                      \
-    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_any_##type, NormForwardParams<T>, THREADS, 2, \
-              norm_forward<T, walk<false>>)                                                     \
+    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_any_##type, NormForwardParams<T>, THREADS,  \
+                     2, norm_forward<T, walk<false>>)                                              \
     FD_KERNEL(dropout_add_norm_backward_##form##_##type, NormBackwardParams<T>, THREADS,           \
               norm_backward<T, walk<true>>)                                                     \
     FD_KERNEL(dropout_add_norm_backward_##form##_any_##type, NormBackwardParams<T>, THREADS,       \

@@ -7,22 +7,20 @@
 /// Stamps the kernel `name`: one parameter, a structure, given to the body (a function template's
 /// instance, last because of its commas). The emulator makes a host function of it instead.
 #ifdef FUSED_DROPOUT_EMULATOR
-#define FD_KERNEL(name, Params, threads, ...) FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
-#define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                       \
-    FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
+#define FD_BOUNDED_KERNEL(name, Params, bounds, ...) FD_EMULATED_KERNEL(name, Params, __VA_ARGS__)
 #else
-#define FD_KERNEL(name, Params, threads, ...)                                                     \
-    extern "C" __global__ void __launch_bounds__(threads)                                         \
+#define FD_BOUNDED_KERNEL(name, Params, bounds, ...)                                              \
+    extern "C" __global__ void __launch_bounds__ bounds                                           \
         name(const __grid_constant__ Params params) {                                             \
         __VA_ARGS__(params);                                                                      \
     }
-/// With registers for so many blocks a multiprocessor.
-#define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                       \
-    extern "C" __global__ void __launch_bounds__(threads, blocks)                                  \
-        name(const __grid_constant__ Params params) {                                              \
-        __VA_ARGS__(params);                                                                       \
-    }
 #endif
+#define FD_KERNEL(name, Params, threads, ...)                                                     \
+    FD_BOUNDED_KERNEL(name, Params, (threads), __VA_ARGS__)
+
+/// The same with registers for so many blocks a multiprocessor, where ptxas spills to have more blocks.
+#define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                      \
+    FD_BOUNDED_KERNEL(name, Params, (threads, blocks), __VA_ARGS__)
 
 /// Threads of a block, in every kernel.
 constexpr unsigned THREADS = 256;

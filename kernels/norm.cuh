@@ -7,7 +7,7 @@
 // mean as a first sum gives it, of distances from the row's first value: what that sum lost where this value
 // is far from the others, delta has again; and a row of one value has a deviation of exactly 0.
 //
-// Means are sums of shares, x / n: no sum of large values overflows. Squares do, and those of small values
+// A row's mean is a sum of shares, x / n: no sum of large values overflows. Squares do, and those of small values
 // vanish: a variance out of range is computed again from the row times a power of two.
 //
 // Every function with a `Walk` wants all threads of its team, and `get(slot, octet, count)` gives an octet
@@ -47,15 +47,19 @@ struct Standard {
     __device__ __forceinline__ float mean() const { return __fadd_rn(pivot, delta); }
 };
 
+/// What a value counts for in its row's mean.
+__device__ __forceinline__ float share_of(const RowNorm& norm) {
+    return __fdiv_rn(1.0f, norm.columns);
+}
+
 /// What `pivot` lacks of the row's mean.
 template <typename Walk, typename Get>
 __device__ __forceinline__ float delta_of(const RowNorm& norm, const Walk& walk, float pivot,
                                           Scratch& scratch, Get get) {
     if (!norm.layer) return 0.0f;
-    const float sum = walk.sum(scratch, get, [&](const Values& s, unsigned j) {
+    return walk.mean(share_of(norm), scratch, get, [&](const Values& s, unsigned j) {
         return __fsub_rn(s.at[j], pivot);
     });
-    return __fdiv_rn(sum, norm.columns);
 }
 
 /// Mean and variance of a row: the mean is pivot + delta.
@@ -70,7 +74,7 @@ template <bool scaled, typename Walk, typename Get>
 __device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& walk, float power,
                                               NormScratch& scratch, Get get) {
     const auto value = [&](float s) { return scaled ? __fmul_rn(s, power) : s; };
-    const float share = __fdiv_rn(1.0f, norm.columns);
+    const float share = share_of(norm);
     Moments row = {};
     if (norm.layer) {
         float first = 0.0f;

@@ -135,6 +135,83 @@ fn rows_of_any_magnitude_are_normalised() {
     }
 }
 
+/// With |xhat| at most 1 and |dy| at most 2, no gradient of a row is larger than 6 rstd.
+#[test]
+fn gradients_of_rows_of_any_magnitude_are_finite() {
+    use fused_dropout::cpu::dropout_add_norm::{ParamGrads, Saved};
+    // The lanes of a warp have values of one sign, so that sums of them overflow.
+    let sign = |k: usize| if k / 8 % 32 < 16 { 1.0 } else { -1.0 };
+    let (shape, norm) = (Shape::new(1, 1024), Norm::layer(0.0));
+    let dy: Vec<f32> = (0..1024).map(|k| (k % 5) as f32 - 2.0).collect();
+    let weight = vec![1.0; 1024];
+    for size in [3e37f32, 1e-37] {
+        let s: Vec<f32> = (0..1024).map(|k| sign(k) * size).collect();
+        let stats = [0.0, 1.0 / size];
+        let bounded = |what: &str, ds: &[f32]| {
+            let most = 6.0 / size;
+            assert!(ds.iter().all(|ds| ds.abs() <= most), "{what}, {size:e}: {:?}", &ds[..8]);
+        };
+        let saved = Saved::Sum(&s[..]);
+        for cpu in Cpu::levels() {
+            let (mut ds, mut dx) = (vec![9.0; 1024], vec![9.0; 1024]);
+            let none = ParamGrads { dbias: None, dweight: None, dnorm_bias: None };
+            cpu::dropout_add_norm::backward(
+                &cpu,
+                &kept(),
+                &norm,
+                shape,
+                &saved,
+                &weight,
+                &stats,
+                &dy,
+                None,
+                &mut ds,
+                &mut dx,
+                none,
+            )
+            .unwrap();
+            bounded("cpu", &ds);
+        }
+        #[cfg(feature = "emulator")]
+        bounded("kernels", &through_the_kernels(&norm, shape, &s, &weight, &stats, &dy));
+    }
+}
+
+/// ds of the same call.
+#[cfg(feature = "emulator")]
+fn through_the_kernels(
+    norm: &Norm,
+    shape: Shape,
+    s: &[f32],
+    weight: &[f32],
+    stats: &[f32],
+    dy: &[f32],
+) -> Vec<f32> {
+    use fused_dropout::device::dropout_add_norm::Saved;
+    use fused_dropout::device::{self, Call, Readable};
+    use fused_dropout::emulator::Emulator;
+    let emulator = Emulator::new();
+    let (mut ds, mut dx) = (vec![9.0; s.len()], vec![9.0; s.len()]);
+    let saved: &dyn Readable<f32, Emulator> = &s;
+    let call = Call::on(&emulator);
+    device::dropout_add_norm::backward(
+        &call,
+        &kept(),
+        norm,
+        shape,
+        &Saved::Sum(saved),
+        &weight,
+        &stats,
+        &dy,
+        None,
+        &mut ds,
+        &mut dx,
+        None,
+    )
+    .unwrap();
+    ds
+}
+
 #[test]
 fn activations_that_overflowed_have_their_limits() {
     // 60000 + 60000 is an infinity in f16 and none in f32; both ways to one are here.
