@@ -27,9 +27,9 @@ struct Arguments {
     /// Columns to show
     #[arg(long, value_name = "N")]
     cols: u64,
-    /// Probability of dropping, 0 to 1
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    p: f64,
+    /// Probability of dropping, 0 to 1 in steps of 1/65536
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
+    p: Probability,
     /// Logical row of the first row shown, below 2^32
     #[arg(long, value_name = "R", default_value_t = 0)]
     origin_row: u32,
@@ -45,6 +45,16 @@ struct Arguments {
     /// Print the SHA-256 of the lines, each ended by a newline, in place of the lines
     #[arg(long)]
     sha256: bool,
+}
+
+/// One that would come out as 0 or 1 is refused.
+fn probability(text: &str) -> Result<Probability, String> {
+    let p = text.parse().map_err(|_| "expected a number".to_owned())?;
+    match Probability::nonvanishing(p) {
+        Ok(p) => Ok(p),
+        Err(Error::Argument { expected, .. }) => Err(format!("expected {expected}")),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Bytes of mask that are held at a time.
@@ -63,6 +73,8 @@ fn main() -> ExitCode {
     if let Err(error) = check(&arguments) {
         return refuse(error.to_string());
     }
+    // The probability that the mask has: a multiple of 1/65536.
+    let _ = writeln!(io::stderr(), "mask: p = {}/65536", arguments.p.threshold());
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the lines has seen enough.
@@ -108,7 +120,7 @@ fn one_line(error: &clap::Error) -> String {
 /// The mask of rows `row .. row + rows` and columns `col ..`, counted from the origin.
 fn part<'a>(a: &Arguments, row: u64, col: u64) -> Result<Dropout<'a>, Error> {
     let rows = RowMap::Contiguous { first: a.origin_row + row as u32 };
-    let dropout = Dropout::new(Key::new(a.seed, a.stream), Probability::new(a.p)?);
+    let dropout = Dropout::new(Key::new(a.seed, a.stream), a.p);
     let groups = Groups { rows: a.group_rows, columns_together: a.columns_together };
     Ok(dropout.at(Place { first_col: a.origin_col + col, rows }).groups(groups))
 }
@@ -121,7 +133,6 @@ fn check(a: &Arguments) -> Result<(), Error> {
         expected: expected.to_owned(),
         given,
     };
-    Probability::new(a.p)?;
     if a.group_rows == 0 {
         return Err(refused("--group-rows", "at least 1", a.group_rows.to_string()));
     }

@@ -1,9 +1,12 @@
 //! Files in and out.
 
+use super::encoding::{self, Decoded};
 use anyhow::{Context, Result, bail};
+use encoding_rs::Encoding;
 use fused_dropout::transformer::Specs;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
@@ -14,15 +17,69 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The text of a file: UTF-8 where the bytes are that, otherwise Latin-1, in which each byte is the character of its number.
-pub fn to_text(bytes: Vec<u8>) -> String {
-    String::from_utf8(bytes)
-        .unwrap_or_else(|error| error.as_bytes().iter().map(|&byte| char::from(byte)).collect())
-}
-
 /// SHA-256 in hexadecimal digits.
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Where a file lies. JSON has it as text if it is that, otherwise as serde writes an `OsString`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Written", into = "Written")]
+pub struct Place(PathBuf);
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Text(String),
+    Other(OsString),
+}
+
+impl From<Written> for Place {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::Text(path) => Self(path.into()),
+            Written::Other(path) => Self(path.into()),
+        }
+    }
+}
+
+impl From<Place> for Written {
+    fn from(Place(path): Place) -> Self {
+        path.into_os_string().into_string().map_or_else(Self::Other, Self::Text)
+    }
+}
+
+impl Place {
+    /// A path as it was given. The same from every folder, if it is not a pipe's.
+    pub fn new(path: &Path) -> Self {
+        Self(path.canonicalize().unwrap_or_else(|_| path.to_owned()))
+    }
+
+    pub fn read(&self) -> Result<Vec<u8>> {
+        read(&self.0)
+    }
+
+    /// A file's text, and to the standard error what its reader should know.
+    pub fn decode(&self, bytes: &[u8], encoding: Option<&'static Encoding>) -> Result<String> {
+        let path = self.0.display();
+        let Decoded { text, remark } =
+            encoding::decode(bytes, encoding).with_context(|| format!("cannot read {path}"))?;
+        if let Some(remark) = remark {
+            eprintln!("{path}: {remark}");
+        }
+        Ok(text)
+    }
+
+    /// Where the bytes that were read can be read again: a pipe's are kept in the folder.
+    pub fn lasting(self, folder: &Folder, name: &str, bytes: &[u8]) -> Result<Self> {
+        if self.0.is_file() {
+            return Ok(self);
+        }
+        // Another text's copy, which another run may need, has another name.
+        let name = format!("{name}-{}.txt", &sha256(bytes)[..12]);
+        folder.write(&name, bytes)?;
+        Ok(Self::new(&folder.path(&name)))
+    }
 }
 
 /// A folder that a run writes to.
@@ -113,16 +170,5 @@ impl Folder {
     pub fn remove_checkpoint(&self) -> Result<()> {
         let path = self.checkpoint();
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::to_text;
-
-    #[test]
-    fn utf_8_is_taken_as_such_and_everything_else_as_latin_1() {
-        assert_eq!(to_text("café".into()), "café");
-        assert_eq!(to_text(b"caf\xe9".to_vec()), "café");
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod device;
 pub mod draws;
+pub mod encoding;
 pub mod epochs;
 pub mod files;
 pub mod interrupt;

@@ -15,7 +15,7 @@ mod tokenizer;
 use anyhow::Result;
 use clap::Parser;
 use common::device::Job;
-use common::files::{Folder, read, to_text};
+use common::files::{Folder, Place};
 use common::interrupt;
 use common::output::{Output, Start};
 use common::session::{self, Outcome, Session, show_how_to_resume};
@@ -45,19 +45,23 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     let settings = match arguments.resume {
         true => {
             let saved: Settings = of_saved_run(&out, &folders)?;
-            let wanted = arguments.over(saved.clone())?;
+            let wanted = arguments.over(saved.clone());
             check_same_run(&saved, &wanted)?;
             wanted
         }
-        false => arguments.settings()?,
+        false => arguments.settings(),
     };
-    let (negative, positive) = (read(&settings.negative)?, read(&settings.positive)?);
-    let settings = settings.with_texts(&negative, &positive)?;
-    let (negative, positive) = (to_text(negative), to_text(positive));
+    let bytes = [settings.negative.read()?, settings.positive.read()?];
+    let mut settings = settings.with_texts(&bytes)?;
+    let decode = |place: &Place, bytes| place.decode(bytes, settings.encoding);
+    let negative = decode(&settings.negative, &bytes[0])?;
+    let positive = decode(&settings.positive, &bytes[1])?;
     let reviews = Reviews::new(&negative, &positive, settings.size.length, settings.seed)?;
     let epoch = reviews.train.len().div_ceil(settings.size.batch) as u64;
     let start = Start::new(arguments.resume, arguments.overwrite);
     let output = Output::claim(&folders, &folders, start)?;
+    settings.negative = settings.negative.lasting(&out, "negative", &bytes[0])?;
+    settings.positive = settings.positive.lasting(&out, "positive", &bytes[1])?;
     settings.device.run(Training { folders, output, settings: settings.clone(), reviews, epoch })
 }
 

@@ -1,12 +1,14 @@
 //! The command line, and the settings of a run that follow from it.
 
 use super::common::device::Device;
-use super::common::files::{Folder, sha256};
-use super::common::settings;
+use super::common::encoding;
+use super::common::files::{Folder, Place, sha256};
+use super::common::settings::{self, probability};
 use super::common::trainer::Plan;
 use super::tokenizer::PAD;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
+use encoding_rs::Encoding;
 use fused_dropout::transformer::{AdamW, BertConfig, Schedule};
 use fused_dropout::{Activation, Probability};
 use serde::{Deserialize, Serialize};
@@ -24,23 +26,27 @@ use std::path::PathBuf;
 #[derive(Parser)]
 #[command(name = "train_bert", version)]
 pub struct Arguments {
-    /// Texts of the class `positive`, one a line: UTF-8, otherwise taken as Latin-1
+    /// Texts of the class `positive`, one a line; they may come through a pipe
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
     positive: Option<PathBuf>,
     /// Texts of the class `negative`
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
     negative: Option<PathBuf>,
-    /// Drop probability at every site that has no option of its own, 0 to 1
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    /// What both are written in: utf-8, utf-16le, utf-16be, latin-1, windows-1252 or another of the WHATWG's standard
+    /// [default: what its byte order mark says, otherwise utf-8, or windows-1252 where all of it looks like that]
+    #[arg(long, value_name = "NAME", value_parser = encoding::by_name)]
+    encoding: Option<&'static Encoding>,
+    /// Drop probability at every site that has no option of its own, 0 to 1 in steps of 1/65536
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     dropout: Option<f64>,
     /// Drop probability after the embeddings and in both residual branches [default: 0.3]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     hidden_dropout: Option<f64>,
     /// Drop probability of attention probabilities [default: 0.3]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     attention_dropout: Option<f64>,
     /// Drop probability before the classification head [default: 0.3]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     classifier_dropout: Option<f64>,
     /// Epochs of the masked language model; 0: classes are learnt from new weights [default: 3]
     #[arg(long, value_name = "N")]
@@ -69,9 +75,11 @@ pub struct Arguments {
 /// Everything that a run follows from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    pub positive: PathBuf,
-    pub negative: PathBuf,
+    pub positive: Place,
+    pub negative: Place,
     pub data_sha256: String,
+    #[serde(default)]
+    pub encoding: Option<&'static Encoding>,
     pub size: Size,
     pub hidden_dropout: f64,
     pub attention_dropout: f64,
@@ -95,9 +103,10 @@ pub struct Size {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            positive: PathBuf::new(),
-            negative: PathBuf::new(),
+            positive: Place::default(),
+            negative: Place::default(),
             data_sha256: String::new(),
+            encoding: None,
             size: Size { layers: 2, heads: 2, width: 64, length: 48, batch: 32 },
             hidden_dropout: 0.3,
             attention_dropout: 0.3,
@@ -112,22 +121,18 @@ impl Default for Settings {
 
 impl Arguments {
     /// The settings of a new run.
-    pub fn settings(&self) -> Result<Settings> {
+    pub fn settings(&self) -> Settings {
         self.over(Settings::default())
     }
 
     /// These settings but for what was given.
-    pub fn over(&self, base: Settings) -> Result<Settings> {
-        let path = |given: &Option<PathBuf>, base| match given {
-            Some(path) => {
-                path.canonicalize().with_context(|| format!("cannot read {}", path.display()))
-            }
-            None => Ok(base),
-        };
+    pub fn over(&self, base: Settings) -> Settings {
+        let place = |given: &Option<PathBuf>, base| given.as_deref().map_or(base, Place::new);
         let p = |own: Option<f64>, base| own.or(self.dropout).unwrap_or(base);
-        let settings = Settings {
-            positive: path(&self.positive, base.positive)?,
-            negative: path(&self.negative, base.negative)?,
+        Settings {
+            positive: place(&self.positive, base.positive),
+            negative: place(&self.negative, base.negative),
+            encoding: self.encoding.or(base.encoding),
             hidden_dropout: p(self.hidden_dropout, base.hidden_dropout),
             attention_dropout: p(self.attention_dropout, base.attention_dropout),
             classifier_dropout: p(self.classifier_dropout, base.classifier_dropout),
@@ -136,10 +141,7 @@ impl Arguments {
             seed: self.seed.unwrap_or(base.seed),
             device: self.device.unwrap_or(base.device),
             ..base
-        };
-        // Refuses what is no probability.
-        settings.config(1)?;
-        Ok(settings)
+        }
     }
 }
 
@@ -152,9 +154,9 @@ impl settings::Settings for Settings {
 }
 
 impl Settings {
-    /// Of a run on files with these bytes: refuses others than before.
-    pub fn with_texts(self, negative: &[u8], positive: &[u8]) -> Result<Self> {
-        let data_sha256 = [negative, positive].map(sha256).join(" ");
+    /// Of a run on files with these bytes, negative and positive: refuses others than before.
+    pub fn with_texts(self, texts: &[Vec<u8>; 2]) -> Result<Self> {
+        let data_sha256 = texts.each_ref().map(|bytes| sha256(bytes)).join(" ");
         ensure!(
             self.data_sha256.is_empty() || self.data_sha256 == data_sha256,
             "cannot resume: the texts have changed (--positive and --negative for where they are now)"
@@ -175,9 +177,9 @@ impl Settings {
             hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-12,
             initializer_range: 0.02,
-            hidden_dropout_prob: Probability::new(self.hidden_dropout)?,
-            attention_probs_dropout_prob: Probability::new(self.attention_dropout)?,
-            classifier_dropout: Probability::new(self.classifier_dropout)?,
+            hidden_dropout_prob: Probability::nonvanishing(self.hidden_dropout)?,
+            attention_probs_dropout_prob: Probability::nonvanishing(self.attention_dropout)?,
+            classifier_dropout: Probability::nonvanishing(self.classifier_dropout)?,
             num_labels: 2,
             problem_type: None,
             pad_token_id: Some(PAD as usize),

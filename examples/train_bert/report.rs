@@ -3,6 +3,7 @@
 use super::common::device::Device;
 use super::common::files::Folder;
 use super::common::plot::{self, Curve};
+use super::common::settings::realised;
 use super::common::trainer::{Evaluation, Record};
 use super::options::Settings;
 use super::{Trained, Training};
@@ -60,7 +61,8 @@ impl<'a> Losses<'a> {
 pub fn title(name: &str, training: &Training, bert: &Bert) -> String {
     let size = training.settings.size;
     format!(
-        "{name}: {} layers, {} heads, width {}, {} weights, {} words; {} texts, {} steps an epoch",
+        "{name}: {} layers, {} heads, width {}, {} weights, {} words; {} texts, {} steps an epoch\n\
+         Dropout {} in residual branches, {} of attention, {} before the classifier",
         size.layers,
         size.heads,
         size.width,
@@ -68,6 +70,9 @@ pub fn title(name: &str, training: &Training, bert: &Bert) -> String {
         bert.config().vocab_size,
         training.reviews.train.len(),
         training.epoch,
+        realised(training.settings.hidden_dropout),
+        realised(training.settings.attention_dropout),
+        realised(training.settings.classifier_dropout),
     )
 }
 

@@ -30,6 +30,7 @@ impl Reviews {
     /// Of the lines of two files: a tenth of each is held out, by the seed. The words are those of the rest.
     pub fn new(negative: &str, positive: &str, length: usize, seed: u64) -> Result<Self> {
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
+        ensure!(negative != positive, "--negative and --positive: the same text, twice");
         for (class, text) in [(0, negative), (1, positive)] {
             let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
             let names = ["--negative", "--positive"];

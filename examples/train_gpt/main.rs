@@ -15,7 +15,7 @@ mod text;
 use anyhow::Result;
 use clap::Parser;
 use common::device::Job;
-use common::files::{Folder, read, to_text};
+use common::files::Folder;
 use common::interrupt;
 use common::output::{Output, Start};
 use common::session::{self, Outcome, Session, show_how_to_resume};
@@ -25,7 +25,7 @@ use language_model::LanguageModel;
 use options::{Arguments, Settings};
 use report::Run;
 use std::process::ExitCode;
-use text::Text;
+use text::{Text, printable};
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
@@ -45,20 +45,27 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
     let settings = match arguments.resume {
         true => {
             let saved: Settings = of_saved_run(&out, &known)?;
-            let wanted = arguments.over(saved.clone())?;
+            let wanted = arguments.over(saved.clone());
             check_same_run(&saved, &wanted)?;
             wanted
         }
-        false => arguments.settings()?,
+        false => arguments.settings(),
     };
     let bytes = match &settings.data {
-        Some(path) => read(path)?,
-        None => text::own_documents()?.into_bytes(),
+        Some(place) => place.read()?,
+        None => text::OWN_DOCUMENTS.into(),
     };
-    let settings = settings.with_text(&bytes)?;
-    let text = Text::new(&to_text(bytes), settings.size.context)?;
+    let mut settings = settings.with_text(&bytes)?;
+    let text = match &settings.data {
+        Some(place) => &place.decode(&bytes, settings.encoding)?,
+        None => text::OWN_DOCUMENTS,
+    };
+    let text = Text::new(text, settings.size.context)?;
     let start = Start::new(arguments.resume, arguments.overwrite);
     let output = Output::claim(&settings.folders(&out), &known, start)?;
+    if let Some(place) = settings.data {
+        settings.data = Some(place.lasting(&out, "text", &bytes)?);
+    }
     let sample = arguments.sample;
     settings.device.run(Training { out, output, sample, settings: settings.clone(), text })
 }
@@ -126,7 +133,7 @@ impl Training {
         session.folder.write_model(&gpt.config().to_json(), gpt.specs(), &weights)?;
         if self.sample > 0 {
             let written = trainer.task.write(backend, &trainer.params, self.sample)?;
-            println!("\nWith dropout {dropout} it writes:\n\n{written}");
+            println!("\nWith dropout {dropout} it writes:\n\n{}", printable(&written));
         }
         Run::new(dropout, gpt.config(), trainer.record, session.tokens)
     }

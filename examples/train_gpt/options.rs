@@ -1,11 +1,13 @@
 //! The command line, and the settings of a run that follow from it.
 
 use super::common::device::Device;
-use super::common::files::{Folder, sha256};
-use super::common::settings;
+use super::common::encoding;
+use super::common::files::{Folder, Place, sha256};
+use super::common::settings::{self, probability};
 use super::common::trainer::Plan;
-use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use anyhow::{Result, ensure};
+use clap::{Parser, ValueEnum, value_parser};
+use encoding_rs::Encoding;
 use fused_dropout::transformer::{AdamW, GptConfig, Schedule};
 use fused_dropout::{Activation, Probability};
 use serde::{Deserialize, Serialize};
@@ -23,14 +25,18 @@ use std::path::PathBuf;
 #[derive(Parser)]
 #[command(name = "train_gpt", version)]
 pub struct Arguments {
-    /// The text: UTF-8, otherwise taken as Latin-1 [default: this project's documents]
+    /// The text, which may come through a pipe [default: this project's documents of 2026-11-26]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
+    /// What the text is written in: utf-8, utf-16le, utf-16be, latin-1, windows-1252 or another of the WHATWG's standard
+    /// [default: what its byte order mark says, otherwise utf-8, or windows-1252 where all of it looks like that]
+    #[arg(long, value_name = "NAME", value_parser = encoding::by_name)]
+    encoding: Option<&'static Encoding>,
     /// The model's size and the length of the training [default: nanogpt-cpu]
     #[arg(long)]
     preset: Option<Preset>,
-    /// Drop probability at every site, 0 to 1 [default: nanogpt-cpu 0.0, nanogpt 0.2, as in nanoGPT]
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    /// Drop probability at every site, 0 to 1 in steps of 1/65536 [default: nanogpt-cpu 0.0, nanogpt 0.2, as in nanoGPT]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     dropout: Option<f64>,
     /// Training steps; the learning rate falls over all of them [default: the preset's]
     #[arg(long, value_name = "N")]
@@ -42,7 +48,7 @@ pub struct Arguments {
     #[arg(long)]
     device: Option<Device>,
     /// Steps from one evaluation, and checkpoint, to the next [default: 250]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     eval_interval: Option<u64>,
     /// Characters that the trained model writes
     #[arg(long, value_name = "N", default_value_t = 400)]
@@ -72,8 +78,10 @@ enum Preset {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// The text's file; none: this project's documents.
-    pub data: Option<PathBuf>,
+    pub data: Option<Place>,
     pub data_sha256: String,
+    #[serde(default)]
+    pub encoding: Option<&'static Encoding>,
     pub size: Size,
     /// The drop probability of each run.
     pub dropouts: Vec<f64>,
@@ -121,12 +129,13 @@ const COMPARISON_STEPS: u64 = 1200;
 
 impl Arguments {
     /// The settings of a new run.
-    pub fn settings(&self) -> Result<Settings> {
+    pub fn settings(&self) -> Settings {
         let preset = self.preset.unwrap_or(Preset::NanogptCpu);
         let comparison = self.data.is_none() && self.preset.is_none() && self.dropout.is_none();
         let mut settings = Settings {
             data: None,
             data_sha256: String::new(),
+            encoding: None,
             size: preset.size(),
             dropouts: vec![preset.dropout()],
             steps: preset.steps(),
@@ -142,12 +151,10 @@ impl Arguments {
     }
 
     /// These settings but for what was given.
-    pub fn over(&self, base: Settings) -> Result<Settings> {
-        let data = self.data.as_ref().map(|path| {
-            path.canonicalize().with_context(|| format!("cannot read {}", path.display()))
-        });
-        let settings = Settings {
-            data: data.transpose()?.or(base.data),
+    pub fn over(&self, base: Settings) -> Settings {
+        Settings {
+            data: self.data.as_deref().map(Place::new).or(base.data),
+            encoding: self.encoding.or(base.encoding),
             size: self.preset.map_or(base.size, Preset::size),
             dropouts: self.dropout.map_or(base.dropouts, |p| vec![p]),
             steps: self.steps.unwrap_or(base.steps),
@@ -155,9 +162,7 @@ impl Arguments {
             device: self.device.unwrap_or(base.device),
             eval_interval: self.eval_interval.unwrap_or(base.eval_interval),
             ..base
-        };
-        settings.check()?;
-        Ok(settings)
+        }
     }
 }
 
@@ -173,12 +178,6 @@ impl settings::Settings for Settings {
 }
 
 impl Settings {
-    fn check(&self) -> Result<()> {
-        self.dropouts.iter().try_for_each(|&p| Probability::new(p).map(drop))?;
-        ensure!(self.eval_interval > 0, "--eval-interval: expected at least 1, got 0");
-        Ok(())
-    }
-
     /// Of a run on the text with these bytes: refuses another one than before.
     pub fn with_text(self, bytes: &[u8]) -> Result<Self> {
         let data_sha256 = sha256(bytes);
@@ -191,7 +190,7 @@ impl Settings {
 
     /// A model of so many characters with this drop probability at every site.
     pub fn config(&self, characters: usize, dropout: f64) -> Result<GptConfig> {
-        let p = Probability::new(dropout)?;
+        let p = Probability::nonvanishing(dropout)?;
         // Tensor cores want rows of whole 16 bytes: the last tokens stand for no character there.
         let vocab_size = match self.device {
             Device::Cpu => characters,

@@ -3,6 +3,7 @@
 use super::common::device::Device;
 use super::common::files::Folder;
 use super::common::plot::{self, Curve};
+use super::common::settings::realised;
 use super::common::trainer::{Evaluation, Record};
 use super::language_model::LanguageModel;
 use super::options::Settings;
@@ -74,7 +75,8 @@ pub fn title<B: Backend>(
 ) -> String {
     let size = settings.size;
     format!(
-        "Dropout {dropout}: {} layers, {} heads, width {}, {} weights; batches of {} x {} of {} characters",
+        "Dropout {}: {} layers, {} heads, width {}, {} weights; batches of {} x {} of {} characters",
+        realised(dropout),
         size.layers,
         size.heads,
         size.width,

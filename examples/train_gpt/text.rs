@@ -1,8 +1,6 @@
 //! A text as tokens, a character each, and the windows of it that a model is shown.
 
-use anyhow::{Context, Result, ensure};
-use std::fs;
-use std::path::{Path, PathBuf};
+use anyhow::{Result, ensure};
 
 /// A text, split by position: nine tenths to train on, then one tenth to validate.
 pub struct Text {
@@ -35,29 +33,17 @@ impl Text {
     }
 }
 
-/// This project's documents, one file behind the other: a text so small that a minute's training begins to learn it by
-/// heart.
-pub fn own_documents() -> Result<String> {
-    let paths = files(Path::new(env!("CARGO_MANIFEST_DIR")), "md")?;
-    let texts = paths.iter().map(|path| {
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-    });
-    Ok(texts.collect::<Result<Vec<_>>>()?.concat())
-}
+/// This project's documents as they were on 2026-11-26: a text so small that a minute's training begins to learn it by heart.
+pub const OWN_DOCUMENTS: &str = include_str!("documents.txt");
 
-/// The files of a folder with this ending, in order.
-fn files(folder: &Path, ending: &str) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).with_context(|| {
-        let folder = folder.display();
-        format!("cannot read this project's documents in {folder} (--data FILE for another text)")
-    })?;
-    let mut paths = entries
-        .map(|entry| Ok(entry?.path()))
-        .collect::<Result<Vec<_>, std::io::Error>>()
-        .with_context(|| format!("cannot read {}", folder.display()))?;
-    paths.retain(|path| path.extension().is_some_and(|end| end == ending));
-    paths.sort();
-    Ok(paths)
+/// A text as a terminal shows it: no character of it moves the cursor, rings or turns the writing round.
+pub fn printable(text: &str) -> String {
+    let harmless = |c: char| {
+        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        matches!(c, '\n' | '\t') || !(c.is_control() || turns)
+    };
+    let show = |c: char| if harmless(c) { c.to_string() } else { c.escape_unicode().to_string() };
+    text.chars().map(show).collect()
 }
 
 /// Where windows of `context` tokens that each have a next one begin, evenly over the text: at most `count`, none overlapping.
@@ -91,5 +77,14 @@ mod tests {
             assert_eq!(windows[0], 0);
             assert!(windows.len() == 1 || windows.last() == Some(&(tokens - 1 - context)));
         }
+    }
+
+    #[test]
+    fn what_is_printed_leaves_the_terminal_alone() {
+        assert_eq!(printable("a\tb\\ \"é\"\n"), "a\tb\\ \"é\"\n");
+        assert_eq!(
+            printable("\x1b[2J\r\u{7}\u{9b}\u{202e}"),
+            "\\u{1b}[2J\\u{d}\\u{7}\\u{9b}\\u{202e}"
+        );
     }
 }

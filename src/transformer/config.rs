@@ -176,8 +176,8 @@ impl GptConfig {
         positive("num_labels", self.num_labels)?;
         layers("n_layer", self.n_layer)?;
         heads("n_embd", self.n_embd, self.n_head)?;
-        epsilon("layer_norm_epsilon", self.layer_norm_epsilon)?;
-        deviation(self.initializer_range)?;
+        finite("layer_norm_epsilon", self.layer_norm_epsilon)?;
+        finite("initializer_range", self.initializer_range)?;
         let width = self.n_embd;
         let tables = [
             ("n_embd", width, 4, self.n_layer),
@@ -276,8 +276,8 @@ impl BertConfig {
         positive("num_labels", self.num_labels)?;
         layers("num_hidden_layers", self.num_hidden_layers)?;
         heads("hidden_size", self.hidden_size, self.num_attention_heads)?;
-        epsilon("layer_norm_eps", self.layer_norm_eps)?;
-        deviation(self.initializer_range)?;
+        finite("layer_norm_eps", self.layer_norm_eps)?;
+        finite("initializer_range", self.initializer_range)?;
         let width = self.hidden_size;
         let tables = [
             ("hidden_size", width, 4, self.num_hidden_layers),
@@ -590,11 +590,7 @@ fn weights_fit<const N: usize>(
     Ok(())
 }
 
-fn deviation(value: f32) -> Result<(), Error> {
-    epsilon("initializer_range", value)
-}
-
-fn epsilon(name: &str, value: f32) -> Result<(), Error> {
+fn finite(name: &str, value: f32) -> Result<(), Error> {
     if value.is_finite() && value >= 0.0 {
         return Ok(());
     }
