@@ -5,6 +5,7 @@
 use clap::Parser;
 use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape, cpu};
 use sha2::{Digest, Sha256};
+use std::fmt::Display;
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
@@ -74,13 +75,13 @@ fn main() -> ExitCode {
         return refuse(error.to_string());
     }
     // The probability that the mask has: a multiple of 1/65536.
-    let _ = writeln!(io::stderr(), "mask: p = {}/65536", arguments.p.threshold());
+    warn(format!("p = {}/65536", arguments.p.threshold()));
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the lines has seen enough.
         Err(Failure::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Failure::Io(error)) => {
-            eprintln!("mask: {error}");
+            warn(error);
             ExitCode::FAILURE
         }
         Err(Failure::Refused(error)) => refuse(error.to_string()),
@@ -105,8 +106,13 @@ impl From<Error> for Failure {
 }
 
 fn refuse(why: String) -> ExitCode {
-    eprintln!("mask: {why} (--help lists the arguments)");
+    warn(format!("{why} (--help lists the arguments)"));
     ExitCode::from(2)
+}
+
+/// To the standard error, if it is open.
+fn warn(line: impl Display) {
+    let _ = writeln!(io::stderr(), "mask: {line}");
 }
 
 /// What clap says in several lines, its first sentence and the names that belong to it in one.

@@ -198,6 +198,29 @@ fn a_training_that_diverges_ends_with_the_step_that_shows_it() {
     assert_eq!(trainer.record.steps(), 1);
 }
 
+#[test]
+fn nothing_that_is_not_finite_is_recorded_or_saved() {
+    let (backend, text) = (CpuBackend::new(), some_text());
+    let new = |poison| {
+        let task = language_model(&backend, &text, 0.0, 7);
+        let mut weights = task.specs().init(3);
+        weights[1][0] = poison;
+        Trainer::new(&backend, task, plan(), &weights).unwrap()
+    };
+    for poison in [f32::NAN, f32::INFINITY] {
+        let mut trainer = new(poison);
+        let error = trainer.evaluate().unwrap_err().to_string();
+        assert!(error.contains("loss after 0 steps is NaN"), "{error}");
+        assert_eq!(trainer.record, Record::default());
+        let error = trainer.checkpoint(|_| Ok(String::new())).unwrap_err().to_string();
+        assert!(
+            error
+                .contains(&format!("a weight of transformer.wpe.weight after 0 steps is {poison}")),
+            "{error}"
+        );
+    }
+}
+
 /// As many losses as steps, each of its own step, whenever they are waited for.
 #[test]
 fn losses_do_not_depend_on_when_they_are_waited_for() {

@@ -98,16 +98,18 @@ fn guess(bytes: &[u8], odd: &Odd) -> Result<(String, Option<String>)> {
     ensure!(!cut, "{why}: is its last character cut? ({instead})");
     let mut detector = EncodingDetector::new(Iso2022JpDetection::Deny);
     detector.feed(bytes, true);
-    let guessed = detector.guess(None, Utf8Detection::Deny);
+    let guessed = |country| detector.guess(country, Utf8Detection::Deny);
     let control = |c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\x0c');
     let text = strictly(bytes, WINDOWS_1252).ok().filter(|text| !text.contains(control));
-    match text {
-        None => bail!("{why}: not a text? ({instead})"),
-        Some(_) if guessed != WINDOWS_1252 => {
-            bail!("{why}: perhaps {} ({instead})", guessed.name())
-        }
-        Some(text) => Ok((text, Some(format!("{why}: read as windows-1252 ({instead})")))),
-    }
+    let Some(text) = text else { bail!("{why}: not a text? ({instead})") };
+    // A few letters say little: what is expected is a country's that has this encoding.
+    let here = guessed(Some(b"us"));
+    ensure!(here == WINDOWS_1252, "{why}: perhaps {} ({instead})", here.name());
+    let doubt = match guessed(None) {
+        same if same == WINDOWS_1252 => String::new(),
+        other => format!(", perhaps it is {}", other.name()),
+    };
+    Ok((text, Some(format!("{why}: read as windows-1252{doubt} ({instead})"))))
 }
 
 /// Without byte order marks, which files that were joined have in their middle; lines end in `\n`.
@@ -180,6 +182,10 @@ mod tests {
         let one = ["plain words\n".repeat(99).as_bytes(), b"fianc\xe9 and more\n"].concat();
         assert!(
             read(&one, None).unwrap().remark.unwrap().contains("byte 1193 (0xe9, in line 100)")
+        );
+        let (polish, ..) = encoding_rs::WINDOWS_1250.encode("Zażółć gęślą jaźń, wszystko");
+        assert!(
+            read(&polish, None).unwrap().remark.unwrap().contains("perhaps it is windows-1250")
         );
         for name in ["utf-17", "utf-16", "replacement", ""] {
             assert!(by_name(name).is_err(), "{name}");

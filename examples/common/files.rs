@@ -1,6 +1,7 @@
 //! Files in and out.
 
 use super::encoding::{self, Decoded};
+use super::say;
 use anyhow::{Context, Result, bail};
 use encoding_rs::Encoding;
 use fused_dropout::transformer::Specs;
@@ -65,7 +66,7 @@ impl Place {
         let Decoded { text, remark } =
             encoding::decode(bytes, encoding).with_context(|| format!("cannot read {path}"))?;
         if let Some(remark) = remark {
-            eprintln!("{path}: {remark}");
+            say::warn(format_args!("{path}: {remark}"));
         }
         Ok(text)
     }

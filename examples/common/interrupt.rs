@@ -1,5 +1,6 @@
 //! Ctrl-C: the first ends the run after its step, the second at once.
 
+use super::say;
 use anyhow::{Context, Result};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -15,7 +16,7 @@ pub fn listen() -> Result<()> {
         if asked_again() {
             std::process::exit(i32::from(STATUS));
         }
-        eprintln!("\nending after this step (Ctrl-C again: at once)");
+        say::warn(format_args!("\nending after this step (Ctrl-C again: at once)"));
     })
     .context("cannot listen to Ctrl-C")
 }

@@ -3,12 +3,12 @@
 use super::files::Folder;
 use super::interrupt;
 use super::output::{Output, Start};
+use super::say::{self, say};
 use super::settings::{Notes, Settings, check_same_run, saved};
 use super::trainer::{Evaluation, Plan, Record, Task, Trainer};
 use anyhow::{Context, Result};
 use fused_dropout::transformer::{Backend, Checkpoint};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::Write;
 use std::path::Path;
 
 /// Where a run is shown and kept.
@@ -74,7 +74,7 @@ impl<S: Settings> Session<S> {
         })?;
         let threads = rayon::current_num_threads();
         if notes.threads != threads {
-            println!(
+            say!(
                 "resumed with {threads} threads after {}: the last bits may differ",
                 notes.threads
             );
@@ -122,7 +122,7 @@ pub fn train<B: Backend, T: Task<B>, S: Settings>(
     runs: &mut [Run<'_, B, T, S>],
     output: &Output,
 ) -> Result<Outcome> {
-    runs.iter().for_each(|run| println!("\n{}", run.session.title));
+    runs.iter().for_each(|run| say!("\n{}", run.session.title));
     let mut table = Table { named: runs.len() > 1, begun: false };
     for Run { session, trainer } in &*runs {
         let evaluations = 0..trainer.record.evaluations.len();
@@ -191,10 +191,10 @@ impl Table {
         let ms = if since.is_empty() { "-".to_owned() } else { format!("{:.2}", mean(since)) };
         column("ms/step", ms);
         if !self.begun {
-            println!("{names}");
+            say!("{names}");
             self.begun = true;
         }
-        println!("{row}");
+        say!("{row}");
     }
 }
 
@@ -210,10 +210,7 @@ pub fn show_how_to_resume(out: &Path, more: &[String]) -> Result<()> {
         [&quoted(&program)?, &b" --resume --out="[..], &quoted(out.as_os_str())?].concat();
     more.iter().for_each(|more| command.extend_from_slice(format!(" {more}").as_bytes()));
     // A path need not be text.
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_all(b"\nstopped; to continue: ")?;
-    stdout.write_all(&command)?;
-    stdout.write_all(b"\n")?;
+    say::bytes(&[b"\nstopped; to continue: ", &command[..], b"\n"].concat());
     Ok(())
 }
 

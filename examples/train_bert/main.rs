@@ -18,6 +18,7 @@ use common::device::Job;
 use common::files::{Folder, Place};
 use common::interrupt;
 use common::output::{Output, Start};
+use common::say;
 use common::session::{self, Outcome, Session, show_how_to_resume};
 use common::settings::{check_same_run, of_saved_run};
 use common::trainer::{Plan, Record};
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Finished) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::STATUS),
         Err(error) => {
-            eprintln!("train_bert: {error:#}");
+            say::warn(format_args!("train_bert: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -2,6 +2,7 @@
 
 use super::common::draws::draws;
 use super::common::epochs::Epochs;
+use super::common::say::say;
 use super::common::trainer::{Scores, Task};
 use super::reviews::{Review, Reviews, Sequences};
 use super::tokenizer::{MASK, SPECIAL};
@@ -182,6 +183,6 @@ impl<B: Backend> Task<B> for Model<'_, B> {
 /// What fine-tuning begins with: the weights of a trained model, as its file has them, and a new head. Says what is new.
 pub fn inherit(from: &Bert, weights: &[Vec<f32>], to: &Bert, seed: u64) -> Result<Vec<Vec<f32>>> {
     let loaded = to.specs().load(&[from.specs().serialize(weights)?], seed)?;
-    println!("\n{loaded}");
+    say!("\n{loaded}");
     Ok(loaded.values)
 }

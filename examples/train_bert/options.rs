@@ -7,7 +7,7 @@ use super::common::settings::{self, probability};
 use super::common::trainer::Plan;
 use super::tokenizer::PAD;
 use anyhow::{Result, ensure};
-use clap::Parser;
+use clap::{Parser, value_parser};
 use encoding_rs::Encoding;
 use fused_dropout::transformer::{AdamW, BertConfig, Schedule};
 use fused_dropout::{Activation, Probability};
@@ -24,7 +24,7 @@ use std::path::PathBuf;
 /// end of every epoch and on Ctrl-C checkpoint.safetensors is written, from which --resume continues as if nothing had
 /// happened: the same options and number of threads give the same losses, bit for bit.
 #[derive(Parser)]
-#[command(name = "train_bert", version)]
+#[command(name = "train_bert", version, args_override_self = true)]
 pub struct Arguments {
     /// Texts of the class `positive`, one a line; they may come through a pipe
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
@@ -49,10 +49,10 @@ pub struct Arguments {
     #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     classifier_dropout: Option<f64>,
     /// Epochs of the masked language model; 0: classes are learnt from new weights [default: 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(..1 << 20))]
     masked_epochs: Option<u64>,
     /// Epochs of the classifier [default: 4]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(..1 << 20))]
     epochs: Option<u64>,
     /// What the held-out texts, weights, batches and masks follow from [default: 1337]
     #[arg(long, value_name = "U64")]

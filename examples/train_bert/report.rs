@@ -3,6 +3,7 @@
 use super::common::device::Device;
 use super::common::files::Folder;
 use super::common::plot::{self, Curve};
+use super::common::say::say;
 use super::common::settings::realised;
 use super::common::trainer::{Evaluation, Record};
 use super::options::Settings;
@@ -90,7 +91,7 @@ pub fn write(training: &Training, masked: &Trained, classifier: &Trained) -> Res
     plot::write(out, "loss.svg", "Classifier", unit, &losses(&classifier.record))?;
     let accuracy = accuracies(&classifier.record);
     plot::write(out, "accuracy.svg", "Held-out accuracy", "percent", &[accuracy])?;
-    println!(
+    say!(
         "\nheld-out accuracy of {} texts: {:.2} % at the end, {:.2} % at best (epoch {})\n",
         metrics.held_out,
         100.0 * metrics.accuracy,
@@ -152,6 +153,6 @@ fn show_files(out: &Folder) {
         ("weights", "model.safetensors"),
         ("checkpoint", Folder::CHECKPOINT),
     ] {
-        println!("{what:<10}  {}", out.path(file).display());
+        say!("{what:<10}  {}", out.path(file).display());
     }
 }

@@ -18,6 +18,7 @@ use common::device::Job;
 use common::files::Folder;
 use common::interrupt;
 use common::output::{Output, Start};
+use common::say;
 use common::session::{self, Outcome, Session, show_how_to_resume};
 use common::settings::{Settings as _, check_same_run, of_saved_run};
 use fused_dropout::transformer::Backend;
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
         Ok(Outcome::Finished) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(interrupt::STATUS),
         Err(error) => {
-            eprintln!("train_gpt: {error:#}");
+            say::warn(format_args!("train_gpt: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -133,7 +134,7 @@ impl Training {
         session.folder.write_model(&gpt.config().to_json(), gpt.specs(), &weights)?;
         if self.sample > 0 {
             let written = trainer.task.write(backend, &trainer.params, self.sample)?;
-            println!("\nWith dropout {dropout} it writes:\n\n{}", printable(&written));
+            say::say!("\nWith dropout {dropout} it writes:\n\n{}", printable(&written));
         }
         Run::new(dropout, gpt.config(), trainer.record, session.tokens)
     }

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 /// evaluation and on Ctrl-C checkpoint.safetensors, from which --resume continues as if nothing had happened: the
 /// same options and number of threads give the same losses, bit for bit.
 #[derive(Parser)]
-#[command(name = "train_gpt", version)]
+#[command(name = "train_gpt", version, args_override_self = true)]
 pub struct Arguments {
     /// The text, which may come through a pipe [default: this project's documents of 2026-11-26]
     #[arg(long, value_name = "FILE")]
@@ -39,7 +39,7 @@ pub struct Arguments {
     #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     dropout: Option<f64>,
     /// Training steps; the learning rate falls over all of them [default: the preset's]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..1 << 44))]
     steps: Option<u64>,
     /// What weights, batches, masks and the sample follow from [default: 1337]
     #[arg(long, value_name = "U64")]

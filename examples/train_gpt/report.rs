@@ -3,6 +3,7 @@
 use super::common::device::Device;
 use super::common::files::Folder;
 use super::common::plot::{self, Curve};
+use super::common::say::say;
 use super::common::settings::realised;
 use super::common::trainer::{Evaluation, Record};
 use super::language_model::LanguageModel;
@@ -110,14 +111,14 @@ pub fn write(
     let curves: Vec<Curve> = runs.iter().enumerate().flat_map(curves).collect();
     plot::write(out, "curves.svg", "GPT", "loss, nats per character", &curves)?;
     show(runs);
-    println!();
+    say!();
     for (what, file) in [
         ("curves", "curves.svg"),
         ("metrics", "metrics.json"),
         ("weights", "model.safetensors"),
         ("checkpoint", Folder::CHECKPOINT),
     ] {
-        println!("{what:<10}  {}", out.path(file).display());
+        say!("{what:<10}  {}", out.path(file).display());
     }
     Ok(())
 }
@@ -140,12 +141,16 @@ fn curves((colour, run): (usize, &Run)) -> [Curve; 2] {
 }
 
 fn show(runs: &[Run]) {
-    println!(
+    say!(
         "\n{:>12}{:>16}{:>16}{:>12}{:>12}",
-        "dropout", "best val loss", "final val loss", "ms/step", "tokens/s"
+        "dropout",
+        "best val loss",
+        "final val loss",
+        "ms/step",
+        "tokens/s"
     );
     for run in runs {
-        println!(
+        say!(
             "{:>12}{:>16.4}{:>16.4}{:>12.2}{:>12.0}",
             run.dropout,
             run.best_val_loss,
