@@ -16,7 +16,7 @@ use fused_dropout::{Dropout, Key, Probability, Shape};
 pub fn check(gpu: &Gpu) -> Result<()> {
     for p in [0.1, 0.001] {
         for cols in [1024, 1021] {
-            let drop = Dropout::new(Key::new(42, 7), Probability::new(p)?);
+            let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
             let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
@@ -33,7 +33,7 @@ pub fn check(gpu: &Gpu) -> Result<()> {
 fn kept(gpu: &Gpu, p: f64) -> Result<()> {
     let shape = Shape::new(1 << 14, 1 << 10);
     let elements = shape.rows * shape.cols;
-    let drop = Dropout::new(Key::new(42, 7), Probability::new(p)?);
+    let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
     let x = gpu.stream().clone_htod(&vec![1.0f32; elements])?;
     let mut y = gpu.stream().alloc_zeros::<f32>(elements)?;
     let call = fused_dropout::device::Call::on(gpu);

@@ -44,7 +44,7 @@ impl Timer {
     pub fn new(gpu: &Gpu, data: &Data, case: &Case, p: f64) -> Result<Self> {
         let sets = ROTATED.div_ceil(case.bytes()).clamp(*SETS.start(), *SETS.end());
         let mut work = case.prepare(data, gpu, sets).context("preparing its tensors")?;
-        let p = Probability::new(p)?;
+        let p = Probability::nonvanishing(p)?;
         // Every set as often as the others.
         let calls = MOVED.div_ceil(case.bytes()).min(CALLS).div_ceil(sets) * sets;
         let mut run = || {

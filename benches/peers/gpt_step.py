@@ -145,7 +145,7 @@ def tokens(data):
     """The text's part to train on, a token a character; without a text something to learn."""
     if data is None:
         return torch.tensor([i * i * 31 % 65 for i in range(100_000)])
-    text = data.read_text(encoding="utf-8")
+    text = data.read_text(encoding="utf-8-sig")
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     return torch.tensor([number[character] for character in text[: len(text) * 9 // 10]])
 

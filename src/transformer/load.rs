@@ -5,7 +5,7 @@ use super::params::{Part, Specs, not_safetensors};
 use crate::error::Error;
 use safetensors::tensor::{Dtype as FileDtype, SafeTensors, TensorView};
 use serde::Deserialize;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -17,7 +17,7 @@ pub struct Loaded {
     pub values: Vec<Vec<f32>>,
     /// Tensors of the model's head that the files lack. They have the values of a new model.
     pub initialised: Vec<String>,
-    /// Tensors of the files that are none of this model's: those of other heads.
+    /// Tensors of the files that are none of this model's: those of other heads, of layers that it has not, of adapters.
     pub passed_over: Vec<String>,
 }
 
@@ -49,15 +49,15 @@ impl Specs {
     /// The weights in a `safetensors` file, in the files that a `model.safetensors.index.json` names, or in a folder
     /// with either (the first, where it has both).
     ///
-    /// What is taken is what Hugging Face's `from_pretrained` takes, but for a tensor below the heads that is missing or
-    /// unknown, which is an error. Names may lack the base model's prefix (`transformer.`, `bert.`); `gamma` and `beta`
+    /// What is taken is what Hugging Face's `from_pretrained` takes, but for a tensor below the heads that is missing,
+    /// which is an error. Names may lack the base model's prefix (`transformer.`, `bert.`); `gamma` and `beta`
     /// are `weight` and `bias`; a tied tensor may have either name or both; f16, bf16 and f64 are converted; buffers
     /// that follow from the model (masks, positions) are not looked at. A head that the files lack is that of
-    /// [`init`](Self::init) with `seed`; [`Loaded::complete`] refuses it.
+    /// [`init`](Self::init) with `seed`, and tensors that are none of the model's are passed over; [`Loaded::complete`]
+    /// refuses both.
     ///
     /// # Errors
-    /// [`Error::Tensor`] with the tensor that is missing, unknown, of another shape or type, or, under two names, of
-    /// two values; [`Error::File`] with the file that cannot be read or is none of these.
+    /// [`Error::Tensor`] with the tensor that is missing, of another shape or type, or, under two names, of two values; [`Error::File`] with the file that cannot be read or is none of these.
     pub fn open(&self, path: &Path, seed: u64) -> Result<Loaded, Error> {
         let files = read_all(path)?;
         let shards = files.iter().map(|(path, bytes)| {
@@ -94,7 +94,6 @@ impl Specs {
                 Place::Part(part) => found.entry(part).or_default().push(Stored { name, view }),
                 Place::Constant => {}
                 Place::Elsewhere => passed_over.push(name.to_owned()),
-                Place::Body => return Err(unknown(name)),
             }
         }
         passed_over.sort();
@@ -124,8 +123,6 @@ struct Names<'a> {
     specs: &'a Specs,
     /// The part of each name that files may use.
     parts: HashMap<&'a str, &'a str>,
-    /// How names below the heads begin, behind the prefix.
-    roots: HashSet<&'a str>,
 }
 
 /// Where a tensor of a file belongs.
@@ -134,9 +131,7 @@ enum Place<'a> {
     Part(&'a str),
     /// To nothing that is stored: it follows from the model.
     Constant,
-    /// Below the heads, where this model has none of its name.
-    Body,
-    /// To another head.
+    /// To another model.
     Elsewhere,
 }
 
@@ -145,10 +140,7 @@ impl<'a> Names<'a> {
         let own = specs.iter().flat_map(|spec| &spec.parts).map(|part| part.name.as_str());
         let aliases = specs.aliases.iter().map(|(alias, name)| (alias.as_str(), name.as_str()));
         let parts = own.map(|name| (name, name)).chain(aliases).collect();
-        let body = specs.iter().enumerate().filter(|(index, _)| !specs.is_head(*index));
-        let body = body.flat_map(|(_, spec)| &spec.parts);
-        let roots = body.map(|part| root(without(specs.base, &part.name))).collect();
-        Self { specs, parts, roots }
+        Self { specs, parts }
     }
 
     fn place(&self, name: &str) -> Place<'a> {
@@ -157,11 +149,8 @@ impl<'a> Names<'a> {
         if let Some(part) = [&name, &full].iter().find_map(|name| self.parts.get(name.as_str())) {
             return Place::Part(part);
         }
-        if [name.as_str(), &full].iter().any(|&name| self.specs.constants.contains(name)) {
-            return Place::Constant;
-        }
-        match self.roots.contains(root(without(self.specs.base, &name))) {
-            true => Place::Body,
+        match [name.as_str(), &full].iter().any(|&name| self.specs.constants.contains(name)) {
+            true => Place::Constant,
             false => Place::Elsewhere,
         }
     }
@@ -174,14 +163,6 @@ fn modern(name: &str) -> String {
         Some((of, "beta")) => format!("{of}.bias"),
         _ => name.to_owned(),
     }
-}
-
-fn without<'a>(prefix: &str, name: &'a str) -> &'a str {
-    name.strip_prefix(prefix).unwrap_or(name)
-}
-
-fn root(name: &str) -> &str {
-    name.split('.').next().unwrap_or(name)
 }
 
 /// A tensor of a file that is a part of the model's.
