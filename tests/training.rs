@@ -219,6 +219,13 @@ fn nothing_that_is_not_finite_is_recorded_or_saved() {
             "{error}"
         );
     }
+    // Nor is it gone on with.
+    let mut checkpoint = new(0.0).checkpoint(|_| Ok(String::new())).unwrap();
+    checkpoint.optimizer.v[2][0] = f32::NAN;
+    let task = language_model(&backend, &text, 0.0, 7);
+    let resumed = Trainer::resume(&backend, task, plan(), &checkpoint, Record::default());
+    let error = resumed.err().unwrap().to_string();
+    assert!(error.contains("a mean squared gradient of transformer.h.0"), "{error}");
 }
 
 /// As many losses as steps, each of its own step, whenever they are waited for.

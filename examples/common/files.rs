@@ -133,7 +133,9 @@ impl Folder {
             file.sync_all()?;
             fs::rename(&part, &path)
         };
-        write().with_context(|| format!("cannot write {}", path.display()))
+        // What was written of it is of no use to anybody.
+        let written = write().inspect_err(|_| drop(fs::remove_file(&part)));
+        written.with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Writes a value as JSON.

@@ -4,7 +4,7 @@ use anyhow::{Result, bail, ensure};
 use fused_dropout::Error;
 use fused_dropout::transformer::backend::F32;
 use fused_dropout::transformer::{
-    AdamW, Backend, Checkpoint, Grads, Optimizer, Params, Schedule, Specs,
+    AdamW, Backend, Checkpoint, Grads, Optimizer, OptimizerState, Params, Schedule, Specs,
 };
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -180,6 +180,7 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
             "a record of {} steps with weights of {steps}",
             record.steps()
         );
+        check_all_finite(task.specs(), checkpoint)?;
         let state = &checkpoint.optimizer;
         let optimizer = Optimizer::restore(backend, task.specs(), plan.optimizer, state)?;
         Self::with(backend, task, plan, &checkpoint.weights, optimizer, record)
@@ -209,11 +210,9 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
         let notes = notes(&self.record)?;
         let weights = self.params.download(self.backend)?;
         let optimizer = self.optimizer.state(self.backend)?;
-        let (specs, steps) = (self.task.specs(), optimizer.steps);
-        check_finite(specs, "weight", steps, &weights)?;
-        check_finite(specs, "mean gradient", steps, &optimizer.m)?;
-        check_finite(specs, "mean squared gradient", steps, &optimizer.v)?;
-        Ok(Checkpoint { weights, optimizer, notes })
+        let checkpoint = Checkpoint { weights, optimizer, notes };
+        check_all_finite(self.task.specs(), &checkpoint)?;
+        Ok(checkpoint)
     }
 
     /// Takes steps until they were waited for, so that nothing of this run takes time after it.
@@ -301,6 +300,14 @@ impl<'a, B: Backend, T: Task<B>> Trainer<'a, B, T> {
     pub fn steps(&self) -> u64 {
         self.plan.schedule.steps
     }
+}
+
+/// Refuses weights and moments that are not all finite.
+fn check_all_finite(specs: &Specs, checkpoint: &Checkpoint) -> Result<()> {
+    let Checkpoint { weights, optimizer: OptimizerState { m, v, steps }, .. } = checkpoint;
+    check_finite(specs, "weight", *steps, weights)?;
+    check_finite(specs, "mean gradient", *steps, m)?;
+    check_finite(specs, "mean squared gradient", *steps, v)
 }
 
 /// Refuses values, one list for each tensor, that are not all finite.

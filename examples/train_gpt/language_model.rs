@@ -2,6 +2,7 @@
 
 use super::common::draws::draws;
 use super::common::epochs::Epochs;
+use super::common::interrupt;
 use super::common::trainer::{Scores, Task};
 use super::text::{Text, even_windows};
 use fused_dropout::transformer::backend::{Backend, F32};
@@ -101,7 +102,8 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
         Ok(sum / count as f64)
     }
 
-    /// Lets the model write `length` characters, each drawn from what it expects, made somewhat surer of itself.
+    /// Lets the model write `length` characters, or less if Ctrl-C comes, each drawn from what it expects, made somewhat
+    /// surer of itself.
     pub fn write(&self, backend: &B, params: &Params<B>, length: usize) -> Result<String, Error> {
         const TEMPERATURE: f32 = 0.8;
         let context = self.context();
@@ -111,7 +113,7 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
         let labels = vec![IGNORED; context];
         // It begins as the text does.
         let mut written = vec![self.text.train[0]];
-        while written.len() < length {
+        while written.len() < length && !interrupt::asked() {
             let seen = &written[written.len().saturating_sub(context)..];
             // What stands behind the last token does not reach it: attention is causal.
             let mut ids = seen.to_vec();

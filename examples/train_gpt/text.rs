@@ -22,7 +22,7 @@ impl Text {
         let validation = train.split_off(characters * 9 / 10);
         ensure!(
             train.len() > context && validation.len() > context,
-            "a text of {characters} characters: a tenth of it must be longer than the context, {context}"
+            "--data: a text of {characters} characters, of which a tenth must be longer than the context, {context}"
         );
         Ok(Self { vocabulary, train, validation })
     }
