@@ -345,6 +345,8 @@ fn settings_that_change_nothing_are_taken() {
         ("id2label", json!({})),
         ("label2id", json!(null)),
         ("id2label", json!({"0": "no", "1": "yes"})),
+        ("n_special", json!(0)),
+        ("predict_special_tokens", json!(true)),
         ("pruned_heads", json!({})),
         ("pruned_heads", json!(null)),
         ("is_decoder", json!(false)),

@@ -243,6 +243,33 @@ fn an_earlier_checkpoint_stays_until_another_takes_its_place() {
     assert_ne!(checkpoint(&out), earlier);
 }
 
+/// Notes that no run has written, and a model that is somebody's.
+#[test]
+fn what_is_no_runs_is_refused() {
+    let folder = folder("damaged");
+    let (text, out) = (some_text(&folder), folder.join("out"));
+    finishes(gpt(&text, &out));
+    let file = checkpoint(&out);
+    let damages =
+        [("step", "3", "9"), ("step", "6", "9"), ("eval_interval", "3", "0"), ("steps", "6", "0")];
+    let header = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+    let (head, tensors) = file.split_at(header);
+    for (name, from, to) in damages {
+        // JSON in a string in a string.
+        let [from, to] = [from, to].map(|value| format!(r#"\\\"{name}\\\":{value}"#));
+        let notes = String::from_utf8_lossy(&head[8..]);
+        assert!(notes.contains(&from), "{from}");
+        let notes = notes.replace(&from, &to);
+        let damaged = [&head[..8], notes.as_bytes(), tensors].concat();
+        fs::write(out.join("checkpoint.safetensors"), damaged).unwrap();
+        is_refused(program("train_gpt", &["--resume"], &out), &["cannot resume", "checkpoint"]);
+    }
+    fs::remove_file(out.join("checkpoint.safetensors")).unwrap();
+    let model = fs::read(out.join("model.safetensors")).unwrap();
+    is_refused(gpt(&text, &out), &["has a model already", "--overwrite"]);
+    assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), model);
+}
+
 #[test]
 fn a_folder_is_one_runs_until_its_process_ends() {
     let folder = folder("lock");
@@ -284,7 +311,12 @@ fn texts_come_through_pipes_in_several_encodings_from_any_path() {
     let folder = folder("texts");
     let (text, whole) = (some_text(&folder), folder.join("whole"));
     finishes(gpt(&text, &whole));
-    let text = fs::read_to_string(text).unwrap();
+    let here = fs::File::open(&text).unwrap();
+    let text = {
+        let read = fs::read_to_string(&text).unwrap();
+        fs::remove_file(&text).unwrap();
+        read
+    };
 
     let odd = folder.join(OsStr::from_bytes(b"\xff.txt"));
     let utf_16 = format!("\u{feff}{text}").encode_utf16().flat_map(u16::to_be_bytes).collect();
@@ -304,7 +336,12 @@ fn texts_come_through_pipes_in_several_encodings_from_any_path() {
     is_refused(gpt(&odd, &folder.join("cut")), &["byte 39", "line 1", "--encoding"]);
     assert!(!folder.join("cut").exists());
 
-    // What came through a pipe is kept, or it could not be gone on with.
+    // What came through a pipe is kept, or it could not be gone on with; so is a file without a name, a here-document.
+    let out = folder.join("here");
+    let mut unnamed = gpt(Path::new("/dev/stdin"), &out);
+    unnamed.stdin(here);
+    finishes(stopped(unnamed, is_row));
+    assert_eq!(results(&out), results(&whole));
     let out = folder.join("piped");
     let mut piped = gpt(Path::new("/dev/stdin"), &out);
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -360,6 +397,10 @@ fn options_are_refused_under_their_names_before_anything_is_written() {
         }
     }
     is_refused(gpt("--steps=0"), &["--steps"]);
+    if !cfg!(feature = "cuda") {
+        is_refused(gpt("--device=cuda"), &["--device cuda"]);
+        is_refused(bert(&["--device=cuda"]), &["--device cuda"]);
+    }
     is_refused(gpt(&format!("--steps={}", u64::MAX)), &["--steps"]);
     is_refused(gpt("--eval-interval=0"), &["--eval-interval"]);
     is_refused(gpt("--encoding=utf-17"), &["--encoding", "utf-8"]);

@@ -1,6 +1,6 @@
 //! Where a run takes place: the only lines that know more than `Backend` does.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::ValueEnum;
 use fused_dropout::transformer::{Backend, CpuBackend};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,15 @@ pub trait Job {
 }
 
 impl Device {
+    /// Refuses a device that this build does not know.
+    pub fn check(self) -> Result<()> {
+        ensure!(
+            self == Device::Cpu || cfg!(feature = "cuda"),
+            "--device cuda: this build has no CUDA (cargo run --features transformer,cuda)"
+        );
+        Ok(())
+    }
+
     /// Runs a job on this device.
     pub fn run<J: Job>(self, job: J) -> Result<J::Output> {
         match self {
@@ -43,5 +52,5 @@ fn cuda<J: Job>(job: J) -> Result<J::Output> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda<J: Job>(_job: J) -> Result<J::Output> {
-    anyhow::bail!("--device cuda: this build has no CUDA (cargo run --features transformer,cuda)")
+    unreachable!("`check` refuses it")
 }

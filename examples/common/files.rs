@@ -73,7 +73,8 @@ impl Place {
 
     /// Where the bytes that were read can be read again: a pipe's are kept in the folder.
     pub fn lasting(self, folder: &Folder, name: &str, bytes: &[u8]) -> Result<Self> {
-        if self.0.is_file() {
+        // What has a path of its own: a here-document behind /dev/stdin is a file that has none any more.
+        if self.0.canonicalize().is_ok_and(|path| path.is_file()) {
             return Ok(self);
         }
         // Another text's copy, which another run may need, has another name.
@@ -96,6 +97,9 @@ impl fmt::Display for Folder {
 impl Folder {
     /// The name of a checkpoint.
     pub const CHECKPOINT: &str = "checkpoint.safetensors";
+
+    /// The name of a trained model's weights.
+    pub const MODEL: &str = "model.safetensors";
 
     pub fn new(path: PathBuf) -> Self {
         Self(path)
@@ -146,12 +150,17 @@ impl Folder {
     /// Writes what Hugging Face's `from_pretrained` reads.
     pub fn write_model(&self, config: &str, specs: &Specs, weights: &[Vec<f32>]) -> Result<()> {
         self.write("config.json", config.as_bytes())?;
-        self.write("model.safetensors", &specs.serialize(weights)?)
+        self.write(Self::MODEL, &specs.serialize(weights)?)
     }
 
     /// Whether an earlier run, or this one, left a checkpoint.
     pub fn has_checkpoint(&self) -> bool {
         self.checkpoint().exists()
+    }
+
+    /// Whether there is a model, whosever it is.
+    pub fn has_model(&self) -> bool {
+        self.path(Self::MODEL).exists()
     }
 
     /// Keeps other runs out of the folder as long as the file is open: the system gives it free with the process, however

@@ -51,6 +51,12 @@ impl Output {
                 folder.checkpoint().display()
             );
         }
+        if let (Start::New, Some(folder)) = (start, known.iter().find(|folder| folder.has_model()))
+        {
+            bail!(
+                "{folder} has a model already: --overwrite replaces it, --out DIR leaves it alone"
+            );
+        }
         Ok(Self { start, earlier: Cell::new(earlier), _locks: locks })
     }
 

@@ -23,16 +23,19 @@ impl<S: Serialize + DeserializeOwned> Notes<S> {
     pub fn to_json(&self) -> Result<String> {
         Ok(serde_json::to_string(self)?)
     }
+}
 
+impl<S: Settings> Notes<S> {
     fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str(text).context("its notes are not this program's")
+        let notes: Self = serde_json::from_str(text).context("its notes are not this program's")?;
+        notes.settings.check()?;
+        notes.record.check()?;
+        Ok(notes)
     }
 }
 
 /// A checkpoint's bytes and notes; `None` where the folder has none.
-pub fn saved<S: Serialize + DeserializeOwned>(
-    folder: &Folder,
-) -> Result<Option<(Vec<u8>, Notes<S>)>> {
+pub fn saved<S: Settings>(folder: &Folder) -> Result<Option<(Vec<u8>, Notes<S>)>> {
     let path = folder.checkpoint();
     if !path.exists() {
         return Ok(None);
@@ -66,6 +69,9 @@ pub fn realised(p: f64) -> String {
 pub trait Settings: Serialize + DeserializeOwned + Clone {
     /// Those that say where the data lie. They may move: what they are is said by their SHA-256, a setting as well.
     const PLACES: &[&str];
+
+    /// Refuses what no options give.
+    fn check(&self) -> Result<()>;
 
     /// The folders of the run below `out`; the last one's checkpoint says what run it is.
     fn folders(&self, out: &Folder) -> Vec<Folder>;

@@ -97,6 +97,23 @@ impl Record {
         self.step_losses.len() as u64
     }
 
+    /// Refuses a record of no run.
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.step_ms.len() == self.step_losses.len(),
+            "its record has steps without a time"
+        );
+        let steps: Vec<u64> = self.evaluations.iter().map(|evaluation| evaluation.step).collect();
+        let in_order = steps.is_sorted_by(|a, b| a < b);
+        let taken = steps.last().is_none_or(|&last| last <= self.steps());
+        ensure!(
+            in_order && taken,
+            "its record has evaluations after steps {steps:?} of {}",
+            self.steps()
+        );
+        Ok(())
+    }
+
     /// The median time of a step.
     pub fn ms_per_step(&self) -> f32 {
         let mut sorted = self.step_ms.clone();

@@ -52,6 +52,7 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
         }
         false => arguments.settings(),
     };
+    settings.device.check()?;
     let bytes = [settings.negative.read()?, settings.positive.read()?];
     let mut settings = settings.with_texts(&bytes)?;
     let decode = |place: &Place, bytes| place.decode(bytes, settings.encoding);

@@ -148,6 +148,12 @@ impl Arguments {
 impl settings::Settings for Settings {
     const PLACES: &[&str] = &["positive", "negative"];
 
+    fn check(&self) -> Result<()> {
+        let Size { length, batch, .. } = self.size;
+        ensure!(length > 2 && batch > 0, "expected texts in batches, got {:?}", self.size);
+        Ok(())
+    }
+
     fn folders(&self, out: &Folder) -> Vec<Folder> {
         folders(out).into()
     }
@@ -173,7 +179,7 @@ impl Settings {
             hidden_size: self.size.width,
             num_hidden_layers: self.size.layers,
             num_attention_heads: self.size.heads,
-            intermediate_size: 4 * self.size.width,
+            intermediate_size: self.size.width.saturating_mul(4),
             hidden_act: Activation::Gelu,
             layer_norm_eps: 1e-12,
             initializer_range: 0.02,
@@ -199,7 +205,8 @@ impl Settings {
 
 /// Both models begin with many weights that are new: they learn at the same rates.
 fn plan(epochs: u64, epoch: u64) -> Plan {
-    let schedule = Schedule { peak: 1e-3, floor: 1e-4, warmup: 100, steps: epochs * epoch };
+    let schedule =
+        Schedule { peak: 1e-3, floor: 1e-4, warmup: 100, steps: epochs.saturating_mul(epoch) };
     let optimizer = AdamW { beta2: 0.999, ..AdamW::default() };
     Plan { optimizer, schedule, eval_interval: epoch }
 }

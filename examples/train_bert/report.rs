@@ -150,7 +150,7 @@ fn show_files(out: &Folder) {
         ("curves", "loss.svg"),
         ("accuracy", "accuracy.svg"),
         ("metrics", "metrics.json"),
-        ("weights", "model.safetensors"),
+        ("weights", Folder::MODEL),
         ("checkpoint", Folder::CHECKPOINT),
     ] {
         say!("{what:<10}  {}", out.path(file).display());

@@ -169,6 +169,17 @@ impl Arguments {
 impl settings::Settings for Settings {
     const PLACES: &[&str] = &["data"];
 
+    fn check(&self) -> Result<()> {
+        ensure!(
+            matches!(self.dropouts.len(), 1 | 2),
+            "expected 1 or 2 dropouts, got {}",
+            self.dropouts.len()
+        );
+        ensure!(self.steps > 0, "expected at least 1 step, got 0");
+        ensure!(self.eval_interval > 0, "expected an eval_interval of at least 1, got 0");
+        Ok(())
+    }
+
     fn folders(&self, out: &Folder) -> Vec<Folder> {
         match self.dropouts.len() {
             2 => folders(out).into(),
@@ -202,7 +213,7 @@ impl Settings {
             n_embd: self.size.width,
             n_layer: self.size.layers,
             n_head: self.size.heads,
-            n_inner: 4 * self.size.width,
+            n_inner: self.size.width.saturating_mul(4),
             activation_function: Activation::GeluTanh,
             layer_norm_epsilon: 1e-5,
             initializer_range: 0.02,

@@ -115,7 +115,7 @@ pub fn write(
     for (what, file) in [
         ("curves", "curves.svg"),
         ("metrics", "metrics.json"),
-        ("weights", "model.safetensors"),
+        ("weights", Folder::MODEL),
         ("checkpoint", Folder::CHECKPOINT),
     ] {
         say!("{what:<10}  {}", out.path(file).display());
