@@ -410,6 +410,8 @@ fn settings_that_change_a_model_are_refused_by_name_and_value() {
         ("is_decoder", json!(true)),
         ("position_embedding_type", json!("relative_key")),
         ("pooler_type", json!("mean")),
+        ("num_attention_heads", json!(0)),
+        ("hidden_size", json!(0)),
     ] {
         let text = with(bert_settings(), name, value);
         assert_eq!(refused(BertConfig::from_json(&text)).0, name);
@@ -418,6 +420,8 @@ fn settings_that_change_a_model_are_refused_by_name_and_value() {
         ("scale_attn_weights", json!(false)),
         ("scale_attn_by_inverse_layer_idx", json!(true)),
         ("hidden_size", json!(16)),
+        ("n_head", json!(0)),
+        ("n_embd", json!(0)),
     ] {
         let text = with(gpt_settings(), name, value);
         assert_eq!(refused(GptConfig::from_json(&text)).0, name);

@@ -172,10 +172,11 @@ impl GptConfig {
         token("bos_token_id", self.bos_token_id, self.vocab_size)?;
         token("eos_token_id", self.eos_token_id, self.vocab_size)?;
         positive("n_positions", self.n_positions)?;
+        positive("n_head", self.n_head)?;
+        heads("n_embd", self.n_embd, self.n_head)?;
         positive("n_inner", self.n_inner)?;
         positive("num_labels", self.num_labels)?;
         layers("n_layer", self.n_layer)?;
-        heads("n_embd", self.n_embd, self.n_head)?;
         finite("layer_norm_epsilon", self.layer_norm_epsilon)?;
         finite("initializer_range", self.initializer_range)?;
         let width = self.n_embd;
@@ -275,6 +276,7 @@ impl BertConfig {
         positive("intermediate_size", self.intermediate_size)?;
         positive("num_labels", self.num_labels)?;
         layers("num_hidden_layers", self.num_hidden_layers)?;
+        positive("num_attention_heads", self.num_attention_heads)?;
         heads("hidden_size", self.hidden_size, self.num_attention_heads)?;
         finite("layer_norm_eps", self.layer_norm_eps)?;
         finite("initializer_range", self.initializer_range)?;
