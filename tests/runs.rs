@@ -114,10 +114,13 @@ fn until(mut command: Command, found: impl Fn(&str) -> bool) -> (Running, impl B
     (child, lines)
 }
 
-/// Sends Ctrl-C at a line of the output; the command that is printed then.
+/// Sends Ctrl-C, twice at once as some programs do, at a line of the output; the command that is printed then.
 fn stopped(command: Command, at: impl Fn(&str) -> bool) -> Command {
     let (mut child, lines) = until(command, at);
-    let kill = Command::new("sh").arg("-c").arg(format!("kill -INT {}", child.0.id())).status();
+    let kill = Command::new("sh")
+        .arg("-c")
+        .arg(format!("kill -INT {0}; kill -INT {0}", child.0.id()))
+        .status();
     assert!(kill.unwrap().success());
     let lines: Vec<Vec<u8>> = lines.split(b'\n').map(Result::unwrap).collect();
     assert_eq!(child.0.wait().unwrap().code(), Some(130));

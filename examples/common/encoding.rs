@@ -93,7 +93,7 @@ fn guess(bytes: &[u8], odd: &Odd) -> Result<(String, Option<String>)> {
     let instead = "--encoding NAME says what it is";
     // A text with characters of several bytes is in UTF-8, and damaged.
     let sound = bytes.utf8_chunks().any(|chunk| !chunk.valid().is_ascii());
-    ensure!(!sound, "{why}, other characters are: damaged? ({instead})");
+    ensure!(!sound, "{why}, other characters are: damaged, or in another encoding? ({instead})");
     let cut = str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none());
     ensure!(!cut, "{why}: is its last character cut? ({instead})");
     let mut detector = EncodingDetector::new(Iso2022JpDetection::Deny);

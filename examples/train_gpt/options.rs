@@ -56,8 +56,8 @@ pub struct Arguments {
     /// The folder for whatever is written
     #[arg(long, value_name = "DIR", default_value = "target/train_gpt")]
     pub out: PathBuf,
-    /// Continue the run that OUT has a checkpoint of; other options are not needed, and must not differ, except --data
-    /// where the same text is elsewhere now
+    /// Continue the run that OUT has a checkpoint of; other options are not needed, and must not differ, except --sample,
+    /// and --data where the same text is elsewhere now
     #[arg(long)]
     pub resume: bool,
     /// Replace the checkpoint that an earlier run left in OUT, with the first one of this run
