@@ -2,8 +2,12 @@
 //!
 //!     cargo run --release --example mask -- --seed 42 --stream 7 --rows 4 --cols 20 --p 0.1
 
+#[path = "common/probability.rs"]
+mod probability;
+
 use clap::Parser;
 use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape, cpu};
+use probability::probability;
 use sha2::{Digest, Sha256};
 use std::fmt::Display;
 use std::io::{self, BufWriter, Write};
@@ -30,7 +34,7 @@ struct Arguments {
     cols: u64,
     /// Probability of dropping, 0 to 1 in steps of 1/65536
     #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
-    p: Probability,
+    p: f64,
     /// Logical row of the first row shown, below 2^32
     #[arg(long, value_name = "R", default_value_t = 0)]
     origin_row: u32,
@@ -46,16 +50,6 @@ struct Arguments {
     /// Print the SHA-256 of the lines, each ended by a newline, in place of the lines
     #[arg(long)]
     sha256: bool,
-}
-
-/// One that would come out as 0 or 1 is refused.
-fn probability(text: &str) -> Result<Probability, String> {
-    let p = text.parse().map_err(|_| "expected a number".to_owned())?;
-    match Probability::nonvanishing(p) {
-        Ok(p) => Ok(p),
-        Err(Error::Argument { expected, .. }) => Err(format!("expected {expected}")),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 /// Bytes of mask that are held at a time.
@@ -74,8 +68,6 @@ fn main() -> ExitCode {
     if let Err(error) = check(&arguments) {
         return refuse(error.to_string());
     }
-    // The probability that the mask has: a multiple of 1/65536.
-    warn(format!("p = {}/65536", arguments.p.threshold()));
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the lines has seen enough.
@@ -126,7 +118,7 @@ fn one_line(error: &clap::Error) -> String {
 /// The mask of rows `row .. row + rows` and columns `col ..`, counted from the origin.
 fn part<'a>(a: &Arguments, row: u64, col: u64) -> Result<Dropout<'a>, Error> {
     let rows = RowMap::Contiguous { first: a.origin_row + row as u32 };
-    let dropout = Dropout::new(Key::new(a.seed, a.stream), a.p);
+    let dropout = Dropout::new(Key::new(a.seed, a.stream), Probability::new(a.p)?);
     let groups = Groups { rows: a.group_rows, columns_together: a.columns_together };
     Ok(dropout.at(Place { first_col: a.origin_col + col, rows }).groups(groups))
 }
@@ -157,6 +149,8 @@ fn check(a: &Arguments) -> Result<(), Error> {
 }
 
 fn run(a: &Arguments) -> Result<(), Failure> {
+    // What is realised.
+    warn(format!("p = {}/65536", Probability::new(a.p)?.threshold()));
     let mut out = BufWriter::new(io::stdout().lock());
     if !a.sha256 {
         lines(a, &mut |bytes| out.write_all(bytes))?;

@@ -92,7 +92,7 @@ fn is_refused(mut command: Command, why: &[&str]) {
     assert!(why.iter().all(|why| stderr.contains(why)), "{stderr}");
 }
 
-/// A program that ends with the test that started it.
+/// A program that is killed where this is dropped, whatever becomes of the test.
 struct Running(Child);
 
 impl Drop for Running {
@@ -234,9 +234,7 @@ fn an_earlier_checkpoint_stays_until_another_takes_its_place() {
     assert_eq!(checkpoint(&out), earlier);
     // The first evaluation of this one is on a long text: nothing is saved yet when its title is there.
     let begun = program("train_gpt", &["--overwrite", "--dropout=0.1", "--steps=1"], &out);
-    let (mut child, _) = until(begun, |line| line.starts_with("Dropout"));
-    child.0.kill().unwrap();
-    child.0.wait().unwrap();
+    drop(until(begun, |line| line.starts_with("Dropout")));
     assert_eq!(checkpoint(&out), earlier);
     finishes(program("train_gpt", &["--resume"], &out));
     assert_eq!(checkpoint(&out), earlier);
@@ -246,9 +244,8 @@ fn an_earlier_checkpoint_stays_until_another_takes_its_place() {
     assert_ne!(checkpoint(&out), earlier);
 }
 
-/// Notes that no run has written, and a model that is somebody's.
 #[test]
-fn what_is_no_runs_is_refused() {
+fn damaged_notes_and_a_strange_models_folder_are_refused() {
     let folder = folder("damaged");
     let (text, out) = (some_text(&folder), folder.join("out"));
     finishes(gpt(&text, &out));
@@ -279,14 +276,13 @@ fn a_folder_is_one_runs_until_its_process_ends() {
     let (text, out) = (some_text(&folder), folder.join("out"));
     let mut first = gpt(&text, &out);
     first.arg("--steps=1000000");
-    let (mut first, _) = until(first, |line| line.trim_start().starts_with("3 "));
+    let first = until(first, |line| line.trim_start().starts_with("3 "));
     for option in ["--overwrite", "--resume"] {
         let mut second = gpt(&text, &out);
         second.arg(option).arg("--steps=1000000");
         is_refused(second, &["another run is writing to"]);
     }
-    first.0.kill().unwrap();
-    first.0.wait().unwrap();
+    drop(first);
     let mut second = gpt(&text, &out);
     second.arg("--overwrite");
     finishes(second);
@@ -312,14 +308,11 @@ fn a_text_may_move_and_may_not_change() {
 #[test]
 fn texts_come_through_pipes_in_several_encodings_from_any_path() {
     let folder = folder("texts");
-    let (text, whole) = (some_text(&folder), folder.join("whole"));
-    finishes(gpt(&text, &whole));
-    let here = fs::File::open(&text).unwrap();
-    let text = {
-        let read = fs::read_to_string(&text).unwrap();
-        fs::remove_file(&text).unwrap();
-        read
-    };
+    let (path, whole) = (some_text(&folder), folder.join("whole"));
+    finishes(gpt(&path, &whole));
+    let unnamed = fs::File::open(&path).unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    fs::remove_file(path).unwrap();
 
     let odd = folder.join(OsStr::from_bytes(b"\xff.txt"));
     let utf_16 = format!("\u{feff}{text}").encode_utf16().flat_map(u16::to_be_bytes).collect();
@@ -339,11 +332,11 @@ fn texts_come_through_pipes_in_several_encodings_from_any_path() {
     is_refused(gpt(&odd, &folder.join("cut")), &["byte 39", "line 1", "--encoding"]);
     assert!(!folder.join("cut").exists());
 
-    // What came through a pipe is kept, or it could not be gone on with; so is a file without a name, a here-document.
+    // A copy is kept of what cannot be read again: a file without a name, as here-documents are, and a pipe.
     let out = folder.join("here");
-    let mut unnamed = gpt(Path::new("/dev/stdin"), &out);
-    unnamed.stdin(here);
-    finishes(stopped(unnamed, is_row));
+    let mut here = gpt(Path::new("/dev/stdin"), &out);
+    here.stdin(unnamed);
+    finishes(stopped(here, is_row));
     assert_eq!(results(&out), results(&whole));
     let out = folder.join("piped");
     let mut piped = gpt(Path::new("/dev/stdin"), &out);

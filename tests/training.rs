@@ -219,7 +219,7 @@ fn nothing_that_is_not_finite_is_recorded_or_saved() {
             "{error}"
         );
     }
-    // Nor is it gone on with.
+    // Nor is it resumed from.
     let mut checkpoint = new(0.0).checkpoint(|_| Ok(String::new())).unwrap();
     checkpoint.optimizer.v[2][0] = f32::NAN;
     let task = language_model(&backend, &text, 0.0, 7);

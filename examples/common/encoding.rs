@@ -12,6 +12,9 @@ pub struct Decoded {
     pub remark: Option<String>,
 }
 
+const EXPECTED: &str = "expected utf-8, utf-16le, utf-16be, latin-1, windows-1252 or another encoding of the \
+                        WHATWG's standard";
+
 /// An encoding by its name in the WHATWG's standard, or as `latin-1`.
 pub fn by_name(name: &str) -> Result<&'static Encoding> {
     match name.to_ascii_lowercase().as_str() {
@@ -21,7 +24,7 @@ pub fn by_name(name: &str) -> Result<&'static Encoding> {
         "utf-16" => bail!("utf-16le or utf-16be; a text with a byte order mark needs neither"),
         _ => Encoding::for_label(name.as_bytes())
             .filter(|&encoding| encoding != REPLACEMENT)
-            .ok_or_else(|| anyhow!("expected utf-8, utf-16le, utf-16be, latin-1, windows-1252 or another encoding of the WHATWG's standard")),
+            .ok_or_else(|| anyhow!(EXPECTED)),
     }
 }
 
@@ -39,24 +42,17 @@ pub fn decode(bytes: &[u8], given: Option<&'static Encoding>) -> Result<Decoded>
     let encoding = given.or(mark).unwrap_or(UTF_8);
     let (text, remark) = match strictly(bytes, encoding) {
         Ok(text) => (text, None),
-        Err(odd) if given.or(mark).is_none() => guess(bytes, &odd)?,
-        Err(odd) => bail!("{}", odd.in_words(bytes, encoding)),
+        Err(odd) if given.or(mark).is_none() => guess(bytes, odd)?,
+        Err(odd) => bail!("{}", oddity(bytes, odd, encoding)),
     };
     refuse_zeros(text.as_bytes())?;
     Ok(Decoded { text: tidy(&text), remark })
 }
 
-/// Where bytes stop to be an encoding's.
-struct Odd {
-    place: usize,
-}
-
-impl Odd {
-    fn in_words(&self, bytes: &[u8], encoding: &'static Encoding) -> String {
-        let (place, line) = (self.place, line_of(&bytes[..self.place]));
-        let (name, byte) = (encoding.name(), bytes[place]);
-        format!("byte {place} ({byte:#04x}, in line {line}) is not {name}")
-    }
+/// That the byte at `place` is none of the encoding's.
+fn oddity(bytes: &[u8], place: usize, encoding: &'static Encoding) -> String {
+    let (byte, line, name) = (bytes[place], line_of(&bytes[..place]), encoding.name());
+    format!("byte {place} ({byte:#04x}, in line {line}) is not {name}")
 }
 
 fn refuse_zeros(bytes: &[u8]) -> Result<()> {
@@ -71,25 +67,24 @@ fn line_of(before: &[u8]) -> usize {
     1 + before.iter().filter(|&&byte| byte == b'\n').count()
 }
 
-/// The text, if every byte is of it.
-fn strictly(bytes: &[u8], encoding: &'static Encoding) -> Result<String, Odd> {
+/// The text, or the place of the first byte that is none of the encoding's.
+fn strictly(bytes: &[u8], encoding: &'static Encoding) -> Result<String, usize> {
     let mut decoder = encoding.new_decoder_without_bom_handling();
     let most = decoder.max_utf8_buffer_length_without_replacement(bytes.len());
     let mut text = String::with_capacity(most.expect("a file is smaller than the address space"));
     match decoder.decode_to_string_without_replacement(bytes, &mut text, true) {
         (DecoderResult::InputEmpty, _) => Ok(text),
         (DecoderResult::Malformed(odd, after), read) => {
-            Err(Odd { place: read - usize::from(odd) - usize::from(after) })
+            Err(read - usize::from(odd) - usize::from(after))
         }
         (DecoderResult::OutputFull, _) => unreachable!("there is room for the longest text"),
     }
 }
 
-/// The text of bytes that are not UTF-8, in Windows-1252, and that it was taken for that. An error where something speaks
-/// against it.
-fn guess(bytes: &[u8], odd: &Odd) -> Result<(String, Option<String>)> {
+/// A text whose byte `odd` is not UTF-8, read as Windows-1252, and a remark that it was. Refuses what does not look like it.
+fn guess(bytes: &[u8], odd: usize) -> Result<(String, Option<String>)> {
     refuse_zeros(bytes)?;
-    let why = odd.in_words(bytes, UTF_8);
+    let why = oddity(bytes, odd, UTF_8);
     let instead = "--encoding NAME says what it is";
     // A text with characters of several bytes is in UTF-8, and damaged.
     let sound = bytes.utf8_chunks().any(|chunk| !chunk.valid().is_ascii());

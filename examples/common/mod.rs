@@ -10,6 +10,7 @@ pub mod files;
 pub mod interrupt;
 pub mod output;
 pub mod plot;
+pub mod probability;
 pub mod say;
 pub mod session;
 pub mod settings;

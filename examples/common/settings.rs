@@ -4,8 +4,8 @@ use super::files::Folder;
 use super::files::read;
 use super::trainer::Record;
 use anyhow::{Context, Result, bail};
+use fused_dropout::Probability;
 use fused_dropout::transformer::Checkpoint;
-use fused_dropout::{Error, Probability};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -45,16 +45,6 @@ pub fn saved<S: Settings>(folder: &Folder) -> Result<Option<(Vec<u8>, Notes<S>)>
     let notes = notes.and_then(|notes| Notes::from_json(&notes));
     let notes = notes.with_context(|| format!("cannot resume from {}", path.display()))?;
     Ok(Some((bytes, notes)))
-}
-
-/// A drop probability as an option has it. One that would come out as 0 or 1 is refused.
-pub fn probability(text: &str) -> Result<f64, String> {
-    let p = text.parse().map_err(|_| "expected a number".to_owned())?;
-    match Probability::nonvanishing(p) {
-        Ok(_) => Ok(p),
-        Err(Error::Argument { expected, .. }) => Err(format!("expected {expected}")),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 /// A drop probability and, where it is no multiple of 1/65536, the one that is realised.

@@ -97,7 +97,7 @@ impl Record {
         self.step_losses.len() as u64
     }
 
-    /// Refuses a record of no run.
+    /// Refuses a record that no run writes.
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.step_ms.len() == self.step_losses.len(),

@@ -3,7 +3,8 @@
 use super::common::device::Device;
 use super::common::encoding;
 use super::common::files::{Folder, Place, sha256};
-use super::common::settings::{self, probability};
+use super::common::probability::probability;
+use super::common::settings;
 use super::common::trainer::Plan;
 use super::tokenizer::PAD;
 use anyhow::{Result, ensure};

@@ -57,7 +57,8 @@ impl Specs {
     /// refuses both.
     ///
     /// # Errors
-    /// [`Error::Tensor`] with the tensor that is missing, of another shape or type, or, under two names, of two values; [`Error::File`] with the file that cannot be read or is none of these.
+    /// [`Error::Tensor`] with the tensor that is missing, of another shape or type, or, under two names, of two values;
+    /// [`Error::File`] with the file that cannot be read or is none of these.
     pub fn open(&self, path: &Path, seed: u64) -> Result<Loaded, Error> {
         let files = read_all(path)?;
         let shards = files.iter().map(|(path, bytes)| {
