@@ -11,12 +11,13 @@
 mod common;
 
 use common::{Report, random};
-use fused_dropout::cpu::{
-    Cpu, bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout,
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::dropout_add_norm::{self, Saved};
+use fused_dropout::ops::embedding_dropout::{self, Gradients, Ids, Lookup, Lookups, Tables};
+use fused_dropout::ops::{bias_act_dropout, dropout, dropout_add};
+use fused_dropout::{
+    Activation, Dropout, Dtype, Gradient, Key, Mode, Norm, Out, Pass, Probability, Shape, Source,
 };
-use fused_dropout::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
-use fused_dropout::{Activation, Affine, Dropout, Dtype, Key, Mode, Norm, Probability, Shape};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -51,21 +52,49 @@ struct Block {
 impl Block {
     fn new(cols: usize) -> Self {
         let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1).unwrap());
-        let keep = Dropout { mode: Mode::Inference, ..drop };
+        let keep = drop.mode(Mode::Inference);
         let shape = Shape::new(ELEMENTS / cols, cols);
         let every_row = (0..shape.rows as u32).collect();
         Self { cpu: Cpu::new(), drop, keep, shape, every_row }
     }
 
+    fn run<'a>(&self, drop: &Dropout<'_>, pass: impl Pass<'a, Cpu>) {
+        self.cpu.run(drop, pass).unwrap();
+    }
+
     /// LayerNorm as a pass of its own.
-    fn normalise<T: Dtype>(&self, s: &[T], affine: &Affine<&[T]>, y: &mut [T]) {
-        let lookups = Lookups::tokens(self.shape.rows, &self.every_row[..]);
-        let tables = Tables { token: s, position: None, segment: None };
-        let (keep, norm) = (&self.keep, Norm::layer(EPSILON));
-        embedding_dropout::forward_norm(
-            &self.cpu, keep, &norm, self.shape, &lookups, &tables, affine, y, None,
-        )
-        .unwrap();
+    fn normalise<T: Dtype>(&self, s: &Vec<T>, weight: &Vec<T>, bias: &Vec<T>, y: &mut Vec<T>) {
+        let token = Lookup { entries: self.shape.rows, ids: Ids::Given(&self.every_row as _) };
+        let pass = embedding_dropout::ForwardNorm {
+            shape: self.shape,
+            norm: Norm::layer(EPSILON),
+            lookups: Lookups { token, position: None, segment: None },
+            tables: Tables { token: s as _, position: None, segment: None },
+            weight,
+            norm_bias: Some(bias),
+            y,
+            stats: None,
+            report: None,
+        };
+        self.run(&self.keep, pass);
+    }
+
+    /// A bias and an activation as a pass of their own.
+    fn activate<T: Dtype>(
+        &self,
+        activation: Activation,
+        x: &Vec<T>,
+        bias: Option<&Vec<T>>,
+        y: &mut Vec<T>,
+    ) {
+        let (shape, bias) = (self.shape, bias.map(|bias| bias as _));
+        let x = Source::Tensor(x as _);
+        self.run(&self.keep, bias_act_dropout::Forward { shape, activation, x, bias, y });
+    }
+
+    /// Dropout as a pass of its own.
+    fn dropped<T: Dtype>(&self, x: &Vec<T>, y: &mut Vec<T>) {
+        self.run(&self.drop, dropout::Forward { shape: self.shape, x: Source::Tensor(x), y });
     }
 
     fn name<T: Dtype>(&self, operator: &str) -> String {
@@ -73,20 +102,19 @@ impl Block {
     }
 
     fn bias_act_dropout<T: Dtype>(&self, report: &mut Report) {
-        let Self { cpu, drop, keep, shape, .. } = self;
+        let Self { drop, shape, .. } = *self;
         let len = shape.rows * shape.cols;
         let moved = 2 * len * size_of::<T>();
         let (x, dy, bias) = (random::<T>(len), random::<T>(len), random::<T>(shape.cols));
         let [mut y, mut biased, mut active] = [(); 3].map(|()| zeros::<T>(len));
-        let fused = |act, y: &mut [T]| {
-            bias_act_dropout::forward(cpu, drop, *shape, act, &x, Some(&bias), y).unwrap();
+        let fused = |activation, y: &mut Vec<T>| {
+            let (x, bias) = (Source::Tensor(&x as _), Some(&bias as _));
+            self.run(&drop, bias_act_dropout::Forward { shape, activation, x, bias, y });
         };
-        let mut chain = |act, y: &mut [T]| {
-            let identity = Activation::Identity;
-            bias_act_dropout::forward(cpu, keep, *shape, identity, &x, Some(&bias), &mut biased)
-                .unwrap();
-            bias_act_dropout::forward(cpu, keep, *shape, act, &biased, None, &mut active).unwrap();
-            dropout::forward(cpu, drop, *shape, &active, y).unwrap();
+        let mut chain = |act, y: &mut Vec<T>| {
+            self.activate(Activation::Identity, &x, Some(&bias), &mut biased);
+            self.activate(act, &biased, None, &mut active);
+            self.dropped(&active, y);
         };
         let mut group = report.group(&self.name::<T>("bias_act_dropout"), moved);
         for (name, act) in [
@@ -107,35 +135,53 @@ impl Block {
             [("ReLU, backward", Activation::Relu), ("GELU, backward", Activation::Gelu)]
         {
             group.row(name, 3 * len * size_of::<T>(), || {
-                let (bias, dbias) = (Some(&bias[..]), Some(&mut dbias[..]));
-                bias_act_dropout::backward(cpu, drop, *shape, act, &x, bias, &dy, &mut y, dbias)
-                    .unwrap();
+                let pass = bias_act_dropout::Backward {
+                    shape,
+                    activation: act,
+                    x: &x,
+                    bias: Some(&bias),
+                    dy: Source::Tensor(&dy),
+                    dx: &mut y,
+                    dbias: Some(Gradient::Write(&mut dbias)),
+                };
+                self.run(&drop, pass);
             });
         }
     }
 
     fn dropout_add_norm<T: Dtype>(&self, report: &mut Report) {
-        let Self { cpu, drop, keep, shape, .. } = self;
+        let Self { drop, keep, shape, .. } = *self;
         let len = shape.rows * shape.cols;
         let moved = 4 * len * size_of::<T>();
         let (x, residual) = (random::<T>(len), random::<T>(len));
         let [bias, weight, norm_bias] = [(); 3].map(|()| random::<T>(shape.cols));
-        let inputs = Inputs { x: &x[..], bias: Some(&bias[..]), residual: &residual[..] };
-        let affine = Affine { weight: &weight[..], bias: Some(&norm_bias[..]) };
         let norm = Norm::layer(EPSILON);
         let mut stats = vec![0.0; 2 * shape.rows];
         let [mut s, mut y, mut biased, mut dropped] = [(); 4].map(|()| zeros::<T>(len));
-        let fused = |s: Option<&mut [T]>, y: &mut [T], stats: Option<&mut [f32]>| {
-            dropout_add_norm::forward(cpu, drop, &norm, *shape, &inputs, &affine, s, y, stats)
-                .unwrap();
+        let fused = |s: Option<&mut Vec<T>>, y: &mut Vec<T>, stats: Option<&mut Vec<f32>>| {
+            let pass = dropout_add_norm::Forward {
+                shape,
+                norm,
+                x: &x,
+                bias: Some(&bias),
+                residual: Source::Tensor(&residual),
+                weight: &weight,
+                norm_bias: Some(&norm_bias),
+                s: s.map(|s| s as Out<'_, T, Cpu>),
+                y,
+                stats: stats.map(|stats| stats as Out<'_, f32, Cpu>),
+            };
+            self.run(&drop, pass);
         };
-        let mut chain = |s: &mut [T], y: &mut [T]| {
-            let identity = Activation::Identity;
-            bias_act_dropout::forward(cpu, keep, *shape, identity, &x, Some(&bias), &mut biased)
-                .unwrap();
-            dropout::forward(cpu, drop, *shape, &biased, &mut dropped).unwrap();
-            dropout_add::forward(cpu, keep, *shape, &dropped, None, &residual, s).unwrap();
-            self.normalise(s, &affine, y);
+        let mut chain = |s: &mut Vec<T>, y: &mut Vec<T>| {
+            self.activate(Activation::Identity, &x, Some(&bias), &mut biased);
+            self.dropped(&biased, &mut dropped);
+            let residual = Source::Tensor(&residual as _);
+            self.run(
+                &keep,
+                dropout_add::Forward { shape, x: &dropped, bias: None, residual, y: s },
+            );
+            self.normalise(s, &weight, &norm_bias, y);
         };
         let mut separate = zeros::<T>(len);
         chain(&mut s, &mut separate);
@@ -149,33 +195,32 @@ impl Block {
         group.row("y alone", moved / 4 * 3, || fused(None, &mut y, None));
         group.row("s and y, separate passes", moved, || chain(&mut s, &mut y));
         fused(Some(&mut s), &mut y, Some(&mut stats));
-        let saved = Saved::Sum(&s[..]);
-        let (dresidual, dx) = (&mut y, &mut dropped);
-        let dy = &x;
-        let mut sums = vec![0.0; 3 * shape.cols];
+        let mut sums = [(); 3].map(|()| vec![0.0; shape.cols]);
         for (name, with_parameters) in [("backward", true), ("backward, no parameters", false)] {
             group.row(name, moved, || {
-                let (dbias, rest) = sums.split_at_mut(shape.cols);
-                let (dweight, dnorm_bias) = rest.split_at_mut(shape.cols);
-                let grads = match with_parameters {
-                    true => ParamGrads {
-                        dbias: Some(dbias),
-                        dweight: Some(dweight),
-                        dnorm_bias: Some(dnorm_bias),
-                    },
-                    false => ParamGrads::default(),
+                let [dbias, dweight, dnorm_bias] =
+                    sums.each_mut().map(|sum| with_parameters.then_some(Gradient::Write(sum)));
+                let pass = dropout_add_norm::Backward {
+                    shape,
+                    norm,
+                    saved: Saved::Sum(&s),
+                    weight: &weight,
+                    stats: &stats,
+                    dy: &x,
+                    ds: None,
+                    dresidual: &mut y,
+                    dx: &mut dropped,
+                    dbias,
+                    dweight,
+                    dnorm_bias,
                 };
-                dropout_add_norm::backward(
-                    cpu, drop, &norm, *shape, &saved, &weight, &stats, dy, None, dresidual, dx,
-                    grads,
-                )
-                .unwrap();
+                self.run(&drop, pass);
             });
         }
     }
 
     fn embedding_dropout(&self, report: &mut Report) {
-        let Self { cpu, drop, shape, .. } = self;
+        let Self { drop, shape, .. } = *self;
         let cols = shape.cols;
         let len = shape.rows * cols;
         // Each row reads one of a vocabulary as large as the batch and writes one; the other tables are
@@ -187,15 +232,16 @@ impl Block {
         let [token_table, position_table, segment_table] =
             [entries, positions, segments].map(|entries| random::<f32>(entries * cols));
         let [weight, norm_bias] = [(); 2].map(|()| random::<f32>(cols));
-        let lookups = Lookups::tokens(entries, &ids[..])
-            .positions(positions, Ids::Sequence(positions))
-            .segments(segments, &segment[..]);
-        let tables = Tables {
-            token: &token_table[..],
-            position: Some(&position_table[..]),
-            segment: Some(&segment_table[..]),
+        let lookups = Lookups {
+            token: Lookup { entries, ids: Ids::Given(&ids as _) },
+            position: Some(Lookup { entries: positions, ids: Ids::Sequence(positions) }),
+            segment: Some(Lookup { entries: segments, ids: Ids::Given(&segment as _) }),
         };
-        let affine = Affine { weight: &weight[..], bias: Some(&norm_bias[..]) };
+        let tables = Tables {
+            token: &token_table as _,
+            position: Some(&position_table as _),
+            segment: Some(&segment_table as _),
+        };
         let norm = Norm::layer(EPSILON);
         let gather =
             |sum: &mut [f32], table: &[f32], entry: &(dyn Fn(usize) -> usize + Sync), add: bool| {
@@ -208,22 +254,38 @@ impl Block {
                 });
             };
         let [mut y, mut sum, mut standard] = [(); 3].map(|()| zeros::<f32>(len));
-        let mut chain = |with_norm: bool, y: &mut [f32]| {
+        let mut chain = |with_norm: bool, y: &mut Vec<f32>| {
             gather(&mut sum, &token_table, &|row| ids[row] as usize, false);
             gather(&mut sum, &position_table, &|row| row % positions, true);
             gather(&mut sum, &segment_table, &|row| segment[row] as usize, true);
             if with_norm {
-                self.normalise(&sum, &affine, &mut standard);
+                self.normalise(&sum, &weight, &norm_bias, &mut standard);
             }
-            dropout::forward(cpu, drop, *shape, if with_norm { &standard } else { &sum }, y)
-                .unwrap();
+            self.dropped(if with_norm { &standard } else { &sum }, y);
         };
-        let fused = |with_norm: bool, y: &mut [f32]| match with_norm {
-            true => embedding_dropout::forward_norm(
-                cpu, drop, &norm, *shape, &lookups, &tables, &affine, y, None,
-            )
-            .unwrap(),
-            false => embedding_dropout::forward(cpu, drop, *shape, &lookups, &tables, y).unwrap(),
+        let fused = |with_norm: bool, y: &mut Vec<f32>| {
+            if !with_norm {
+                let pass = embedding_dropout::Forward::<f32, _> {
+                    shape,
+                    lookups,
+                    tables,
+                    y,
+                    report: None,
+                };
+                return self.run(&drop, pass);
+            }
+            let pass = embedding_dropout::ForwardNorm {
+                shape,
+                norm,
+                lookups,
+                tables,
+                weight: &weight,
+                norm_bias: Some(&norm_bias),
+                y,
+                stats: None,
+                report: None,
+            };
+            self.run(&drop, pass);
         };
         let mut group = report.group(&self.name::<f32>("embedding_dropout"), moved);
         for (name, with_norm) in [("GPT", false), ("BERT, with a norm", true)] {
@@ -238,13 +300,10 @@ impl Block {
         let dy = random::<f32>(len);
         // dy is read, and the tokens' gradients are read and written.
         group.row("GPT, backward", moved / 2 * 3, || {
-            let [token, position, segment] = &mut gradients;
-            let gradients = Gradients {
-                token: Some(&mut token[..]),
-                position: Some(&mut position[..]),
-                segment: Some(&mut segment[..]),
-            };
-            embedding_dropout::backward(cpu, drop, *shape, &lookups, &dy, gradients).unwrap();
+            let [token, position, segment] =
+                gradients.each_mut().map(|gradient| Some(Gradient::Add(gradient)));
+            let gradients = Gradients { token, position, segment };
+            self.run(&drop, embedding_dropout::Backward { shape, lookups, dy: &dy, gradients });
         });
     }
 }

@@ -9,8 +9,11 @@
 mod common;
 
 use common::{Report, random};
-use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::{AttentionMask, Dropout, Dtype, Key, Probability, Scores, Shape};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::{dropout, dropout_add, softmax_dropout};
+use fused_dropout::{
+    AttentionMask, Dropout, Dtype, Gradient, Key, Probability, Scores, Shape, Source,
+};
 use half::bf16;
 use rand_philox::Philox;
 
@@ -21,11 +24,11 @@ fn main() {
     let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1).unwrap());
     check(&drop);
     let mut report = Report::new();
-    dropout::<f32>(&mut report, &drop);
-    dropout::<bf16>(&mut report, &drop);
-    dropout_add::<f32>(&mut report, &drop);
-    dropout_add::<bf16>(&mut report, &drop);
-    softmax_dropout(&mut report, &drop);
+    dropout_of::<f32>(&mut report, &drop);
+    dropout_of::<bf16>(&mut report, &drop);
+    dropout_add_of::<f32>(&mut report, &drop);
+    dropout_add_of::<bf16>(&mut report, &drop);
+    softmax_of(&mut report, &drop);
     report.finish();
 }
 
@@ -33,7 +36,8 @@ fn main() {
 fn check(drop: &Dropout<'_>) {
     let x = vec![1.0f32; ELEMENTS];
     let mut y = vec![0.0f32; ELEMENTS];
-    cpu::dropout::forward(&Cpu::new(), drop, SHAPE, &x, &mut y).unwrap();
+    let pass = dropout::Forward { shape: SHAPE, x: Source::Tensor(&x), y: &mut y };
+    Cpu::new().run(drop, pass).unwrap();
     for (col, y) in y[..SHAPE.cols].iter().enumerate() {
         assert_eq!(*y != 0.0, drop.key.keeps(drop.p, 0, col as u64));
     }
@@ -55,7 +59,7 @@ fn separate_passes(x: &[f32], p: f32, seed: u64) -> Vec<f32> {
     x.iter().zip(&scaled).map(|(x, m)| x * m).collect()
 }
 
-fn dropout<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
+fn dropout_of<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
     let bytes = 2 * ELEMENTS * size_of::<T>();
     let mut group = report.group(&format!("dropout {}", T::NAME), bytes);
     let x = random::<T>(ELEMENTS);
@@ -65,7 +69,10 @@ fn dropout<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
             true => "fused".to_owned(),
             false => format!("fused, {:?}", cpu.level()),
         };
-        group.row(&name, bytes, || cpu::dropout::forward(&cpu, drop, SHAPE, &x, &mut y).unwrap());
+        group.row(&name, bytes, || {
+            let pass = dropout::Forward { shape: SHAPE, x: Source::Tensor(&x), y: &mut y };
+            cpu.run(drop, pass).unwrap();
+        });
     }
     if T::NAME != "f32" {
         return;
@@ -78,25 +85,33 @@ fn dropout<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
     });
 }
 
-fn dropout_add<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
+fn dropout_add_of<T: Dtype>(report: &mut Report, drop: &Dropout<'_>) {
     let cpu = Cpu::new();
     let bytes = 3 * ELEMENTS * size_of::<T>();
     let mut group = report.group(&format!("dropout_add {}", T::NAME), bytes);
     let (x, residual) = (random::<T>(ELEMENTS), random::<T>(ELEMENTS));
     let bias = random::<T>(SHAPE.cols);
     let mut y = vec![T::from_f32(0.0); ELEMENTS];
-    for (name, bias) in [("fused", None), ("fused, bias", Some(&bias[..]))] {
+    for (name, bias) in [("fused", None), ("fused, bias", Some(&bias as _))] {
         group.row(name, bytes, || {
-            cpu::dropout_add::forward(&cpu, drop, SHAPE, &x, bias, &residual, &mut y).unwrap()
+            let residual = Source::Tensor(&residual as _);
+            let pass = dropout_add::Forward { shape: SHAPE, x: &x, bias, residual, y: &mut y };
+            cpu.run(drop, pass).unwrap();
         });
     }
     let mut dbias = vec![0.0; SHAPE.cols];
     group.row("backward, dbias", bytes / 3 * 2, || {
-        cpu::dropout_add::backward(&cpu, drop, SHAPE, &x, &mut y, Some(&mut dbias)).unwrap()
+        let pass = dropout_add::Backward {
+            shape: SHAPE,
+            dy: Source::Tensor(&x),
+            dx: Some(&mut y),
+            dbias: Some(Gradient::Write(&mut dbias)),
+        };
+        cpu.run(drop, pass).unwrap();
     });
 }
 
-fn softmax_dropout(report: &mut Report, drop: &Dropout<'_>) {
+fn softmax_of(report: &mut Report, drop: &Dropout<'_>) {
     let cpu = Cpu::new();
     let scores = Scores { batch: 4, heads: 12, queries: 1024, keys: 1024, scale: 0.125 };
     let elements = 48 * 1024 * 1024;
@@ -106,12 +121,21 @@ fn softmax_dropout(report: &mut Report, drop: &Dropout<'_>) {
     let masks = [("fused", AttentionMask::NONE), ("fused, causal", AttentionMask::causal(0))];
     for (name, mask) in masks {
         group.row(name, 8 * elements, || {
-            cpu::softmax_dropout::forward(&cpu, drop, &scores, &mask, &x, &mut y, None).unwrap()
+            let x = Source::Tensor(&x as _);
+            let pass = softmax_dropout::Forward { scores, mask, x, y: &mut y, statistics: None };
+            cpu.run(drop, pass).unwrap();
         });
     }
     let dy = random::<f32>(elements);
-    let mask = AttentionMask::NONE;
     group.row("backward", 12 * elements, || {
-        cpu::softmax_dropout::backward(&cpu, drop, &scores, &mask, &x, None, &dy, &mut y).unwrap()
+        let pass = softmax_dropout::Backward {
+            scores,
+            mask: AttentionMask::NONE,
+            x: &x,
+            statistics: None,
+            dy: Source::Tensor(&dy),
+            dx: &mut y,
+        };
+        cpu.run(drop, pass).unwrap();
     });
 }

@@ -93,7 +93,7 @@ impl Training {
 
     fn step(&mut self) -> Result<f32, Error> {
         let Self { backend, gpt, params, grads, run, batch, optimizer, step } = self;
-        let pass = Pass::Train { seed: 1, step: *step };
+        let pass = Pass::train(1, *step);
         gpt.forward(backend, params, run, batch, pass)?;
         gpt.loss(backend, run, batch)?;
         gpt.backward(backend, params, run, batch, pass, grads)?;

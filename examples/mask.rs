@@ -6,7 +6,9 @@
 mod probability;
 
 use clap::Parser;
-use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape, cpu};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::keep_mask::Bytes;
+use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape};
 use probability::probability;
 use sha2::{Digest, Sha256};
 use std::fmt::Display;
@@ -168,7 +170,7 @@ fn run(a: &Arguments) -> Result<(), Failure> {
 
 /// Gives the lines to `sink`, a bounded number of rows or, where a row is long, of columns at a time.
 fn lines(a: &Arguments, sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), Failure> {
-    let cpu = cpu::Cpu::new();
+    let cpu = Cpu::new();
     let width = a.cols.clamp(1, BUFFER);
     let height = (BUFFER / width).max(1);
     let mut mask = Vec::new();
@@ -181,7 +183,7 @@ fn lines(a: &Arguments, sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result
             let cols = width.min(a.cols - col);
             mask.resize((rows * cols) as usize, 0);
             let shape = Shape::new(rows as usize, cols as usize);
-            cpu::keep_mask::bytes(&cpu, &part(a, row, col)?, shape, &mut mask)?;
+            cpu.run(&part(a, row, col)?, Bytes { shape, out: &mut mask })?;
             mask.iter_mut().for_each(|keep| *keep += b'0');
             col += cols;
             for line in mask.chunks(cols as usize) {

@@ -3,7 +3,7 @@
 //     group[g, c] = parts[64 g, c] + parts[64 g + 1, c] + .. + parts[64 g + 63, c]
 //     sums[s, c]  = factor * (group[64 s, c] + group[64 s + 1, c] + .. + group[64 s + 63, c])
 //
-// in order, from +0. The operators' own kernels add up the first 64 rows of each column; this one is
+// in order, from +0; on the last level this is added to `before`, where a gradient is accumulated. The operators' own kernels add up the first 64 rows of each column; this one is
 // launched until one row is left. Where there is one level more, its groups have one part each, to which
 // +0 is added: the same bits. No atomics: the same bits in every run.
 //
@@ -24,6 +24,7 @@ constexpr unsigned SPAN = TILE_ROWS * TILE_ROWS;
 struct SumRowsParams {
     In<float> parts[SUMS];  // [count, cols]
     Out<float> sums[SUMS];  // [ceil(count / 4096), cols], at least one row
+    In<float> before[SUMS]; // null; or `sums`, where they are added to
     unsigned long long count;
     unsigned long long cols;
     IndexDivisor blocks_a_row;  // ceil(cols / 32)
@@ -31,7 +32,7 @@ struct SumRowsParams {
     float factors[SUMS];        // the scale on the last level, otherwise 1
     unsigned padding;
 };
-static_assert(sizeof(SumRowsParams) == 104, "sum_rows.rs: Params");
+static_assert(sizeof(SumRowsParams) == 128, "sum_rows.rs: Params");
 
 /// The sum of a column's parts `first` to `end`, in order. All lanes of the warp must be here.
 __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long long cols,
@@ -78,7 +79,10 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     for (unsigned group = 0; group < count; ++group) {
         total = __fadd_rn(total, groups[group][lane]);
     }
-    p.sums[which].cached(span * p.cols + column, __fmul_rn(total, p.factors[which]));
+    const unsigned long long at = span * p.cols + column;
+    const float sum = __fmul_rn(total, p.factors[which]);
+    const In<float> before = p.before[which];
+    p.sums[which].cached(at, before.present() ? __fadd_rn(before.cached(at), sum) : sum);
 }
 
 FD_KERNEL(sum_rows_f32, SumRowsParams, THREADS, sum_rows)

@@ -6,42 +6,56 @@
 //!
 //! | operator | forward | backward |
 //! | --- | --- | --- |
-//! | [`dropout`](cpu::dropout) | y = D(x) | dx = D(dy) |
-//! | [`dropout_add`](cpu::dropout_add) | y = residual + D(x + bias) | dx, dbias; the residual's gradient is dy |
-//! | [`bias_act_dropout`](cpu::bias_act_dropout) | y = D(act(x + bias)) | dx, dbias |
-//! | [`dropout_add_norm`](cpu::dropout_add_norm) | s = residual + D(x + bias), y = LayerNorm or RMSNorm of s | dresidual, dx, dbias, dweight, dnorm_bias |
-//! | [`embedding_dropout`](cpu::embedding_dropout) | y = D(token + position + segment) | the tables' gradients |
-//! | [`softmax_dropout`](cpu::softmax_dropout) | y = D(softmax(scale · x + mask)) | dx from x and dy |
-//! | [`keep_mask`](cpu::keep_mask) | the mask as bits or bytes | |
+//! | [`dropout`](ops::dropout) | y = D(x) | dx = D(dy) |
+//! | [`dropout_add`](ops::dropout_add) | y = residual + D(x + bias) | dx, dbias; the residual's gradient is dy |
+//! | [`bias_act_dropout`](ops::bias_act_dropout) | y = D(act(x + bias)) | dx, dbias |
+//! | [`dropout_add_norm`](ops::dropout_add_norm) | s = residual + D(x + bias), y = LayerNorm or RMSNorm of s | dresidual, dx, dbias, dweight, dnorm_bias |
+//! | [`embedding_dropout`](ops::embedding_dropout) | y = D(token + position + segment) | the tables' gradients |
+//! | [`softmax_dropout`](ops::softmax_dropout) | y = D(softmax(scale · x + mask)) | dx from x and dy |
+//! | [`keep_mask`](ops::keep_mask) | the mask as bits or bytes | |
 //!
 //! ```
-//! use fused_dropout::{Dropout, Key, Probability, Shape, cpu};
+//! use fused_dropout::ops::dropout_add;
+//! use fused_dropout::{Dropout, Gradient, Key, Probability, Shape, Source, cpu::Cpu};
 //!
 //! // One application of dropout: seed 42, application number 7, one element in ten dropped.
 //! let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
-//! let shape = Shape::new(2, 8);
-//! let cpu = cpu::Cpu::new();
+//! let (cpu, shape) = (Cpu::new(), Shape::new(2, 8));
 //!
-//! let (x, residual) = ([1.0f32; 16], [0.5f32; 16]);
+//! let (x, bias, residual) = ([1.0f32; 16], [0.25f32; 8], [0.5f32; 16]);
 //! let mut y = [0.0f32; 16];
-//! cpu::dropout_add::forward(&cpu, &drop, shape, &x, None, &residual, &mut y)?;
+//! cpu.run(&drop, dropout_add::Forward {
+//!     shape,
+//!     x: &x,
+//!     bias: Some(&bias),
+//!     residual: Source::Tensor(&residual),
+//!     y: &mut y,
+//! })?;
 //!
 //! // The backward pass draws the same mask from the same key.
-//! let (dy, mut dx) = ([1.0f32; 16], [0.0f32; 16]);
-//! cpu::dropout_add::backward(&cpu, &drop, shape, &dy, &mut dx, None)?;
+//! let (dy, mut dx, mut dbias) = ([1.0f32; 16], [0.0f32; 16], [0.0f32; 8]);
+//! cpu.run(&drop, dropout_add::Backward {
+//!     shape,
+//!     dy: Source::Tensor(&dy),
+//!     dx: Some(&mut dx),
+//!     dbias: Some(Gradient::Write(&mut dbias)),
+//! })?;
 //! assert!(y.iter().zip(&dx).all(|(&y, &dx)| (y == 0.5) == (dx == 0.0)));
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```
 //!
-//! # Backends
+//! # One description, every backend
 //!
-//! - [`cpu`]: SIMD chosen at run time, threads. Always there.
-//! - `cuda` (feature `cuda`): hand-written kernels behind cudarc. Builds with nvcc; without a driver it
-//!   returns an error.
-//! - `emulator` (feature `emulator`): the same kernel sources compiled for the host, for tests.
-//! - `device`: the operators as launches, written once for `cuda` and `emulator`.
+//! A pass is a structure of [`ops`] with its tensors by name, and `run` of a backend does it. The same description runs on
 //!
-//! `transformer` (feature `transformer`) has GPT and BERT on them: the worked example of a trainer's calls.
+//! - [`cpu::Cpu`]: SIMD chosen at run time, threads. Tensors are slices, arrays and vectors.
+//! - `cuda::Gpu` (feature `cuda`): hand-written kernels behind cudarc, on its slices and views or on bare addresses
+//!   ([`device::Pointer`]). Builds with nvcc; without a driver it returns an error.
+//! - `emulator::Emulator` (feature `emulator`): the same kernel sources compiled for the host, for tests.
+//!
+//! In place is [`Source::InPlace`]; a parameter's gradient is written or added, as [`Gradient`] says. Code for any backend
+//! is generic over [`Backend`]. `transformer` (feature `transformer`) has GPT and BERT on them: the worked example of a
+//! trainer's calls.
 //!
 //! # Conventions
 //!
@@ -57,7 +71,6 @@ compile_error!("masks are exported and vectors are loaded as little-endian words
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod device;
 mod dtype;
 #[cfg(feature = "emulator")]
@@ -65,6 +78,8 @@ pub mod emulator;
 mod error;
 mod mask;
 pub mod ops;
+mod pass;
+mod tensor;
 #[cfg(feature = "transformer")]
 pub mod transformer;
 
@@ -72,6 +87,8 @@ pub use dtype::{Dtype, DtypeId};
 pub use error::Error;
 pub use mask::{CONTRACT_VERSION, Groups, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
 pub use ops::bias_act_dropout::Activation;
-pub use ops::norm::{Affine, Norm, NormKind};
+pub use ops::norm::{Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
-pub use ops::{Dropout, Mode, Scaling, Shape};
+pub use ops::{Draws, Dropout, Mode, Scaling, Shape};
+pub use pass::{Backend, Pass};
+pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Writable};

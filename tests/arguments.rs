@@ -1,11 +1,14 @@
 //! Bad arguments: a typed error that names the operator and the argument, no panic, untouched outputs.
 
-use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::dropout_add_norm::Saved;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
+use fused_dropout::ops::{
+    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
+};
 use fused_dropout::{
-    Activation, Affine, AttentionMask, Dropout, Error, Groups, Key, Mode, Norm, Place, Probability,
-    RowMap, Scaling, Scores, Shape,
+    Activation, AttentionMask, Dropout, Error, Gradient, Groups, In, Key, Mode, Norm, Pass, Place,
+    Probability, RowMap, Scaling, Scores, Shape, Source,
 };
 use proptest::prelude::*;
 
@@ -68,17 +71,20 @@ fn dropouts() -> impl Strategy<Value = Dropout<'static>> {
     )
 }
 
+fn run<'a>(drop: &Dropout<'_>, pass: impl Pass<'a, Cpu>) -> Result<(), Error> {
+    Cpu::new().run(drop, pass)
+}
+
 /// A forward and a backward call of `dropout_add_norm` on tensors that fit `shape` (on `n` elements, where it is
 /// too large), but for number `odd`, which is one longer; and what the outputs held afterwards.
 fn norm_calls(
     d: &Dropout<'_>,
-    norm: &Norm,
+    norm: Norm,
     shape: Shape,
     n: usize,
     odd: Option<usize>,
     sum: bool,
 ) -> [(Result<(), Error>, Vec<f32>); 2] {
-    let cpu = Cpu::new();
     let n = shape.rows.checked_mul(shape.cols).filter(|&n| n <= 400).unwrap_or(n);
     let (cols, rows) = (shape.cols.min(400), shape.rows.min(400));
     let len = |index, len| len + usize::from(Some(index) == odd);
@@ -86,42 +92,44 @@ fn norm_calls(
     let output = |index, n| vec![7.0f32; len(index, n)];
     let (x, bias, residual) = (input(0, n), input(1, cols), input(2, n));
     let (weight, norm_bias) = (input(3, cols), input(4, cols));
-    let inputs = Inputs { x: &x[..], bias: Some(&bias[..]), residual: &residual[..] };
-    let affine = Affine { weight: &weight[..], bias: Some(&norm_bias[..]) };
     let (mut s, mut y, mut stats) = (output(5, n), output(6, n), output(7, 2 * rows));
-    let forward = cpu::dropout_add_norm::forward(
-        &cpu,
-        d,
-        norm,
+    let pass = dropout_add_norm::Forward {
         shape,
-        &inputs,
-        &affine,
-        Some(&mut s),
-        &mut y,
-        Some(&mut stats),
-    );
+        norm,
+        x: &x,
+        bias: Some(&bias),
+        residual: Source::Tensor(&residual),
+        weight: &weight,
+        norm_bias: Some(&norm_bias),
+        s: Some(&mut s),
+        y: &mut y,
+        stats: Some(&mut stats),
+    };
+    let forward = run(d, pass);
     let outputs = [s, y, stats].concat();
 
-    let saved = if sum { Saved::Sum(&x[..]) } else { Saved::Inputs(inputs) };
     let (stats, dy, ds) = (input(7, 2 * rows), input(8, n), input(9, n));
     let (mut dresidual, mut dx) = (output(10, n), output(11, n));
     let mut sums = [output(12, cols), output(13, cols), output(14, cols)];
-    let [dbias, dweight, dnorm_bias] = sums.each_mut().map(|sum| Some(&mut sum[..]));
-    let grads = ParamGrads { dbias, dweight, dnorm_bias };
-    let backward = cpu::dropout_add_norm::backward(
-        &cpu,
-        d,
-        norm,
+    let [dbias, dweight, dnorm_bias] = sums.each_mut().map(|sum| Some(Gradient::Write(sum)));
+    let pass = dropout_add_norm::Backward {
         shape,
-        &saved,
-        &weight,
-        &stats,
-        &dy,
-        Some(&ds),
-        &mut dresidual,
-        &mut dx,
-        grads,
-    );
+        norm,
+        saved: match sum {
+            true => Saved::Sum(&x),
+            false => Saved::Inputs { x: &x, bias: Some(&bias), residual: &residual },
+        },
+        weight: &weight,
+        stats: &stats,
+        dy: &dy,
+        ds: Some(&ds),
+        dresidual: &mut dresidual,
+        dx: &mut dx,
+        dbias,
+        dweight,
+        dnorm_bias,
+    };
+    let backward = run(d, pass);
     [(forward, outputs), (backward, [dresidual, dx, sums.concat()].concat())]
 }
 
@@ -154,7 +162,7 @@ fn dropout_add_norm_names_the_tensor_that_does_not_fit() {
     for sum in [false, true] {
         for (index, name) in names.into_iter().enumerate() {
             let norm = Norm::layer(0.0);
-            let [forward, backward] = norm_calls(&d, &norm, Shape::new(5, 7), 0, Some(index), sum);
+            let [forward, backward] = norm_calls(&d, norm, Shape::new(5, 7), 0, Some(index), sum);
             // The sum that a backward pass is given is called s.
             let of_sum = if sum && index == 0 { "s" } else { name };
             let passes = [
@@ -179,29 +187,33 @@ proptest! {
 
     #[test]
     fn dropout(d in dropouts(), rows in sizes(), cols in sizes(), x in 0..400usize, y in 0..400usize) {
-        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let shape = Shape::new(rows, cols);
         // Lengths that fit, half of the time.
         let fit = rows.checked_mul(cols).filter(|&n| n <= 400 && x % 2 == 0);
-        let (input, mut out) = (vec![1.0f32; fit.unwrap_or(x)], vec![7.0f32; fit.unwrap_or(y)]);
-        judge("dropout", cpu::dropout::forward(&cpu, &d, shape, &input, &mut out), &out)?;
-        out.fill(7.0);
-        judge("dropout", cpu::dropout::backward_in_place(&cpu, &d, shape, &mut out), &out)?;
+        let (x, mut y) = (vec![1.0f32; fit.unwrap_or(x)], vec![7.0f32; fit.unwrap_or(y)]);
+        let result = run(&d, dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y });
+        judge("dropout", result, &y)?;
+        y.fill(7.0);
+        let result = run(&d, dropout::Backward { shape, dy: Source::InPlace, dx: &mut y });
+        judge("dropout", result, &y)?;
     }
 
     #[test]
     fn dropout_add(d in dropouts(), rows in sizes(), cols in sizes(), x in 0..400usize, bias in 0..20usize) {
-        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let shape = Shape::new(rows, cols);
         let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(x);
-        let (input, bias) = (vec![1.0f32; n], vec![1.0f32; bias]);
-        let mut out = vec![7.0f32; n];
-        let result = cpu::dropout_add::forward(&cpu, &d, shape, &input, Some(&bias), &input, &mut out);
+        let (x, bias, mut out) = (vec![1.0f32; n], vec![1.0f32; bias], vec![7.0f32; n]);
+        let residual = Source::Tensor(&x as _);
+        let result =
+            run(&d, dropout_add::Forward { shape, x: &x, bias: Some(&bias), residual, y: &mut out });
         judge("dropout_add", result, &out)?;
         out.fill(7.0);
         let mut dbias = vec![7.0f32; bias.len()];
-        let result = cpu::dropout_add::backward(&cpu, &d, shape, &input, &mut out, Some(&mut dbias));
-        let refused = result.is_err();
-        judge("dropout_add", result, &out)?;
-        prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
+        let gradient = Some(Gradient::Write(&mut dbias));
+        let dy = Source::Tensor(&x as _);
+        let result =
+            run(&d, dropout_add::Backward { shape, dy, dx: Some(&mut out), dbias: gradient });
+        judge("dropout_add", result, &[out, dbias].concat())?;
     }
 
     #[test]
@@ -214,7 +226,7 @@ proptest! {
         ],
         sum in any::<bool>(),
     ) {
-        for (result, outputs) in norm_calls(&d, &Norm::rms(epsilon), Shape::new(rows, cols), n, odd, sum) {
+        for (result, outputs) in norm_calls(&d, Norm::rms(epsilon), Shape::new(rows, cols), n, odd, sum) {
             prop_assert!(result.is_err() || epsilon >= 0.0 && epsilon.is_finite());
             judge("dropout_add_norm", result, &outputs)?;
         }
@@ -227,22 +239,31 @@ proptest! {
         activation in proptest::sample::select(&Activation::ALL),
         (x, bias) in (0..400usize, 0..20usize),
     ) {
-        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let shape = Shape::new(rows, cols);
         let n = rows.checked_mul(cols).filter(|&n| n <= 400).unwrap_or(x);
-        let (input, bias) = (vec![1.0f32; n], vec![1.0f32; bias]);
-        let mut out = vec![7.0f32; n];
-        let result = cpu::bias_act_dropout::forward(
-            &cpu, &d, shape, activation, &input, Some(&bias), &mut out,
-        );
+        let (x, bias, mut out) = (vec![1.0f32; n], vec![1.0f32; bias], vec![7.0f32; n]);
+        let forward = bias_act_dropout::Forward {
+            shape,
+            activation,
+            x: Source::Tensor(&x),
+            bias: Some(&bias),
+            y: &mut out,
+        };
+        let result = run(&d, forward);
         judge("bias_act_dropout", result, &out)?;
         out.fill(7.0);
         let mut dbias = vec![7.0f32; bias.len()];
-        let result = cpu::bias_act_dropout::backward(
-            &cpu, &d, shape, activation, &input, None, &input, &mut out, Some(&mut dbias),
-        );
-        let refused = result.is_err();
-        judge("bias_act_dropout", result, &out)?;
-        prop_assert!(!refused || dbias.iter().all(|&value| value == 7.0));
+        let backward = bias_act_dropout::Backward {
+            shape,
+            activation,
+            x: &x,
+            bias: None,
+            dy: Source::Tensor(&x),
+            dx: &mut out,
+            dbias: Some(Gradient::Write(&mut dbias)),
+        };
+        let result = run(&d, backward);
+        judge("bias_act_dropout", result, &[out, dbias].concat())?;
     }
 
     #[test]
@@ -254,14 +275,19 @@ proptest! {
         lengths in proptest::option::of(0..30usize),
         x in 0..400usize,
     ) {
-        let cpu = Cpu::new();
-        let scores = Scores { batch, heads, queries, keys, scale };
         let product = |sizes: &[usize]| sizes.iter().try_fold(1usize, |n, &s| n.checked_mul(s));
         let n = product(&[batch, heads, queries, keys]).filter(|&n| n <= 400).unwrap_or(x);
         let lengths = lengths.map(|n| vec![3u32; n]);
-        let mask = AttentionMask { causal, lengths: lengths.as_deref(), additive: None };
-        let (input, mut out) = (vec![1.0f32; n], vec![7.0f32; n]);
-        let result = cpu::softmax_dropout::forward(&cpu, &d, &scores, &mask, &input, &mut out, None);
+        let lengths = lengths.as_ref().map(|lengths| lengths as _);
+        let (x, mut out) = (vec![1.0f32; n], vec![7.0f32; n]);
+        let pass = softmax_dropout::Forward {
+            scores: Scores { batch, heads, queries, keys, scale },
+            mask: AttentionMask { causal, lengths, additive: None },
+            x: Source::Tensor(&x),
+            y: &mut out,
+            statistics: None,
+        };
+        let result = run(&d, pass);
         judge("softmax_dropout", result, &out)?;
     }
 
@@ -274,26 +300,36 @@ proptest! {
         sequence in sizes(),
         tables in any::<(bool, bool)>(),
     ) {
-        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let shape = Shape::new(rows, cols);
         // Lengths that fit, where there are none.
         let fit = |n: Option<usize>| n.filter(|&n| n <= 400).unwrap_or(7);
         let lens = lens.unwrap_or((rows, fit(entries.checked_mul(cols)), fit(rows.checked_mul(cols))));
         let (ids, table, n) = (&ids[..lens.0.min(20)], vec![1.0f32; lens.1], lens.2);
-        let mut lookups = Lookups::tokens(entries, ids);
-        if tables.0 {
-            lookups = lookups.positions(entries, Ids::Sequence(sequence));
-        }
-        let given = Tables { token: &table[..], position: tables.1.then_some(&table[..]), segment: None };
+        let position = Lookup { entries, ids: Ids::Sequence(sequence) };
+        let lookups = Lookups {
+            token: Lookup { entries, ids: Ids::Given(&ids as _) },
+            position: tables.0.then_some(position),
+            segment: None,
+        };
+        let given =
+            Tables { token: &table as _, position: tables.1.then_some(&table as _), segment: None };
         let mut y = vec![7.0f32; n];
-        let result = cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &given, &mut y);
+        let pass = embedding_dropout::Forward::<f32, _> {
+            shape,
+            lookups,
+            tables: given,
+            y: &mut y,
+            report: None,
+        };
+        let result = run(&d, pass);
         judge("embedding_dropout", result, &y)?;
         let (dy, mut token, mut position) = (vec![1.0f32; n], vec![7.0f32; lens.1], vec![7.0f32; lens.1]);
         let gradients = Gradients {
-            token: Some(&mut token[..]),
-            position: tables.1.then_some(&mut position[..]),
+            token: Some(Gradient::Write(&mut token)),
+            position: tables.1.then_some(Gradient::Write(&mut position)),
             segment: None,
         };
-        let result = cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &dy, gradients);
+        let result = run(&d, embedding_dropout::Backward { shape, lookups, dy: &dy, gradients });
         judge("embedding_dropout", result, &[token, position].concat())?;
     }
 
@@ -306,26 +342,42 @@ proptest! {
         epsilon in prop_oneof![Just(0.0f32), Just(1e-5), Just(-1e-5), Just(f32::NAN)],
         bias in any::<bool>(),
     ) {
-        let (cpu, shape) = (Cpu::new(), Shape::new(rows, cols));
+        let shape = Shape::new(rows, cols);
         let (weight, gradient, stats, n) = lens.unwrap_or((cols, cols, 2 * rows, rows * cols));
         let (ids, table, norm) = (&ids[..rows], vec![1.0f32; 5 * cols], Norm::layer(epsilon));
-        let lookups = Lookups::tokens(5, ids);
-        let tables = Tables { token: &table[..], position: None, segment: None };
+        let lookups = Lookups { token: tokens(&ids, 5), position: None, segment: None };
+        let tables = Tables { token: &table as _, position: None, segment: None };
         let weight = vec![1.0f32; weight];
-        let affine = Affine { weight: &weight[..], bias: bias.then_some(&weight[..]) };
         let (mut y, mut out_stats) = (vec![7.0f32; n], vec![7.0f32; stats]);
-        let result = cpu::embedding_dropout::forward_norm(
-            &cpu, &d, &norm, shape, &lookups, &tables, &affine, &mut y, Some(&mut out_stats),
-        );
+        let pass = embedding_dropout::ForwardNorm {
+            shape,
+            norm,
+            lookups,
+            tables,
+            weight: &weight,
+            norm_bias: bias.then_some(&weight as _),
+            y: &mut y,
+            stats: Some(&mut out_stats),
+            report: None,
+        };
+        let result = run(&d, pass);
         judge("embedding_dropout", result, &[y, out_stats].concat())?;
         let (dy, stats) = (vec![1.0f32; n], vec![1.0f32; stats]);
-        let (mut token, mut of_norm) = (vec![7.0f32; 5 * cols], vec![7.0f32; gradient]);
-        let gradients = Gradients { token: Some(&mut token[..]), ..Gradients::NONE };
-        let norm_gradients = NormGradients { weight: Some(&mut of_norm[..]), bias: None };
-        let result = cpu::embedding_dropout::backward_norm(
-            &cpu, &d, &norm, shape, &lookups, &tables, &weight, &stats, &dy, gradients, norm_gradients,
-        );
-        judge("embedding_dropout", result, &[token, of_norm].concat())?;
+        let (mut token, mut dweight) = (vec![7.0f32; 5 * cols], vec![7.0f32; gradient]);
+        let pass = embedding_dropout::BackwardNorm {
+            shape,
+            norm,
+            lookups,
+            tables,
+            weight: &weight,
+            stats: &stats,
+            dy: &dy,
+            gradients: Gradients { token: Some(Gradient::Write(&mut token)), ..Gradients::NONE },
+            dweight: Some(Gradient::Write(&mut dweight)),
+            dnorm_bias: None,
+        };
+        let result = run(&d, pass);
+        judge("embedding_dropout", result, &[token, dweight].concat())?;
     }
 
     #[test]
@@ -334,61 +386,124 @@ proptest! {
     }
 }
 
+fn tokens<'a>(ids: &'a &[u32], entries: usize) -> Lookup<In<'a, u32, Cpu>> {
+    Lookup { entries, ids: Ids::Given(ids) }
+}
+
+fn drop() -> Dropout<'static> {
+    Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap())
+}
+
 #[test]
 fn errors_say_what_was_expected_and_what_was_given() {
-    let cpu = Cpu::new();
-    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
-    let place = Place { first_col: 4, ..Place::WHOLE };
-    let mut y = [7.0f32; 6];
-    let text = |result: Result<(), Error>| result.unwrap_err().to_string();
-    let error = cpu::dropout::forward(&cpu, &d, Shape::new(2, 3), &[1.0; 5], &mut y);
-    assert_eq!(text(error), "dropout: x: expected 6 elements, got 5");
-    let error = cpu::dropout::forward(&cpu, &d.at(place), Shape::new(2, 3), &[1.0; 6], &mut y);
-    assert_eq!(text(error), "dropout: first_col: expected a multiple of 8, got 4");
-    let (norm, affine) = (Norm::rms(-1.0), Affine { weight: &[1.0; 3][..], bias: None });
-    let inputs = Inputs { x: &[1.0; 6][..], bias: None, residual: &[1.0; 6] };
-    let shape = Shape::new(2, 3);
-    let error = cpu::dropout_add_norm::forward(
-        &cpu, &d, &norm, shape, &inputs, &affine, None, &mut y, None,
-    );
+    let (shape, mut y) = (Shape::new(2, 3), [7.0f32; 6]);
+    let mut forward = |drop: &Dropout<'_>, x: &[f32]| {
+        let pass = dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y };
+        let error = run(drop, pass).unwrap_err().to_string();
+        assert_eq!(y, [7.0; 6]);
+        error
+    };
+    assert_eq!(forward(&drop(), &[1.0; 5]), "dropout: x: expected 6 elements, got 5");
+    let shard = drop().at(Place { first_col: 4, ..Place::WHOLE });
+    let error = forward(&shard, &[1.0; 6]);
+    assert_eq!(error, "dropout: first_col: expected a multiple of 8, got 4");
+    let [(error, _), _] = norm_calls(&drop(), Norm::rms(-1.0), shape, 6, None, true);
     let expected = "dropout_add_norm: epsilon: expected a finite number, at least 0, got -1";
-    assert_eq!(text(error), expected);
+    assert_eq!(error.unwrap_err().to_string(), expected);
     let error = Probability::new(f64::NAN).unwrap_err().to_string();
     assert_eq!(error, "Probability::new: p: expected 0 <= p <= 1, got NaN");
+}
+
+/// An input in place of an output that is not there.
+#[test]
+fn in_place_of_nothing_is_refused() {
+    let (shape, x, mut y) = (Shape::new(2, 3), [1.0f32; 6], [7.0f32; 6]);
+    let pass =
+        dropout_add::Backward::<f32, _> { shape, dy: Source::InPlace, dx: None, dbias: None };
+    let error = run(&drop(), pass).unwrap_err().to_string();
+    assert_eq!(error, "dropout_add: dx: expected the tensor that dy lies in, got none");
+    let pass = dropout_add_norm::Forward {
+        shape,
+        norm: Norm::layer(0.0),
+        x: &x,
+        bias: None,
+        residual: Source::InPlace,
+        weight: &[1.0; 3],
+        norm_bias: None,
+        s: None,
+        y: &mut y,
+        stats: None,
+    };
+    let error = run(&drop(), pass).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "dropout_add_norm: s: expected the tensor that the residual lies in, got none"
+    );
     assert_eq!(y, [7.0; 6]);
 }
 
 #[test]
+fn keys_in_memory_that_do_not_fit_are_refused() {
+    let (cpu, shape, mut y) = (Cpu::new(), Shape::new(2, 3), [7.0f32; 6]);
+    let mut refused = |drop: &Dropout<'_, Cpu>| {
+        let pass = dropout::Forward { shape, x: Source::InPlace, y: &mut y };
+        let error = cpu.run(drop, pass).unwrap_err().to_string();
+        assert_eq!(y, [7.0; 6]);
+        error
+    };
+    let (numbers, list) = ([1u64, 2], [5u32, 9]);
+    let error = refused(&Dropout::resident(1, &numbers, Probability::ZERO));
+    assert_eq!(error, "dropout: stream: expected 1 elements, got 2");
+    let elsewhere = drop().at(Place { rows: RowMap::Contiguous { first: 1 }, ..Place::WHOLE });
+    let error = refused(&elsewhere.row_list(&list));
+    assert!(error.starts_with("dropout: rows: expected no other row map beside a row list"));
+    let short = &list[1..];
+    let error = refused(&drop().row_list(&short));
+    assert_eq!(error, "dropout: row_list: expected 2 elements, got 1");
+}
+
+#[test]
 fn ids_outside_of_their_table_are_named() {
-    let (cpu, shape) = (Cpu::new(), Shape::new(3, 2));
-    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
-    let (good, bad, table, dy) = ([0u32, 3, 1], [1u32, 4, 9], [1.0f32; 8], [1.0f32; 6]);
-    let tokens = Lookups::tokens(4, &good[..]);
+    let shape = Shape::new(3, 2);
+    let (good, bad, table, dy) = (&[0u32, 3, 1][..], &[1u32, 4, 9][..], [1.0f32; 8], [1.0f32; 6]);
+    let none = |token| Lookups { token, position: None, segment: None };
+    let four = |ids| Some(Lookup { entries: 4, ids });
     let cases = [
-        (Lookups::tokens(4, &bad[..]), "token_ids: expected ids below 4, got 4 in row 1"),
+        (none(tokens(&bad, 4)), "token_ids: expected ids below 4, got 4 in row 1"),
         (
-            tokens.positions(4, Ids::Given(&bad[..])),
+            Lookups { position: four(Ids::Given(&bad as _)), ..none(tokens(&good, 4)) },
             "position_ids: expected ids below 4, got 4 in row 1",
         ),
-        (tokens.segments(2, &good[..]), "segment_ids: expected ids below 2, got 3 in row 1"),
         (
-            tokens.positions(4, Ids::Sequence(5)),
+            Lookups { segment: Some(tokens(&good, 2)), ..none(tokens(&good, 4)) },
+            "segment_ids: expected ids below 2, got 3 in row 1",
+        ),
+        (
+            Lookups { position: four(Ids::Sequence(5)), ..none(tokens(&good, 4)) },
             "position_ids: expected sequences of 1 to 4 rows, got 5",
         ),
     ];
     for (lookups, text) in cases {
-        let optional = |is: bool, len: usize| is.then_some(&table[..len]);
+        let half = &table[..4];
         let tables = Tables {
-            token: &table[..],
-            position: optional(lookups.position.is_some(), 8),
-            segment: optional(lookups.segment.is_some(), 4),
+            token: &table as _,
+            position: lookups.position.map(|_| &table as _),
+            segment: lookups.segment.map(|_| &half as _),
         };
         let mut y = [7.0f32; 6];
-        let error = cpu::embedding_dropout::forward(&cpu, &d, shape, &lookups, &tables, &mut y);
+        let pass = embedding_dropout::Forward::<f32, _> {
+            shape,
+            lookups,
+            tables,
+            y: &mut y,
+            report: None,
+        };
+        let error = run(&drop(), pass);
         assert_eq!(error.unwrap_err().to_string(), format!("embedding_dropout: {text}"));
         let mut token = [7.0f32; 8];
-        let gradients = Gradients { token: Some(&mut token[..]), ..Gradients::NONE };
-        let error = cpu::embedding_dropout::backward(&cpu, &d, shape, &lookups, &dy, gradients);
+        let gradients = Gradients { token: Some(Gradient::Write(&mut token)), ..Gradients::NONE };
+        let error =
+            run(&drop(), embedding_dropout::Backward { shape, lookups, dy: &dy, gradients });
         assert_eq!(error.unwrap_err().to_string(), format!("embedding_dropout: {text}"));
         assert_eq!((y, token), ([7.0; 6], [7.0; 8]));
     }
@@ -396,20 +511,27 @@ fn ids_outside_of_their_table_are_named() {
 
 #[test]
 fn tables_come_with_their_ids() {
-    let (cpu, shape) = (Cpu::new(), Shape::new(1, 2));
-    let d = Dropout::new(Key::new(1, 2), Probability::new(0.1).unwrap());
-    let (id, table, mut y) = ([0u32], [1.0f32; 2], [7.0f32; 2]);
-    let lookups = Lookups::tokens(1, &id[..]);
-    let tables = Tables { token: &table[..], position: Some(&table[..]), segment: None };
-    let mut forward = |lookups: &Lookups<&[u32]>, tables: &Tables<&[f32]>| {
-        let result = cpu::embedding_dropout::forward(&cpu, &d, shape, lookups, tables, &mut y);
+    let shape = Shape::new(1, 2);
+    let (id, table, mut y) = (&[0u32][..], [1.0f32; 2], [7.0f32; 2]);
+    let lookups = Lookups { token: tokens(&id, 1), position: None, segment: None };
+    let tables = Tables { token: &table as _, position: Some(&table as _), segment: None };
+    let mut forward = |lookups, tables| {
+        let pass = embedding_dropout::Forward::<f32, _> {
+            shape,
+            lookups,
+            tables,
+            y: &mut y,
+            report: None,
+        };
+        let error = run(&drop(), pass).unwrap_err().to_string();
         assert_eq!(y, [7.0; 2]);
-        result.unwrap_err().to_string()
+        error
     };
-    let error = forward(&lookups, &tables);
+    let error = forward(lookups, tables);
     let text = "position_ids: expected ids for the table that is given, got none";
     assert_eq!(error, format!("embedding_dropout: {text}"));
-    let error = forward(&lookups.segments(1, &id[..]), &Tables { position: None, ..tables });
+    let segments = Lookups { segment: Some(tokens(&id, 1)), ..lookups };
+    let error = forward(segments, Tables { position: None, ..tables });
     let text = "segment_table: expected a table for the ids, got none";
     assert_eq!(error, format!("embedding_dropout: {text}"));
 }

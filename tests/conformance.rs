@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 #[cfg(feature = "emulator")]
 fn emulators(cases: &[Call]) -> Vec<Trial> {
-    use cases::lab::{Emulated, Kernels};
+    use cases::lab::Emulated;
     use fused_dropout::emulator::Emulator;
     // Ascending through every other row of the table, which meets each shape, probability, place, row map,
     // group and offset; a random order through every sixth, of the others. The CPU's levels run all of it.
@@ -38,7 +38,7 @@ fn emulators(cases: &[Call]) -> Vec<Trial> {
             let cases = Arc::new(cases::thinned(cases, every, rest));
             trials(&name.clone(), &cases, move || {
                 let emulator = Emulator::new().order(order);
-                Ok(Kernels(Emulated { emulator, name: name.clone() }))
+                Ok(Emulated { emulator, name: name.clone() })
             })
         })
         .collect()

@@ -1,9 +1,9 @@
 //! The emulator notices what a broken kernel does, and lets its correct twin pass.
 #![cfg(feature = "emulator")]
 
-use fused_dropout::Error;
-use fused_dropout::device::{Address, Device, Kernel, Readable, Writable};
+use fused_dropout::device::{Address, Device, Kernel};
 use fused_dropout::emulator::Emulator;
+use fused_dropout::{Error, Readable, Writable};
 use std::ffi::c_void;
 
 /// The parameters of the kernels in `kernels/emulator/faults.cu`.

@@ -1,11 +1,13 @@
 //! Values at the edges of f32, as users meet them: masks that trainers write, outliers, overflows. Right values are computed
 //! by hand; `tests/conformance.rs` has the bounds for every backend.
 
-use fused_dropout::cpu::dropout_add_norm::Inputs;
-use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::softmax_dropout::STATISTICS;
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::bias_act_dropout;
+use fused_dropout::ops::dropout_add_norm::{self, Saved};
+use fused_dropout::ops::softmax_dropout::{self, STATISTICS};
 use fused_dropout::{
-    Activation, Affine, AttentionMask, Dropout, Key, Mode, Norm, Probability, Scores, Shape,
+    Activation, AttentionMask, Backend, Dropout, Key, Mode, Norm, Probability, Readable, Scores,
+    Shape, Source, Writable,
 };
 use half::{bf16, f16};
 
@@ -17,14 +19,22 @@ fn kept() -> Dropout<'static> {
 /// dx of one row of scores, with saved statistics and without.
 fn softmax_gradients(cpu: &Cpu, x: &[f32], additive: &[f32], dy: &[f32]) -> [Vec<f32>; 2] {
     let scores = Scores { batch: 1, heads: 1, queries: 1, keys: x.len(), scale: 1.0 };
-    let mask = AttentionMask { additive: Some(additive), ..AttentionMask::NONE };
+    let mask = AttentionMask { additive: Some(&additive as _), ..AttentionMask::NONE };
     let (mut y, mut statistics) = (vec![0.0; x.len()], [0.0; STATISTICS]);
-    let saved = Some(&mut statistics[..]);
-    cpu::softmax_dropout::forward(cpu, &kept(), &scores, &mask, x, &mut y, saved).unwrap();
-    [Some(&statistics[..]), None].map(|saved| {
+    let forward = softmax_dropout::Forward {
+        scores,
+        mask,
+        x: Source::Tensor(&x),
+        y: &mut y,
+        statistics: Some(&mut statistics),
+    };
+    cpu.run(&kept(), forward).unwrap();
+    [Some(&statistics as _), None].map(|statistics| {
         let mut dx = vec![9.0; x.len()];
-        cpu::softmax_dropout::backward(cpu, &kept(), &scores, &mask, x, saved, dy, &mut dx)
-            .unwrap();
+        let dy = Source::Tensor(&dy as _);
+        let backward =
+            softmax_dropout::Backward { scores, mask, x: &x, statistics, dy, dx: &mut dx };
+        cpu.run(&kept(), backward).unwrap();
         dx
     })
 }
@@ -79,11 +89,19 @@ fn layer_norm<T: fused_dropout::Dtype>(cpu: &Cpu, norm: &Norm, s: &[f32]) -> Vec
     let zeros = vec![T::from_f32(0.0); s.len()];
     let weight = vec![T::from_f32(1.0); s.len()];
     let mut y = zeros.clone();
-    let inputs = Inputs { x: &zeros[..], bias: None, residual: &row[..] };
-    let affine = Affine { weight: &weight[..], bias: None };
-    let shape = Shape::new(1, s.len());
-    cpu::dropout_add_norm::forward(cpu, &kept(), norm, shape, &inputs, &affine, None, &mut y, None)
-        .unwrap();
+    let pass = dropout_add_norm::Forward {
+        shape: Shape::new(1, s.len()),
+        norm: *norm,
+        x: &zeros,
+        bias: None,
+        residual: Source::Tensor(&row),
+        weight: &weight,
+        norm_bias: None,
+        s: None,
+        y: &mut y,
+        stats: None,
+    };
+    cpu.run(&kept(), pass).unwrap();
     y.iter().map(|y| y.to_f32()).collect()
 }
 
@@ -138,7 +156,6 @@ fn rows_of_any_magnitude_are_normalised() {
 /// With |xhat| at most 1 and |dy| at most 2, no gradient of a row is larger than 6 rstd.
 #[test]
 fn gradients_of_rows_of_any_magnitude_are_finite() {
-    use fused_dropout::cpu::dropout_add_norm::{ParamGrads, Saved};
     // The lanes of a warp have values of one sign, so that sums of them overflow.
     let sign = |k: usize| if k / 8 % 32 < 16 { 1.0 } else { -1.0 };
     let (shape, norm) = (Shape::new(1, 1024), Norm::layer(0.0));
@@ -151,64 +168,47 @@ fn gradients_of_rows_of_any_magnitude_are_finite() {
             let most = 6.0 / size;
             assert!(ds.iter().all(|ds| ds.abs() <= most), "{what}, {size:e}: {:?}", &ds[..8]);
         };
-        let saved = Saved::Sum(&s[..]);
         for cpu in Cpu::levels() {
-            let (mut ds, mut dx) = (vec![9.0; 1024], vec![9.0; 1024]);
-            let none = ParamGrads { dbias: None, dweight: None, dnorm_bias: None };
-            cpu::dropout_add_norm::backward(
-                &cpu,
-                &kept(),
-                &norm,
-                shape,
-                &saved,
-                &weight,
-                &stats,
-                &dy,
-                None,
-                &mut ds,
-                &mut dx,
-                none,
-            )
-            .unwrap();
-            bounded("cpu", &ds);
+            bounded("cpu", &row_gradient(&cpu, &norm, shape, &s, &weight, &stats, &dy));
         }
         #[cfg(feature = "emulator")]
-        bounded("kernels", &through_the_kernels(&norm, shape, &s, &weight, &stats, &dy));
+        {
+            let emulator = fused_dropout::emulator::Emulator::new();
+            bounded("kernels", &row_gradient(&emulator, &norm, shape, &s, &weight, &stats, &dy));
+        }
     }
 }
 
-/// ds of the same call.
-#[cfg(feature = "emulator")]
-fn through_the_kernels(
+/// dresidual, nothing dropped.
+fn row_gradient<B: Backend>(
+    backend: &B,
     norm: &Norm,
     shape: Shape,
-    s: &[f32],
-    weight: &[f32],
-    stats: &[f32],
-    dy: &[f32],
-) -> Vec<f32> {
-    use fused_dropout::device::dropout_add_norm::Saved;
-    use fused_dropout::device::{self, Call, Readable};
-    use fused_dropout::emulator::Emulator;
-    let emulator = Emulator::new();
+    s: &Vec<f32>,
+    weight: &Vec<f32>,
+    stats: &[f32; 2],
+    dy: &Vec<f32>,
+) -> Vec<f32>
+where
+    Vec<f32>: Writable<f32, B>,
+    [f32; 2]: Readable<f32, B>,
+{
     let (mut ds, mut dx) = (vec![9.0; s.len()], vec![9.0; s.len()]);
-    let saved: &dyn Readable<f32, Emulator> = &s;
-    let call = Call::on(&emulator);
-    device::dropout_add_norm::backward(
-        &call,
-        &kept(),
-        norm,
+    let pass = dropout_add_norm::Backward {
         shape,
-        &Saved::Sum(saved),
-        &weight,
-        &stats,
-        &dy,
-        None,
-        &mut ds,
-        &mut dx,
-        None,
-    )
-    .unwrap();
+        norm: *norm,
+        saved: Saved::Sum(s),
+        weight,
+        stats,
+        dy,
+        ds: None,
+        dresidual: &mut ds,
+        dx: &mut dx,
+        dbias: None,
+        dweight: None,
+        dnorm_bias: None,
+    };
+    backend.run(&kept(), pass).unwrap();
     ds
 }
 
@@ -221,20 +221,24 @@ fn activations_that_overflowed_have_their_limits() {
     for cpu in Cpu::levels() {
         for act in [Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Relu] {
             let (mut y, mut dx) = (ones.clone(), ones.clone());
-            let bias = Some(&bias[..]);
-            cpu::bias_act_dropout::forward(&cpu, &kept(), shape, act, &x, bias, &mut y).unwrap();
-            cpu::bias_act_dropout::backward(
-                &cpu,
-                &kept(),
+            let forward = bias_act_dropout::Forward {
                 shape,
-                act,
-                &x,
-                bias,
-                &ones,
-                &mut dx,
-                None,
-            )
-            .unwrap();
+                activation: act,
+                x: Source::Tensor(&x),
+                bias: Some(&bias),
+                y: &mut y,
+            };
+            cpu.run(&kept(), forward).unwrap();
+            let backward = bias_act_dropout::Backward {
+                shape,
+                activation: act,
+                x: &x,
+                bias: Some(&bias),
+                dy: Source::Tensor(&ones),
+                dx: &mut dx,
+                dbias: None,
+            };
+            cpu.run(&kept(), backward).unwrap();
             let [y, dx] = [y, dx].map(|v| [0, 8, 16, 24].map(|k| v[k].to_f32()));
             assert_eq!(y, [0.0, f32::INFINITY, 0.0, f16::MAX.to_f32()], "{act:?}");
             assert_eq!(dx, [0.0, 1.0, 0.0, 1.0], "{act:?}'s slope");

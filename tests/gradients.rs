@@ -1,11 +1,15 @@
 //! Gradients against finite differences, in f64, of the forward pass as the mathematics states it: with
 //! the mask fixed, the backward pass must be its derivative.
 
-use fused_dropout::cpu::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::dropout_add_norm::Saved;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
+use fused_dropout::ops::{
+    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
+};
 use fused_dropout::{
-    Activation, Affine, AttentionMask, Dropout, Key, Norm, NormKind, Probability, Scores, Shape,
+    Activation, AttentionMask, Dropout, Gradient, In, Key, Norm, NormKind, Probability, Scores,
+    Shape, Source,
 };
 
 const SCORES: Scores = Scores { batch: 1, heads: 2, queries: 3, keys: 11, scale: 0.7 };
@@ -56,13 +60,15 @@ fn dropped(y: &[f64], cols: usize) -> Vec<f64> {
 #[test]
 fn dropout_and_dropout_add() {
     let (x, weight, shape) = (values(0.0), values(5.0), Shape::new(6, 11));
-    let mut dx = vec![0.0; N];
-    cpu::dropout::backward(&Cpu::new(), &drop(), shape, &narrow(&weight), &mut dx).unwrap();
+    let (cpu, dy, mut dx) = (Cpu::new(), narrow(&weight), vec![0.0; N]);
+    let source = || Source::Tensor(&dy as _);
+    cpu.run(&drop(), dropout::Backward { shape, dy: source(), dx: &mut dx }).unwrap();
     compare(&|x| dropped(x, 11), &x, &weight, &dx);
 
     let mut dbias = vec![0.0; 11];
-    let (cpu, dy) = (Cpu::new(), narrow(&weight));
-    cpu::dropout_add::backward(&cpu, &drop(), shape, &dy, &mut dx, Some(&mut dbias)).unwrap();
+    let gradient = Some(Gradient::Write(&mut dbias));
+    let (dy, dx) = (source(), Some(&mut dx as _));
+    cpu.run(&drop(), dropout_add::Backward { shape, dy, dx, dbias: gradient }).unwrap();
     let with_bias = |bias: &[f64]| {
         let sums: Vec<f64> = x.iter().enumerate().map(|(i, x)| x + bias[i % 11]).collect();
         dropped(&sums, 11)
@@ -74,8 +80,12 @@ fn dropout_and_dropout_add() {
 const TOKENS: [u32; 6] = [2, 0, 2, 2, 1, 0];
 const SEGMENTS: [u32; 6] = [0, 0, 1, 1, 1, 0];
 
-fn lookups() -> Lookups<&'static [u32]> {
-    Lookups::tokens(3, &TOKENS[..]).positions(2, Ids::Sequence(2)).segments(2, &SEGMENTS[..])
+fn lookups() -> Lookups<In<'static, u32, Cpu>> {
+    Lookups {
+        token: Lookup { entries: 3, ids: Ids::Given(&TOKENS) },
+        position: Some(Lookup { entries: 2, ids: Ids::Sequence(2) }),
+        segment: Some(Lookup { entries: 2, ids: Ids::Given(&SEGMENTS) }),
+    }
 }
 
 /// The sums of what the rows look up in the three tables, which follow each other.
@@ -96,14 +106,16 @@ fn embedding_dropout() {
     let tables = &[values(0.0), values(2.0)].concat()[..77];
     let (weight, shape) = (values(5.0), Shape::new(6, 11));
     // On top of what is there already.
-    let mut gradient = vec![1.0f32; 77];
-    let (token, rest) = gradient.split_at_mut(33);
-    let (position, segment) = rest.split_at_mut(22);
-    let gradients =
-        Gradients { token: Some(token), position: Some(position), segment: Some(segment) };
-    let (cpu, dy) = (Cpu::new(), narrow(&weight));
-    cpu::embedding_dropout::backward(&cpu, &drop(), shape, &lookups(), &dy, gradients).unwrap();
-    gradient.iter_mut().for_each(|gradient| *gradient -= 1.0);
+    let mut gradients = [33, 22, 22].map(|len| vec![1.0f32; len]);
+    let [token, position, segment] = gradients.each_mut().map(|table| Some(Gradient::Add(table)));
+    let pass = embedding_dropout::Backward {
+        shape,
+        lookups: lookups(),
+        dy: &narrow(&weight),
+        gradients: Gradients { token, position, segment },
+    };
+    Cpu::new().run(&drop(), pass).unwrap();
+    let gradient: Vec<f32> = gradients.concat().iter().map(|gradient| gradient - 1.0).collect();
     compare(&|tables| dropped(&embeddings(tables), 11), tables, &weight, &gradient);
 }
 
@@ -113,45 +125,41 @@ fn embedding_dropout_with_a_norm() {
     let all = &[values(0.0), values(2.0)].concat()[..99];
     let (weight, shape, cpu) = (values(5.0), Shape::new(6, 11), Cpu::new());
     let narrowed = narrow(all);
-    let tables = Tables {
-        token: &narrowed[..33],
-        position: Some(&narrowed[33..55]),
-        segment: Some(&narrowed[55..77]),
-    };
-    let affine = Affine { weight: &narrowed[77..88], bias: Some(&narrowed[88..]) };
+    let [token, position, segment, norm_weight, norm_bias] =
+        [0..33, 33..55, 55..77, 77..88, 88..99].map(|part| narrowed[part].to_vec());
+    let tables =
+        Tables { token: &token as _, position: Some(&position as _), segment: Some(&segment as _) };
     for norm in [Norm::layer(1e-3), Norm::rms(1e-3)] {
         let (mut y, mut stats) = (vec![0.0; N], vec![0.0; 12]);
-        cpu::embedding_dropout::forward_norm(
-            &cpu,
-            &drop(),
-            &norm,
+        let pass = embedding_dropout::ForwardNorm {
             shape,
-            &lookups(),
-            &tables,
-            &affine,
-            &mut y,
-            Some(&mut stats),
-        )
-        .unwrap();
-        let mut gradient = vec![0.0f32; 99];
-        let (token, rest) = gradient.split_at_mut(33);
-        let (position, rest) = rest.split_at_mut(22);
-        let (segment, rest) = rest.split_at_mut(22);
-        let (of_weight, of_bias) = rest.split_at_mut(11);
-        cpu::embedding_dropout::backward_norm(
-            &cpu,
-            &drop(),
-            &norm,
+            norm,
+            lookups: lookups(),
+            tables,
+            weight: &norm_weight,
+            norm_bias: Some(&norm_bias),
+            y: &mut y,
+            stats: Some(&mut stats),
+            report: None,
+        };
+        cpu.run(&drop(), pass).unwrap();
+        let mut gradients = [33, 22, 22, 11, 11].map(|len| vec![9.0f32; len]);
+        let [token, position, segment, dweight, dnorm_bias] =
+            gradients.each_mut().map(|gradient| Some(Gradient::Write(gradient)));
+        let pass = embedding_dropout::BackwardNorm {
             shape,
-            &lookups(),
-            &tables,
-            affine.weight,
-            &stats,
-            &narrow(&weight),
-            Gradients { token: Some(token), position: Some(position), segment: Some(segment) },
-            NormGradients { weight: Some(of_weight), bias: Some(of_bias) },
-        )
-        .unwrap();
+            norm,
+            lookups: lookups(),
+            tables,
+            weight: &norm_weight,
+            stats: &stats,
+            dy: &narrow(&weight),
+            gradients: Gradients { token, position, segment },
+            dweight,
+            dnorm_bias,
+        };
+        cpu.run(&drop(), pass).unwrap();
+        let gradient = gradients.concat();
         let forward = |all: &[f64]| {
             let sums = embeddings(&all[..77]);
             dropped(&normalised(&norm, &sums, &all[77..88], &all[88..]), 11)
@@ -171,18 +179,16 @@ fn bias_act_dropout() {
             dropped(&sums.collect::<Vec<_>>(), 11)
         };
         let (mut dx, mut dbias) = (vec![0.0; N], vec![0.0; 11]);
-        cpu::bias_act_dropout::backward(
-            &cpu,
-            &drop(),
+        let pass = bias_act_dropout::Backward {
             shape,
             activation,
-            &x32,
-            Some(&bias32),
-            &dy,
-            &mut dx,
-            Some(&mut dbias),
-        )
-        .unwrap();
+            x: &x32,
+            bias: Some(&bias32),
+            dy: Source::Tensor(&dy),
+            dx: &mut dx,
+            dbias: Some(Gradient::Write(&mut dbias)),
+        };
+        cpu.run(&drop(), pass).unwrap();
         compare(&|x| forward(x, &bias), &x, &weight, &dx);
         compare(&|bias| forward(&x, bias), &bias[..11], &weight, &dbias);
     }
@@ -214,10 +220,16 @@ fn softmax_dropout() {
             }
             dropped(&p, 11)
         };
-        let mask = AttentionMask { causal, lengths: None, additive: None };
         let (x32, dy, mut dx) = (narrow(&x), narrow(&weight), vec![0.0; N]);
-        let (cpu, d) = (Cpu::new(), drop());
-        cpu::softmax_dropout::backward(&cpu, &d, &SCORES, &mask, &x32, None, &dy, &mut dx).unwrap();
+        let pass = softmax_dropout::Backward {
+            scores: SCORES,
+            mask: AttentionMask { causal, ..AttentionMask::NONE },
+            x: &x32,
+            statistics: None,
+            dy: Source::Tensor(&dy),
+            dx: &mut dx,
+        };
+        Cpu::new().run(&drop(), pass).unwrap();
         compare(&forward, &x, &weight, &dx);
     }
 }
@@ -253,38 +265,41 @@ fn dropout_add_norm() {
             };
         let (x32, bias32, residual32) = (narrow(&x), narrow(&bias), narrow(&residual));
         let (weight32, norm_bias32) = (narrow(&weight), narrow(&norm_bias));
-        let inputs = Inputs { x: &x32[..], bias: Some(&bias32[..]), residual: &residual32[..] };
-        let affine = Affine { weight: &weight32[..], bias: Some(&norm_bias32[..]) };
         let (mut s, mut y, mut stats) = (vec![0.0; N], vec![0.0; N], [0.0; 12]);
-        let out = (Some(&mut s[..]), &mut y[..], Some(&mut stats[..]));
-        cpu::dropout_add_norm::forward(
-            &cpu, &d, &norm, shape, &inputs, &affine, out.0, out.1, out.2,
-        )
-        .unwrap();
+        let pass = dropout_add_norm::Forward {
+            shape,
+            norm,
+            x: &x32,
+            bias: Some(&bias32),
+            residual: Source::Tensor(&residual32),
+            weight: &weight32,
+            norm_bias: Some(&norm_bias32),
+            s: Some(&mut s),
+            y: &mut y,
+            stats: Some(&mut stats),
+        };
+        cpu.run(&d, pass).unwrap();
         let (dy, ds) = (narrow(&of_y), narrow(&of_s));
-        for saved in [Saved::Sum(&s[..]), Saved::Inputs(inputs)] {
+        let inputs =
+            Saved::Inputs { x: &x32 as _, bias: Some(&bias32 as _), residual: &residual32 as _ };
+        for saved in [Saved::Sum(&s as _), inputs] {
             let (mut dresidual, mut dx) = (vec![0.0; N], vec![0.0; N]);
             let [mut dbias, mut dweight, mut dnorm_bias] = [[0.0; 11]; 3];
-            let grads = ParamGrads {
-                dbias: Some(&mut dbias[..]),
-                dweight: Some(&mut dweight[..]),
-                dnorm_bias: Some(&mut dnorm_bias[..]),
-            };
-            cpu::dropout_add_norm::backward(
-                &cpu,
-                &d,
-                &norm,
+            let pass = dropout_add_norm::Backward {
                 shape,
-                &saved,
-                &weight32,
-                &stats,
-                &dy,
-                Some(&ds),
-                &mut dresidual,
-                &mut dx,
-                grads,
-            )
-            .unwrap();
+                norm,
+                saved,
+                weight: &weight32,
+                stats: &stats,
+                dy: &dy,
+                ds: Some(&ds),
+                dresidual: &mut dresidual,
+                dx: &mut dx,
+                dbias: Some(Gradient::Write(&mut dbias)),
+                dweight: Some(Gradient::Write(&mut dweight)),
+                dnorm_bias: Some(Gradient::Write(&mut dnorm_bias)),
+            };
+            cpu.run(&d, pass).unwrap();
             let (b, r, w, n) = (&bias, &residual, &weight, &norm_bias);
             compare(&|x| forward(x, b, r, w, n), &x, &both, &dx);
             compare(&|b| forward(&x, b, r, w, n), b, &both, &dbias);

@@ -3,7 +3,7 @@
 #![cfg(feature = "transformer")]
 
 use fused_dropout::Error;
-use fused_dropout::transformer::backend::{Layout, MatMul};
+use fused_dropout::transformer::matmul::{Layout, MatMul};
 use fused_dropout::transformer::streams::MAX_STEPS;
 use fused_dropout::transformer::{
     AdamW, Backend, Bert, BertConfig, BertInput, BertTask, CpuBackend, Gpt, GptConfig, GptInput,
@@ -94,19 +94,19 @@ fn steps_without_a_stream() {
     let input = GptInput { ids: &ids, labels: &shifted(&ids, 3), choice: None };
     let batch = gpt.batch(&backend, &run, &input).unwrap();
     for step in [MAX_STEPS, 1 << 45, u64::MAX] {
-        let pass = Pass::Train { seed: 1, step };
+        let pass = Pass::train(1, step);
         assert_eq!(named(gpt.forward(&backend, &params, &mut run, &batch, pass)), "step");
         let backward = gpt.backward(&backend, &params, &mut run, &batch, pass, &mut grads);
         assert_eq!(named(backward), "step");
     }
-    let pass = Pass::Train { seed: 1, step: MAX_STEPS - 1 };
+    let pass = Pass::train(1, MAX_STEPS - 1);
     gpt.forward(&backend, &params, &mut run, &batch, pass).unwrap();
 }
 
 #[test]
 fn weights_memory_and_moments_of_another_model() {
     let backend = CpuBackend::new();
-    let pass = Pass::Train { seed: 1, step: 0 };
+    let pass = Pass::train(1, 0);
     let ids = [1, 2, 3];
     let input = GptInput { ids: &ids, labels: &shifted(&ids, 3), choice: None };
     let gpt = Gpt::new(gpt_config(8, 2), false).unwrap();

@@ -4,12 +4,16 @@
 //! Seeds are fixed, so a test that passes keeps passing. The bounds are stated as what an ideal source
 //! would miss: 5 sigma once in 1.7 million, a chi-square of one degree above 30 once in 23 million.
 
-use fused_dropout::cpu::dropout_add_norm::{self, Inputs, ParamGrads, Saved};
-use fused_dropout::cpu::{self, Cpu};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::ops::dropout_add_norm::Saved;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
+use fused_dropout::ops::{
+    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
+    softmax_dropout,
+};
 use fused_dropout::{
-    Activation, Affine, AttentionMask, Dropout, Groups, Key, Norm, Place, Probability, RowMap,
-    Scores, Shape,
+    Activation, AttentionMask, Dropout, Gradient, Groups, Key, Norm, Place, Probability, RowMap,
+    Scores, Shape, Source,
 };
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
@@ -18,7 +22,7 @@ fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
 
 fn mask(dropout: &Dropout<'_>, shape: Shape) -> Vec<u8> {
     let mut out = vec![2; shape.rows * shape.cols];
-    cpu::keep_mask::bytes(&Cpu::new(), dropout, shape, &mut out).unwrap();
+    Cpu::new().run(dropout, keep_mask::Bytes { shape, out: &mut out }).unwrap();
     out
 }
 
@@ -35,104 +39,139 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
         let differs = |(v, k): (&f32, &u8)| (*v != zero) != (*k == 1);
         assert!(!out.iter().zip(&keep).any(differs), "{what}");
     };
-    cpu::dropout::forward(&cpu, &d, shape, &ones, &mut out).unwrap();
+    let x = || Source::Tensor(&ones as _);
+    cpu.run(&d, dropout::Forward { shape, x: x(), y: &mut out }).unwrap();
     same("dropout", &out, 0.0);
-    cpu::dropout::backward(&cpu, &d, shape, &ones, &mut out).unwrap();
+    cpu.run(&d, dropout::Backward { shape, dy: x(), dx: &mut out }).unwrap();
     same("dropout backward", &out, 0.0);
-    cpu::dropout_add::forward(&cpu, &d, shape, &ones, None, &ones, &mut out).unwrap();
+    let add = dropout_add::Forward { shape, x: &ones, bias: None, residual: x(), y: &mut out };
+    cpu.run(&d, add).unwrap();
     same("dropout_add", &out, 1.0);
-    cpu::dropout_add::backward(&cpu, &d, shape, &ones, &mut out, Some(&mut [0.0; 77])).unwrap();
+    let mut dbias = [0.0; 77];
+    let dbias = Some(Gradient::Write(&mut dbias));
+    cpu.run(&d, dropout_add::Backward { shape, dy: x(), dx: Some(&mut out), dbias }).unwrap();
     same("dropout_add backward", &out, 0.0);
     let (norm, weight, mut y) = (Norm::layer(1e-5), [1.0; 77], vec![0.0; 30 * 77]);
-    let (inputs, affine) = (
-        Inputs { x: &ones[..], bias: None, residual: &ones[..] },
-        Affine { weight: &weight[..], bias: None },
-    );
     let (mut s, mut stats) = (vec![9.0f32; 30 * 77], [0.0; 60]);
-    dropout_add_norm::forward(
-        &cpu,
-        &d,
-        &norm,
+    let add_and_norm = dropout_add_norm::Forward {
         shape,
-        &inputs,
-        &affine,
-        Some(&mut s),
-        &mut y,
-        Some(&mut stats),
-    )
-    .unwrap();
+        norm,
+        x: &ones,
+        bias: None,
+        residual: x(),
+        weight: &weight,
+        norm_bias: None,
+        s: Some(&mut s),
+        y: &mut y,
+        stats: Some(&mut stats),
+    };
+    cpu.run(&d, add_and_norm).unwrap();
     same("dropout_add_norm", &s, 1.0);
-    dropout_add_norm::backward(
-        &cpu,
-        &d,
-        &norm,
+    let backward = dropout_add_norm::Backward {
         shape,
-        &Saved::Sum(&s),
-        &weight,
-        &stats,
-        &ones,
-        Some(&ones),
-        &mut y,
-        &mut out,
-        ParamGrads::default(),
-    )
-    .unwrap();
+        norm,
+        saved: Saved::Sum(&s),
+        weight: &weight,
+        stats: &stats,
+        dy: &ones,
+        ds: Some(&ones),
+        dresidual: &mut y,
+        dx: &mut out,
+        dbias: None,
+        dweight: None,
+        dnorm_bias: None,
+    };
+    cpu.run(&d, backward).unwrap();
     same("dropout_add_norm backward", &out, 0.0);
     // One token, and a token a row: its gradient is the row of dy.
     let (zeros, own): ([u32; 30], Vec<u32>) = ([0; 30], (0..30).collect());
-    let table = Tables { token: &ones[..77], position: None, segment: None };
-    let tokens = Lookups::tokens(1, &zeros[..]);
-    cpu::embedding_dropout::forward(&cpu, &d, shape, &tokens, &table, &mut out).unwrap();
+    let table = &ones[..77];
+    let tables = Tables { token: &table as _, position: None, segment: None };
+    let token = Lookup { entries: 1, ids: Ids::Given(&zeros as _) };
+    let lookups = Lookups { token, position: None, segment: None };
+    let embed =
+        embedding_dropout::Forward::<f32, _> { shape, lookups, tables, y: &mut out, report: None };
+    cpu.run(&d, embed).unwrap();
     same("embedding_dropout", &out, 0.0);
     // The norm of a row of ones is its bias.
-    let affine = Affine { weight: &ones[..77], bias: Some(&ones[..77]) };
-    let norm = Norm::layer(1e-5);
-    cpu::embedding_dropout::forward_norm(
-        &cpu, &d, &norm, shape, &tokens, &table, &affine, &mut out, None,
-    )
-    .unwrap();
+    let embed = embedding_dropout::ForwardNorm {
+        shape,
+        norm,
+        lookups,
+        tables,
+        weight: &table,
+        norm_bias: Some(&table),
+        y: &mut out,
+        stats: None,
+        report: None,
+    };
+    cpu.run(&d, embed).unwrap();
     same("embedding_dropout with a norm", &out, 0.0);
-    out.fill(0.0);
-    let gradients = Gradients { token: Some(&mut out[..]), ..Gradients::NONE };
-    let tokens = Lookups::tokens(30, &own[..]);
-    cpu::embedding_dropout::backward(&cpu, &d, shape, &tokens, &ones, gradients).unwrap();
+    let token = Lookup { entries: 30, ids: Ids::Given(&own as _) };
+    let backward = embedding_dropout::Backward {
+        shape,
+        lookups: Lookups { token, position: None, segment: None },
+        dy: &ones,
+        gradients: Gradients { token: Some(Gradient::Write(&mut out)), ..Gradients::NONE },
+    };
+    cpu.run(&d, backward).unwrap();
     same("embedding_dropout backward", &out, 0.0);
     // With a norm: its bias has D(dy) for gradient, here of a dy that has one row.
-    for (row, seen) in out.chunks_mut(77).enumerate() {
+    for (row, mut seen) in out.chunks_mut(77).enumerate() {
         let mut dy = vec![0.0; 30 * 77];
         dy[row * 77..][..77].fill(1.0);
-        seen.fill(0.0);
-        let norm_gradients = NormGradients { weight: None, bias: Some(seen) };
-        let (tokens, none) = (Lookups::tokens(1, &zeros[..]), Gradients::NONE);
-        cpu::embedding_dropout::backward_norm(
-            &cpu,
-            &d,
-            &norm,
+        let backward = embedding_dropout::BackwardNorm {
             shape,
-            &tokens,
-            &table,
-            &weight,
-            &stats,
-            &dy,
-            none,
-            norm_gradients,
-        )
-        .unwrap();
+            norm,
+            lookups,
+            tables,
+            weight: &weight,
+            stats: &stats,
+            dy: &dy,
+            gradients: Gradients::NONE,
+            dweight: None,
+            dnorm_bias: Some(Gradient::Write(&mut seen)),
+        };
+        cpu.run(&d, backward).unwrap();
     }
     same("embedding_dropout with a norm, backward", &out, 0.0);
-    let none = AttentionMask::NONE;
-    cpu::softmax_dropout::forward(&cpu, &d, &scores, &none, &ones, &mut out, None).unwrap();
+    let softmax = softmax_dropout::Forward {
+        scores,
+        mask: AttentionMask::NONE,
+        x: x(),
+        y: &mut out,
+        statistics: None,
+    };
+    cpu.run(&d, softmax).unwrap();
     same("softmax_dropout", &out, 0.0);
-    cpu::softmax_dropout::backward(&cpu, &d, &scores, &none, &ones, None, &ones, &mut out).unwrap();
+    let softmax = softmax_dropout::Backward {
+        scores,
+        mask: AttentionMask::NONE,
+        x: &ones,
+        statistics: None,
+        dy: x(),
+        dx: &mut out,
+    };
+    cpu.run(&d, softmax).unwrap();
     // g - sum P g of a row with kept and dropped elements: above 0 where g is the scale, below where it is 0.
     let signs: Vec<f32> = out.iter().map(|dx| dx.max(0.0)).collect();
     same("softmax_dropout backward", &signs, 0.0);
-    for a in Activation::ALL {
+    for activation in Activation::ALL {
         // Every activation of 1 is above 0, and so is its slope.
-        cpu::bias_act_dropout::forward(&cpu, &d, shape, a, &ones, None, &mut out).unwrap();
+        let forward =
+            bias_act_dropout::Forward { shape, activation, x: x(), bias: None, y: &mut out };
+        cpu.run(&d, forward).unwrap();
         same("bias_act_dropout", &out, 0.0);
-        let (x, dy) = (&ones, &ones);
-        cpu::bias_act_dropout::backward(&cpu, &d, shape, a, x, None, dy, &mut out, None).unwrap();
+        let backward = bias_act_dropout::Backward {
+            shape,
+            activation,
+            x: &ones,
+            bias: None,
+            dy: x(),
+            dx: &mut out,
+            dbias: None,
+        };
+        cpu.run(&d, backward).unwrap();
         same("bias_act_dropout backward", &out, 0.0);
     }
 }
@@ -207,10 +246,23 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
         pool.install(|| {
             let (mut y, mut dx, mut dbias) = (x.clone(), x.clone(), vec![0.0; 999]);
             let mut s = x.clone();
-            cpu::dropout::forward(&cpu, &d, shape, &x, &mut y).unwrap();
-            cpu::dropout_add::backward(&cpu, &d, shape, &x, &mut dx, Some(&mut dbias)).unwrap();
-            let causal = AttentionMask::causal(500);
-            cpu::softmax_dropout::forward(&cpu, &d, &scores, &causal, &x, &mut s, None).unwrap();
+            let source = || Source::Tensor(&x as _);
+            cpu.run(&d, dropout::Forward { shape, x: source(), y: &mut y }).unwrap();
+            let backward = dropout_add::Backward {
+                shape,
+                dy: source(),
+                dx: Some(&mut dx),
+                dbias: Some(Gradient::Write(&mut dbias)),
+            };
+            cpu.run(&d, backward).unwrap();
+            let softmax = softmax_dropout::Forward {
+                scores,
+                mask: AttentionMask::causal(500),
+                x: source(),
+                y: &mut s,
+                statistics: None,
+            };
+            cpu.run(&d, softmax).unwrap();
             let norm = normalised(&cpu, &d, shape, &x);
             let embedded = embedded(&cpu, &d, shape, &x);
             let all = [y, dx, dbias, s, norm, embedded].concat();
@@ -228,82 +280,99 @@ fn nothing_depends_on_the_number_of_threads_or_the_level() {
 /// Everything that `dropout_add_norm` gives.
 fn normalised(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
     let (norm, weight) = (Norm::layer(1e-5), vec![0.7f32; shape.cols]);
-    let inputs = Inputs { x, bias: None, residual: x };
-    let affine = Affine { weight: &weight[..], bias: None };
     let (mut s, mut y, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
-    dropout_add_norm::forward(
-        cpu,
-        d,
-        &norm,
+    let forward = dropout_add_norm::Forward {
         shape,
-        &inputs,
-        &affine,
-        Some(&mut s),
-        &mut y,
-        Some(&mut stats),
-    )
-    .unwrap();
-    let (mut dresidual, mut dx) = (x.to_vec(), x.to_vec());
-    let mut sums = vec![0.0f32; 3 * shape.cols];
-    let [dbias, dweight, dnorm_bias] = {
-        let mut parts = sums.chunks_mut(shape.cols);
-        std::array::from_fn(|_| parts.next())
+        norm,
+        x: &x,
+        bias: None,
+        residual: Source::Tensor(&x),
+        weight: &weight,
+        norm_bias: None,
+        s: Some(&mut s),
+        y: &mut y,
+        stats: Some(&mut stats),
     };
-    dropout_add_norm::backward(
-        cpu,
-        d,
-        &norm,
+    cpu.run(d, forward).unwrap();
+    let (mut dresidual, mut dx) = (x.to_vec(), x.to_vec());
+    let mut sums = [(); 3].map(|()| vec![0.0f32; shape.cols]);
+    let [dbias, dweight, dnorm_bias] = sums.each_mut().map(|sum| Some(Gradient::Write(sum)));
+    let backward = dropout_add_norm::Backward {
         shape,
-        &Saved::Inputs(inputs),
-        &weight,
-        &stats,
-        &y,
-        Some(x),
-        &mut dresidual,
-        &mut dx,
-        ParamGrads { dbias, dweight, dnorm_bias },
-    )
-    .unwrap();
+        norm,
+        saved: Saved::Inputs { x: &x, bias: None, residual: &x },
+        weight: &weight,
+        stats: &stats,
+        dy: &y,
+        ds: Some(&x),
+        dresidual: &mut dresidual,
+        dx: &mut dx,
+        dbias,
+        dweight,
+        dnorm_bias,
+    };
+    cpu.run(d, backward).unwrap();
+    let sums = sums.concat();
     [s, y, stats, dresidual, dx, sums].concat()
 }
 
 /// Everything that `embedding_dropout` gives, on tables cut out of `x`.
 fn embedded(cpu: &Cpu, d: &Dropout<'_>, shape: Shape, x: &[f32]) -> Vec<f32> {
-    use cpu::embedding_dropout::{backward, backward_norm, forward, forward_norm};
     let (rows, cols) = (shape.rows as u32, shape.cols);
     let tokens: Vec<u32> = (0..rows).map(|r| r * r % 53).collect();
     let segments: Vec<u32> = (0..rows).map(|r| r / 9 % 2).collect();
-    let lookups = Lookups::tokens(53, &tokens[..]).positions(90, Ids::Sequence(90));
-    let lookups = lookups.segments(2, &segments[..]);
-    let tables = Tables {
-        token: &x[..53 * cols],
-        position: Some(&x[cols..91 * cols]),
-        segment: Some(&x[..2 * cols]),
+    let lookups = Lookups {
+        token: Lookup { entries: 53, ids: Ids::Given(&tokens as _) },
+        position: Some(Lookup { entries: 90, ids: Ids::Sequence(90) }),
+        segment: Some(Lookup { entries: 2, ids: Ids::Given(&segments as _) }),
     };
+    let (token, position, segment) = (&x[..53 * cols], &x[cols..91 * cols], &x[..2 * cols]);
+    let tables =
+        Tables { token: &token as _, position: Some(&position as _), segment: Some(&segment as _) };
     let (norm, weight) = (Norm::layer(1e-5), &x[..cols]);
-    let affine = Affine { weight, bias: None };
     let (mut y, mut normed, mut stats) = (x.to_vec(), x.to_vec(), vec![0.0; 2 * shape.rows]);
-    forward(cpu, d, shape, &lookups, &tables, &mut y).unwrap();
-    let (out, saved) = (&mut normed, Some(&mut stats[..]));
-    forward_norm(cpu, d, &norm, shape, &lookups, &tables, &affine, out, saved).unwrap();
-
-    let mut sums = x[..147 * cols].to_vec();
-    let (token, rest) = sums.split_at_mut(53 * cols);
-    let (position, rest) = rest.split_at_mut(90 * cols);
-    let (segment, rest) = rest.split_at_mut(2 * cols);
-    let (of_weight, of_bias) = rest.split_at_mut(cols);
-    let mut gradients =
-        Gradients { token: Some(token), position: Some(position), segment: Some(segment) };
-    let again = Gradients {
-        token: gradients.token.as_deref_mut(),
-        position: gradients.position.as_deref_mut(),
-        segment: gradients.segment.as_deref_mut(),
+    let embed =
+        embedding_dropout::Forward::<f32, _> { shape, lookups, tables, y: &mut y, report: None };
+    cpu.run(d, embed).unwrap();
+    let embed = embedding_dropout::ForwardNorm {
+        shape,
+        norm,
+        lookups,
+        tables,
+        weight: &weight,
+        norm_bias: None,
+        y: &mut normed,
+        stats: Some(&mut stats),
+        report: None,
     };
-    backward(cpu, d, shape, &lookups, x, again).unwrap();
-    let of_norm = NormGradients { weight: Some(of_weight), bias: Some(of_bias) };
-    backward_norm(cpu, d, &norm, shape, &lookups, &tables, weight, &stats, x, gradients, of_norm)
-        .unwrap();
-    [y, normed, stats, sums].concat()
+    cpu.run(d, embed).unwrap();
+
+    let mut sums = [53, 90, 2, 1, 1].map(|entries| x[..entries * cols].to_vec());
+    let mut add = |with_norm: bool| {
+        let [token, position, segment, dweight, dnorm_bias] =
+            sums.each_mut().map(|sum| Some(Gradient::Add(sum)));
+        let gradients = Gradients { token, position, segment };
+        if !with_norm {
+            let pass = embedding_dropout::Backward { shape, lookups, dy: &x, gradients };
+            return cpu.run(d, pass).unwrap();
+        }
+        let pass = embedding_dropout::BackwardNorm {
+            shape,
+            norm,
+            lookups,
+            tables,
+            weight: &weight,
+            stats: &stats,
+            dy: &x,
+            gradients,
+            dweight,
+            dnorm_bias,
+        };
+        cpu.run(d, pass).unwrap();
+    };
+    add(false);
+    add(true);
+    [y, normed, stats, sums.concat()].concat()
 }
 
 #[test]
@@ -313,7 +382,9 @@ fn outputs_are_unbiased() {
     for p in [0.001, 0.1, 0.5, 0.9] {
         let d = drop(11, 12, p);
         let mut y = vec![0.0f32; 1 << 20];
-        cpu::dropout::forward(&Cpu::new(), &d, shape, &vec![1.0; 1 << 20], &mut y).unwrap();
+        let ones = vec![1.0; 1 << 20];
+        let pass = dropout::Forward { shape, x: Source::Tensor(&ones), y: &mut y };
+        Cpu::new().run(&d, pass).unwrap();
         let p = d.p.effective();
         let kept = y.iter().filter(|&&y| y != 0.0).count() as f64;
         let sigma = (n * p * (1.0 - p)).sqrt();

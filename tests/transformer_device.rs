@@ -62,7 +62,7 @@ impl<'b, B: Backend> Training<'b, B> {
 
     /// The step: what a graph can capture.
     pub(crate) fn work(&mut self, step: u64) -> Result<(), Error> {
-        let pass = Pass::Train { seed: self.seed, step };
+        let pass = Pass::train(self.seed, step);
         let Self { backend, gpt, params, optimizer, grads, run, batch, .. } = self;
         gpt.forward(*backend, params, run, batch, pass)?;
         gpt.loss(*backend, run, batch)?;

@@ -7,7 +7,8 @@
 #![cfg(feature = "transformer")]
 
 use fused_dropout::transformer::CpuBackend;
-use fused_dropout::transformer::backend::{Backend, Element, Layout, MatMul, Weight};
+use fused_dropout::transformer::backend::{Backend, Element, Weight};
+use fused_dropout::transformer::matmul::{Layout, MatMul};
 use fused_dropout::{Dtype, DtypeId, Error, Shape};
 
 const U: f64 = 1.0 / 16_777_216.0;
@@ -419,13 +420,16 @@ fn copies<B: Backend>(backend: &B) {
     assert_eq!(backend.read(&buffer).unwrap(), [7, 2, 3]);
     backend.clear(&mut buffer).unwrap();
     assert_eq!(backend.read(&buffer).unwrap(), [0, 0, 0]);
-    let (two, mut five) = (backend.upload(&[1.0, 2.0]).unwrap(), backend.zeros(5).unwrap());
-    backend.copy(&two, &mut five, 2).unwrap();
+    let three = backend.upload(&[9.0f32, 1.0, 2.0]).unwrap();
+    let mut five = backend.zeros::<f32>(5).unwrap();
+    backend.copy(&three, 1..3, &mut five, 2).unwrap();
     assert_eq!(backend.read(&five).unwrap(), [0.0, 0.0, 1.0, 2.0, 0.0]);
-    for at in [4, usize::MAX] {
-        let error = backend.copy(&two, &mut five, at).unwrap_err();
+    backend.copy(&three, 3..3, &mut five, 5).unwrap();
+    for (part, at) in [(1..3, 4), (1..3, usize::MAX), (2..4, 0), (0..usize::MAX, 0)] {
+        let error = backend.copy(&three, part, &mut five, at).unwrap_err();
         assert!(matches!(error, Error::Argument { operator: "copy", .. }), "{error}");
     }
+    assert_eq!(backend.read(&five).unwrap(), [0.0, 0.0, 1.0, 2.0, 0.0]);
     let empty: B::Buffer<f32> = backend.zeros(0).unwrap();
     assert!(backend.read(&empty).unwrap().is_empty());
     empty_twice::<B, i32>(backend);
@@ -442,10 +446,11 @@ fn empty_twice<B: Backend, E: Element + PartialEq + std::fmt::Debug>(backend: &B
 mod emulated {
     use super::*;
     use fused_dropout::emulator::Emulator;
-    use fused_dropout::ops::embedding_dropout::{Lookups, Tables};
+    use fused_dropout::ops::dropout;
+    use fused_dropout::ops::embedding_dropout::{self, Ids, Lookup, Lookups, Tables};
     use fused_dropout::transformer::device::Accelerator;
-    use fused_dropout::transformer::{Pass, Site};
-    use fused_dropout::{Activation, Probability};
+    use fused_dropout::transformer::{Drops, Pass, Site};
+    use fused_dropout::{Probability, Source};
     use half::{bf16, f16};
 
     fn backend<T: Dtype + Element>(order: u64) -> Accelerator<Emulator, T> {
@@ -532,11 +537,10 @@ mod emulated {
         pass: Pass,
         layer: usize,
     ) -> Result<Vec<f32>, Error> {
-        let shape = Shape::new(5, 20);
-        let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.4).unwrap()).unwrap();
-        let (x, bias) = (backend.upload(&[1.0; 100])?, backend.upload(&[0.0; 20])?);
-        let mut y = backend.zeros(100)?;
-        backend.bias_act_dropout(&dropout, shape, Activation::Identity, &x, &bias, &mut y)?;
+        let drops = pass.at(layer, Site::Attention, 5, Probability::new(0.4)?);
+        let (x, mut y) = (backend.upload(&[1.0; 100])?, backend.zeros(100)?);
+        let x = Source::Tensor(&x as _);
+        backend.run(drops, dropout::Forward { shape: Shape::new(5, 20), x, y: &mut y })?;
         backend.read(&y)
     }
 
@@ -544,7 +548,7 @@ mod emulated {
     fn resident_stream_numbers_draw_the_masks_of_the_hosts() {
         let (host, resident) = (backend::<f32>(0), backend::<f32>(0));
         resident.resident(7).unwrap();
-        let pass = |step| Pass::Train { seed: 3, step };
+        let pass = |step| Pass::train(3, step);
         // More layers than there is room for at first.
         for layer in 0..300 {
             let (a, b) = (draw(&host, pass(7), layer), draw(&resident, pass(7), layer));
@@ -559,6 +563,11 @@ mod emulated {
                 assert_ne!(drawn.unwrap(), before);
             }
         }
+        // A micro-batch has the rows of its sequences.
+        let micro = pass(1 << 40).from_sequence(1);
+        let drawn = draw(&resident, micro, 1).unwrap();
+        assert_eq!(drawn, draw(&host, micro, 1).unwrap());
+        assert_ne!(drawn, draw(&host, pass(1 << 40), 1).unwrap());
         // An evaluation draws nothing and has no step.
         assert_eq!(draw(&resident, Pass::Evaluate, 0).unwrap(), [1.0; 100]);
     }
@@ -569,21 +578,28 @@ mod emulated {
         let error = backend.resident(1 << 44).unwrap_err();
         assert!(matches!(error, Error::Argument { argument: "step", .. }), "{error}");
         backend.resident(1).unwrap();
-        let error = draw(&backend, Pass::Train { seed: 3, step: 2 }, 0).unwrap_err();
-        assert!(matches!(error, Error::Argument { argument: "dropout.key.stream", .. }), "{error}");
+        let error = draw(&backend, Pass::train(3, 2), 0).unwrap_err();
+        assert!(matches!(error, Error::Argument { argument: "step", .. }), "{error}");
     }
 
     #[test]
     fn an_id_that_is_in_no_table_is_reported_once() {
         let backend = backend::<f32>(0);
-        let table = backend.upload(&[1.0; 12]).unwrap();
-        let mut y = backend.zeros(8).unwrap();
+        let table = backend.upload(&[1.0f32; 12]).unwrap();
+        let mut y = backend.zeros::<f32>(8).unwrap();
         let mut embed = |ids: &[u32]| {
             let ids = backend.upload(ids).unwrap();
-            let tables = Tables { token: &table, position: None, segment: None };
-            let dropout = Pass::Evaluate.dropout(0, Site::Embedding, Probability::ZERO).unwrap();
-            let (shape, lookups) = (Shape::new(2, 4), Lookups::tokens(3, &ids));
-            backend.embedding(&dropout, shape, &lookups, &tables, &mut y).unwrap();
+            let mut report = backend.report();
+            let token = Lookup { entries: 3, ids: Ids::Given(&ids as _) };
+            let pass = embedding_dropout::Forward {
+                shape: Shape::new(2, 4),
+                lookups: Lookups { token, position: None, segment: None },
+                tables: Tables { token: &table as _, position: None, segment: None },
+                y: &mut y,
+                report: report.as_deref_mut().map(|report| report as _),
+            };
+            backend.run(Drops::Nothing, pass).unwrap();
+            drop(report);
             backend.read(&y)
         };
         assert_eq!(embed(&[0, 2]).unwrap(), [1.0; 8]);

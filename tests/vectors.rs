@@ -1,6 +1,7 @@
 //! Holds the crate to the contract's known answers, `tests/vectors/contract.txt`: the functions that
 //! state the contract, the CPU at each SIMD level, and the kernels on the host.
 
+use fused_dropout::ops::keep_mask::Bytes;
 use fused_dropout::{Dropout, Groups, Key, Place, Probability, RowMap, Shape, cpu};
 use sha2::{Digest, Sha256};
 
@@ -154,7 +155,7 @@ fn masks_on_the_cpu() {
     for cpu in cpu::Cpu::levels() {
         holds(&format!("{cpu:?}"), |dropout, shape| {
             let mut out = vec![2; shape.rows * shape.cols];
-            cpu::keep_mask::bytes(&cpu, dropout, shape, &mut out).unwrap();
+            cpu.run(dropout, Bytes { shape, out: &mut out }).unwrap();
             out
         });
     }
@@ -163,19 +164,20 @@ fn masks_on_the_cpu() {
 #[cfg(feature = "emulator")]
 #[test]
 fn masks_of_the_kernels_on_the_host() {
-    use fused_dropout::{device, emulator::Emulator};
+    use fused_dropout::emulator::Emulator;
     let emulator = Emulator::new();
     holds("emulator", |dropout, shape| {
         let mut out = vec![2; shape.rows * shape.cols];
-        let call = device::Call::on(&emulator);
-        let RowMap::Explicit(list) = dropout.place.rows else {
-            device::keep_mask::bytes(&call, dropout, shape, &mut out).unwrap();
-            return out;
-        };
-        // On a device, a list lies in device memory.
-        let place = Place { rows: RowMap::WHOLE, ..dropout.place };
-        device::keep_mask::bytes(&call.row_list(&list), &dropout.at(place), shape, &mut out)
-            .unwrap();
+        let bytes = Bytes { shape, out: &mut out };
+        match dropout.place.rows {
+            // On a device, a list lies in device memory.
+            RowMap::Explicit(list) => {
+                let columns = dropout.at(Place { rows: RowMap::WHOLE, ..dropout.place });
+                let listed: Dropout<'_, Emulator> = columns.row_list(&list);
+                emulator.run(&listed, bytes).unwrap();
+            }
+            _ => emulator.run(dropout, bytes).unwrap(),
+        }
         out
     });
 }

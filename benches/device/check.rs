@@ -1,12 +1,12 @@
 //! Before the clock starts: every operator gives the oracle's values on this device.
 
-use crate::cases::lab::Kernels;
 use crate::cases::trials::checks;
 use crate::cases::{Call, Tally};
 use crate::lab::Lab;
 use anyhow::{Result, ensure};
 use fused_dropout::cuda::Gpu;
-use fused_dropout::{Dropout, Key, Probability, Shape};
+use fused_dropout::ops::dropout::Forward;
+use fused_dropout::{Dropout, Key, Probability, Shape, Source};
 
 /// Runs the case table's checks on the shape of a benchmark's row, and one with a tail, at two probabilities;
 /// and holds the share of kept elements to its binomial bound.
@@ -20,7 +20,7 @@ pub fn check(gpu: &Gpu) -> Result<()> {
             let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
-                check(&Kernels(Lab::on(gpu.clone(), ())), &call, &mut tally);
+                check(&Lab::on(gpu.clone(), ()), &call, &mut tally);
             }
             ensure!(tally.failures.is_empty(), "{}", tally.failures.join("\n"));
         }
@@ -36,8 +36,7 @@ fn kept(gpu: &Gpu, p: f64) -> Result<()> {
     let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
     let x = gpu.stream().clone_htod(&vec![1.0f32; elements])?;
     let mut y = gpu.stream().alloc_zeros::<f32>(elements)?;
-    let call = fused_dropout::device::Call::on(gpu);
-    fused_dropout::device::dropout::forward(&call, &drop, shape, &x, &mut y)?;
+    gpu.run(&drop, Forward { shape, x: Source::Tensor(&x), y: &mut y })?;
     let y = gpu.stream().clone_dtoh(&y)?;
     gpu.stream().synchronize()?;
     let mean = y.iter().map(|&y| f64::from(y)).sum::<f64>() / elements as f64;

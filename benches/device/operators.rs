@@ -5,18 +5,15 @@ use fused_dropout::cuda::Gpu;
 use fused_dropout::cuda::cudarc::driver::{
     CudaSlice, CudaView, CudaViewMut, DeviceRepr, DriverError, ValidAsZeroBits,
 };
-use fused_dropout::device::dropout_add_norm::SumGrads;
-use fused_dropout::device::{
-    BiasGrad, Call, Readable, Writable, bias_act_dropout, dropout, dropout_add, dropout_add_norm,
-    embedding_dropout, keep_mask, softmax_dropout,
-};
-use fused_dropout::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
+use fused_dropout::ops::dropout_add_norm::Saved;
+use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
-    dropout_add_norm as norm_ops, embedding_dropout as embedding_ops, sum_rows,
+    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
+    softmax_dropout,
 };
 use fused_dropout::{
-    Activation, Affine, AttentionMask, Dropout, Dtype, Error, Norm, Scores, Shape,
+    Activation, AttentionMask, Draws, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape,
+    Source,
 };
 use half::{bf16, f16};
 use rand_philox::Philox;
@@ -329,7 +326,6 @@ struct Needs {
     parameters: Vec<usize>,
     /// Of parameters, in f32.
     gradients: Vec<usize>,
-    workspace: usize,
     stats: usize,
     ids: usize,
     bits: usize,
@@ -349,24 +345,21 @@ impl Needs {
                 Self { inputs: 2, outputs: 1, parameters: vec![cols], ..none }
             }
             (Operator::BiasDropoutAdd, Pass::Backward) => {
-                let workspace = sum_rows::workspace_len(case.shape());
-                Self { inputs: 1, outputs: 1, gradients: vec![cols], workspace, ..none }
+                Self { inputs: 1, outputs: 1, gradients: vec![cols], ..none }
             }
             (Operator::BiasGeluDropout, Pass::Forward) => {
                 Self { inputs: 1, outputs: 1, parameters: vec![cols], ..none }
             }
             (Operator::BiasGeluDropout, Pass::Backward) => {
-                let workspace = sum_rows::workspace_len(case.shape());
                 let (parameters, gradients) = (vec![cols], vec![cols]);
-                Self { inputs: 2, outputs: 1, parameters, gradients, workspace, ..none }
+                Self { inputs: 2, outputs: 1, parameters, gradients, ..none }
             }
             (Operator::DropoutAddLayernorm, Pass::Forward) => {
                 Self { inputs: 2, outputs: 2, parameters: vec![cols; 2], stats, ..none }
             }
             (Operator::DropoutAddLayernorm, Pass::Backward) => {
-                let workspace = norm_ops::workspace_len(case.shape());
                 let (parameters, gradients) = (vec![cols], vec![cols; 2]);
-                Self { inputs: 3, outputs: 2, parameters, gradients, workspace, stats, ..none }
+                Self { inputs: 3, outputs: 2, parameters, gradients, stats, ..none }
             }
             (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
                 Self { inputs: 1, outputs: 1, ..none }
@@ -384,9 +377,8 @@ impl Needs {
                 Self { outputs: 1, parameters: with(2), stats, ids, ..none }
             }
             (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
-                let workspace = embedding_ops::workspace_len(case.shape());
                 let (parameters, gradients) = (with(1), with(2));
-                Self { inputs: 1, parameters, gradients, workspace, stats, ids, ..none }
+                Self { inputs: 1, parameters, gradients, stats, ids, ..none }
             }
             (Operator::KeepMask, _) => Self { bits: (rows * cols).div_ceil(8), ..none },
         }
@@ -400,7 +392,6 @@ struct Tensors<T> {
     // One for all sets, from here on but for ids, stats and bits.
     parameters: Vec<Stack<T>>,
     gradients: Vec<Stack<f32>>,
-    workspace: Stack<f32>,
     stats: Stack<f32>,
     ids: Stack<u32>,
     report: CudaSlice<u32>,
@@ -421,7 +412,6 @@ impl<T: Stored> Tensors<T> {
             outputs: many(needs.outputs, |_| Stack::zeros(gpu, sets, elements))?,
             parameters: many(needs.parameters.len(), |i| random(1, needs.parameters[i]))?,
             gradients: many(needs.gradients.len(), |i| Stack::zeros(gpu, 1, needs.gradients[i]))?,
-            workspace: Stack::zeros(gpu, 1, needs.workspace)?,
             stats: Stack::random(data, gpu, sets, needs.stats)?,
             ids: Stack { memory: gpu.stream().clone_htod(&ids)?, len: needs.ids },
             report: gpu.stream().clone_htod(&[u32::MAX])?,
@@ -437,6 +427,192 @@ fn many<S>(
     (0..count).map(make).collect()
 }
 
+impl<T: Stored> Tensors<T> {
+    fn run(&mut self, gpu: &Gpu, set: usize, drop: &impl Draws<Gpu>) -> Result<(), Error> {
+        let case = self.case;
+        let (shape, scores) = (case.shape(), case.scores());
+        let (activation, norm) = (Activation::GeluTanh, Norm::layer(1e-5));
+        let mask = AttentionMask { causal: case.causal(), ..AttentionMask::NONE };
+        let inputs: Vec<_> = self.inputs.iter().map(|input| input.get(set)).collect();
+        let parameters: Vec<_> = self.parameters.iter().map(|parameter| parameter.get(0)).collect();
+        let (input, parameter) = (|i: usize| &inputs[i] as In<'_, T, Gpu>, &parameters);
+        let source = |i: usize| Source::Tensor(input(i));
+        let mut outputs: Vec<_> =
+            self.outputs.iter_mut().map(|output| output.get_mut(set)).collect();
+        let [mut output, mut second] = {
+            let mut outputs = outputs.iter_mut();
+            [(); 2].map(|()| outputs.next())
+        };
+        let mut gradients: Vec<_> =
+            self.gradients.iter_mut().map(|gradient| gradient.get_mut(0)).collect();
+        // Of tables and a norm's parameters in embeddings they are added to, as in a model with tied weights.
+        let embeds = matches!(
+            case.operator,
+            Operator::EmbeddingDropout | Operator::EmbeddingLayernormDropout
+        );
+        let [g0, g1, g2, g3] = {
+            let mut gradients = gradients.iter_mut();
+            [(); 4].map(|()| {
+                gradients.next().map(|gradient| match embeds {
+                    true => Gradient::Add(gradient),
+                    false => Gradient::Write(gradient),
+                })
+            })
+        };
+        let ids = self.ids.get(set);
+        let lookups = Lookups {
+            token: Lookup { entries: VOCABULARY, ids: Ids::Given(&ids as In<'_, u32, Gpu>) },
+            position: Some(Lookup { entries: POSITIONS, ids: Ids::Sequence(POSITIONS) }),
+            segment: None,
+        };
+        let tables = || Tables {
+            token: &parameter[0] as In<'_, T, Gpu>,
+            position: Some(&parameter[1] as _),
+            segment: None,
+        };
+        match (case.operator, case.pass) {
+            (Operator::Copy, _) => {
+                let copied = gpu.stream().memcpy_dtod(&inputs[0], out(&mut output));
+                copied.map_err(|error| Error::Driver {
+                    operation: "copying",
+                    code: error.0 as u32,
+                    message: error.to_string(),
+                })
+            }
+            (Operator::Dropout, Pass::Forward) => {
+                gpu.run(drop, dropout::Forward { shape, x: source(0), y: out(&mut output) })
+            }
+            (Operator::Dropout, Pass::Backward) => {
+                gpu.run(drop, dropout::Backward { shape, dy: source(0), dx: out(&mut output) })
+            }
+            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Forward) => {
+                let pass = dropout_add::Forward {
+                    shape,
+                    x: input(0),
+                    bias: parameter.first().map(|bias| bias as _),
+                    residual: source(1),
+                    y: out(&mut output),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Backward) => {
+                let dx = Some(out(&mut output) as _);
+                gpu.run(drop, dropout_add::Backward { shape, dy: source(0), dx, dbias: g0 })
+            }
+            (Operator::BiasGeluDropout, Pass::Forward) => {
+                let pass = bias_act_dropout::Forward {
+                    shape,
+                    activation,
+                    x: source(0),
+                    bias: Some(&parameter[0]),
+                    y: out(&mut output),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::BiasGeluDropout, Pass::Backward) => {
+                let pass = bias_act_dropout::Backward {
+                    shape,
+                    activation,
+                    x: input(0),
+                    bias: Some(&parameter[0]),
+                    dy: source(1),
+                    dx: out(&mut output),
+                    dbias: g0,
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::DropoutAddLayernorm, Pass::Forward) => {
+                let pass = dropout_add_norm::Forward {
+                    shape,
+                    norm,
+                    x: input(0),
+                    bias: None,
+                    residual: source(1),
+                    weight: &parameter[0],
+                    norm_bias: Some(&parameter[1]),
+                    s: Some(out(&mut second)),
+                    y: out(&mut output),
+                    stats: Some(&mut self.stats.get_mut(set)),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::DropoutAddLayernorm, Pass::Backward) => {
+                let pass = dropout_add_norm::Backward {
+                    shape,
+                    norm,
+                    saved: Saved::Sum(input(0)),
+                    weight: &parameter[0],
+                    stats: &self.stats.get(set),
+                    dy: input(1),
+                    ds: Some(input(2)),
+                    dresidual: out(&mut output),
+                    dx: out(&mut second),
+                    dbias: None,
+                    dweight: g0,
+                    dnorm_bias: g1,
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
+                let (x, y) = (source(0), out(&mut output));
+                gpu.run(drop, softmax_dropout::Forward { scores, mask, x, y, statistics: None })
+            }
+            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Backward) => {
+                let pass = softmax_dropout::Backward {
+                    scores,
+                    mask,
+                    x: input(0),
+                    statistics: None,
+                    dy: source(1),
+                    dx: out(&mut output),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::EmbeddingDropout, Pass::Forward) => {
+                let (tables, y, report) = (tables(), out(&mut output), Some(&mut self.report as _));
+                gpu.run(drop, embedding_dropout::Forward { shape, lookups, tables, y, report })
+            }
+            (Operator::EmbeddingDropout, Pass::Backward) => {
+                let gradients = Gradients { token: g0, position: g1, segment: None };
+                let dy = input(0);
+                gpu.run(drop, embedding_dropout::Backward { shape, lookups, dy, gradients })
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
+                let pass = embedding_dropout::ForwardNorm {
+                    shape,
+                    norm,
+                    lookups,
+                    tables: tables(),
+                    weight: &parameter[2],
+                    norm_bias: Some(&parameter[3]),
+                    y: out(&mut output),
+                    stats: Some(&mut self.stats.get_mut(set)),
+                    report: Some(&mut self.report),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
+                let pass = embedding_dropout::BackwardNorm {
+                    shape,
+                    norm,
+                    lookups,
+                    tables: tables(),
+                    weight: &parameter[2],
+                    stats: &self.stats.get(set),
+                    dy: input(0),
+                    gradients: Gradients { token: g0, position: g1, segment: None },
+                    dweight: g2,
+                    dnorm_bias: g3,
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::KeepMask, _) => {
+                gpu.run(drop, keep_mask::Bits { shape, out: &mut self.bits.get_mut(set) })
+            }
+        }
+    }
+}
+
 impl<T: Stored> Work for Tensors<T> {
     fn launch(
         &mut self,
@@ -445,156 +621,9 @@ impl<T: Stored> Work for Tensors<T> {
         drop: &Dropout<'_>,
         number: Option<&CudaSlice<u64>>,
     ) -> Result<(), Error> {
-        let mut call = Call::on(gpu);
-        if let Some(number) = number {
-            call = call.stream_number(number);
-        }
-        let call = &call;
-        let case = self.case;
-        let (shape, scores, causal) = (case.shape(), case.scores(), case.causal());
-        let (gelu, norm) = (Activation::GeluTanh, Norm::layer(1e-5));
-        let input = |i: usize| self.inputs[i].get(set);
-        let parameter = |i: usize| self.parameters[i].get(0);
-        let mut outputs = self.outputs.iter_mut().map(|output| output.get_mut(set));
-        let mut gradients = self.gradients.iter_mut().map(|gradient| gradient.get_mut(0));
-        let (mut output, mut second) = (outputs.next(), outputs.next());
-        let [mut g0, mut g1, mut g2, mut g3] = [(); 4].map(|()| gradients.next());
-        let mut workspace = self.workspace.get_mut(0);
-        let ids = self.ids.get(set);
-        let ids: &dyn Readable<u32, Gpu> = &ids;
-        let lookups =
-            Lookups::tokens(VOCABULARY, ids).positions(POSITIONS, Ids::Sequence(POSITIONS));
-        match (case.operator, case.pass) {
-            (Operator::Copy, _) => {
-                let copied = gpu.stream().memcpy_dtod(&input(0), out(&mut output));
-                copied.map_err(|error| Error::Driver {
-                    operation: "copying",
-                    code: error.0 as u32,
-                    message: error.to_string(),
-                })
-            }
-            (Operator::Dropout, Pass::Forward) => {
-                dropout::forward(call, drop, shape, &input(0), out(&mut output))
-            }
-            (Operator::Dropout, Pass::Backward) => {
-                dropout::backward(call, drop, shape, &input(0), out(&mut output))
-            }
-            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Forward) => {
-                let (x, residual) = (input(0), input(1));
-                let bias = self.parameters.first().map(|bias| bias.get(0));
-                let bias = bias.as_ref().map(|bias| bias as &dyn Readable<T, Gpu>);
-                dropout_add::forward(call, drop, shape, &x, bias, &residual, out(&mut output))
-            }
-            (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Backward) => {
-                let grad = g0.as_mut().map(|dbias| BiasGrad { dbias, workspace: &mut workspace });
-                let dy = input(0);
-                dropout_add::backward(call, drop, shape, &dy, out(&mut output), grad)
-            }
-            (Operator::BiasGeluDropout, Pass::Forward) => {
-                let (x, bias) = (input(0), parameter(0));
-                let y = out(&mut output);
-                bias_act_dropout::forward(call, drop, shape, gelu, &x, Some(&bias), y)
-            }
-            (Operator::BiasGeluDropout, Pass::Backward) => {
-                let (x, dy, bias) = (input(0), input(1), parameter(0));
-                let (bias, dx) = (Some(&bias as &dyn Readable<T, Gpu>), out(&mut output));
-                let grad = g0.as_mut().map(|dbias| BiasGrad { dbias, workspace: &mut workspace });
-                bias_act_dropout::backward(call, drop, shape, gelu, &x, bias, &dy, dx, grad)
-            }
-            (Operator::DropoutAddLayernorm, Pass::Forward) => {
-                let (x, residual) = (input(0), input(1));
-                let (weight, norm_bias) = (parameter(0), parameter(1));
-                let inputs: Inputs<&dyn Readable<T, Gpu>> =
-                    Inputs { x: &x, bias: None, residual: &residual };
-                let affine: Affine<&dyn Readable<T, Gpu>> =
-                    Affine { weight: &weight, bias: Some(&norm_bias) };
-                let (s, y) = (Some(out(&mut second) as _), out(&mut output));
-                let mut stats = self.stats.get_mut(set);
-                let stats: Option<&mut dyn Writable<f32, Gpu>> = Some(&mut stats);
-                dropout_add_norm::forward(call, drop, &norm, shape, &inputs, &affine, s, y, stats)
-            }
-            (Operator::DropoutAddLayernorm, Pass::Backward) => {
-                let (s, dy, ds) = (input(0), input(1), input(2));
-                let (weight, stats) = (parameter(0), self.stats.get(set));
-                let saved: Saved<&dyn Readable<T, Gpu>> = Saved::Sum(&s);
-                let grads =
-                    ParamGrads { dbias: None, dweight: grad(&mut g0), dnorm_bias: grad(&mut g1) };
-                let sums = Some(SumGrads { grads, workspace: &mut workspace });
-                let (dresidual, dx) = (out(&mut output), out(&mut second));
-                dropout_add_norm::backward(
-                    call,
-                    drop,
-                    &norm,
-                    shape,
-                    &saved,
-                    &weight,
-                    &stats,
-                    &dy,
-                    Some(&ds),
-                    dresidual,
-                    dx,
-                    sums,
-                )
-            }
-            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Forward) => {
-                let (x, y) = (input(0), out(&mut output));
-                let mask = AttentionMask { causal, ..AttentionMask::NONE };
-                softmax_dropout::forward(call, drop, &scores, &mask, &x, y, None)
-            }
-            (Operator::SoftmaxDropout | Operator::CausalSoftmaxDropout, Pass::Backward) => {
-                let (x, dy, dx) = (input(0), input(1), out(&mut output));
-                let mask = AttentionMask { causal, ..AttentionMask::NONE };
-                softmax_dropout::backward(call, drop, &scores, &mask, &x, None, &dy, dx)
-            }
-            (Operator::EmbeddingDropout, Pass::Forward) => {
-                let (token, position) = (parameter(0), parameter(1));
-                let tables = tables(&token, &position);
-                let (y, report) = (out(&mut output), &mut self.report);
-                embedding_dropout::forward(call, drop, shape, &lookups, &tables, y, report)
-            }
-            (Operator::EmbeddingDropout, Pass::Backward) => {
-                let gradients =
-                    Gradients { token: grad(&mut g0), position: grad(&mut g1), segment: None };
-                let dy = input(0);
-                embedding_dropout::backward(call, drop, shape, &lookups, &dy, gradients)
-            }
-            (Operator::EmbeddingLayernormDropout, Pass::Forward) => {
-                let [token, position, weight, bias] = [0, 1, 2, 3].map(&parameter);
-                let tables = tables(&token, &position);
-                let affine: Affine<&dyn Readable<T, Gpu>> =
-                    Affine { weight: &weight, bias: Some(&bias) };
-                let mut stats = self.stats.get_mut(set);
-                let stats: Option<&mut dyn Writable<f32, Gpu>> = Some(&mut stats);
-                let (y, report) = (out(&mut output), &mut self.report);
-                embedding_dropout::forward_norm(
-                    call, drop, &norm, shape, &lookups, &tables, &affine, y, stats, report,
-                )
-            }
-            (Operator::EmbeddingLayernormDropout, Pass::Backward) => {
-                let [token, position, weight] = [0, 1, 2].map(&parameter);
-                let tables = tables(&token, &position);
-                let gradients =
-                    Gradients { token: grad(&mut g0), position: grad(&mut g1), segment: None };
-                let norm_gradients = NormGradients { weight: grad(&mut g2), bias: grad(&mut g3) };
-                let (dy, stats) = (input(0), self.stats.get(set));
-                embedding_dropout::backward_norm(
-                    call,
-                    drop,
-                    &norm,
-                    shape,
-                    &lookups,
-                    &tables,
-                    &weight,
-                    &stats,
-                    &dy,
-                    gradients,
-                    norm_gradients,
-                    &mut workspace,
-                )
-            }
-            (Operator::KeepMask, _) => {
-                keep_mask::bits(call, drop, shape, &mut self.bits.get_mut(set))
-            }
+        match number {
+            Some(number) => self.run(gpu, set, &Dropout::resident(drop.key.seed, number, drop.p)),
+            None => self.run(gpu, set, drop),
         }
     }
 
@@ -627,21 +656,6 @@ impl<T: Stored> Work for Tensors<T> {
 }
 
 /// An output that [`Needs`] has asked for.
-fn out<'a, 'm, T>(output: &'a mut Option<CudaViewMut<'m, T>>) -> &'a mut CudaViewMut<'m, T> {
-    output.as_mut().expect("as many outputs as `Needs` says")
-}
-
-/// A gradient that may be asked for.
-fn grad<'a>(
-    gradient: &'a mut Option<CudaViewMut<'_, f32>>,
-) -> Option<&'a mut dyn Writable<f32, Gpu>> {
-    gradient.as_mut().map(|gradient| gradient as _)
-}
-
-/// A GPT's tables.
-fn tables<'a, T>(
-    token: &'a CudaView<'_, T>,
-    position: &'a CudaView<'_, T>,
-) -> Tables<&'a dyn Readable<T, Gpu>> {
-    Tables { token, position: Some(position), segment: None }
+fn out<'a, 'm, T>(output: &'a mut Option<&mut CudaViewMut<'m, T>>) -> &'a mut CudaViewMut<'m, T> {
+    output.as_deref_mut().expect("as many outputs as `Needs` says")
 }

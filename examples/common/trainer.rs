@@ -165,7 +165,7 @@ impl<B: Backend> Ahead<B> {
     }
 
     fn push(&mut self, backend: &B, loss: &F32<B>) -> Result<(), Error> {
-        backend.copy(loss, &mut self.losses, self.steps)?;
+        backend.copy(loss, 0..1, &mut self.losses, self.steps)?;
         self.steps += 1;
         Ok(())
     }

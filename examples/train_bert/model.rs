@@ -158,7 +158,7 @@ impl<B: Backend> Task<B> for Model<'_, B> {
     ) -> Result<(), Error> {
         let batch = self.batch.as_ref().expect("`load` was called before");
         // Seed and number say what is dropped.
-        let pass = Pass::Train { seed: self.seed, step: number };
+        let pass = Pass::train(self.seed, number);
         self.bert.forward(backend, params, &mut self.run, batch, pass)?;
         self.bert.loss(backend, &mut self.run, batch)?;
         self.bert.backward(backend, params, &mut self.run, batch, pass, grads)

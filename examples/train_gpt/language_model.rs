@@ -167,7 +167,7 @@ impl<B: Backend> Task<B> for LanguageModel<'_, B> {
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
         // Seed and number say what is dropped; the backward pass draws the same masks again.
-        let pass = Pass::Train { seed: self.seed, step: number };
+        let pass = Pass::train(self.seed, number);
         let (run, batch) = (&mut self.run, &self.batch);
         self.gpt.forward(backend, params, run, batch, pass)?;
         self.gpt.loss(backend, run, batch)?;

@@ -2,111 +2,36 @@
 
 use super::octets::Segment;
 use super::stream::{Block, Stream};
+use super::sum_rows::Sum;
 use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::bias_act_dropout::{Activation, Lens, check};
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::bias_act_dropout::{Activation, Backward, Forward};
+use crate::ops::{Draw, Shape};
 
-/// y = D(act(x + bias)). `x`, `y`: `[rows, cols]`; `bias`: `[cols]`.
-///
-/// Kept: act(x') * scale, rounded once, with x' = x or x + bias rounded to f32. Dropped: +0.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; `y` is untouched then.
-pub fn forward<T: Dtype>(
+/// y = D(act(x + bias)).
+pub(crate) fn forward<T: Dtype>(
+    Forward { shape, activation, x, bias, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    activation: Activation,
-    x: &[T],
-    bias: Option<&[T]>,
-    y: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens =
-        Lens { x: x.len(), bias: bias.map(<[T]>::len), dy: None, out: ("y", y.len()), dbias: None };
-    let draw = check(dropout, shape, &lens)?;
-    let task = Task { cpu: *cpu, draw: &draw, shape, activation, bias };
-    task.forward(Some(x), y);
+    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
+    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
+    Task { cpu: *cpu, draw, shape, activation, bias }.forward(x, y.write(cpu)?);
     Ok(())
 }
 
-/// [`forward`] with `x` as its own output. The backward pass needs x: keep it elsewhere.
-///
-/// # Errors
-/// As [`forward`]; `x` is untouched then.
-pub fn forward_in_place<T: Dtype>(
+/// dx = D(dy) · act'(x + bias), and dbias.
+pub(crate) fn backward<T: Dtype>(
+    Backward { shape, activation, x, bias, dy, dx, dbias }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    activation: Activation,
-    x: &mut [T],
-    bias: Option<&[T]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens =
-        Lens { x: x.len(), bias: bias.map(<[T]>::len), dy: None, out: ("x", x.len()), dbias: None };
-    let draw = check(dropout, shape, &lens)?;
-    let task = Task { cpu: *cpu, draw: &draw, shape, activation, bias };
-    task.forward(None, x);
-    Ok(())
-}
-
-/// dx = D(dy) * act'(x + bias) and, where asked for, dbias: the sum over rows of dx before it is rounded
-/// to T, in f32 and in the order of [`sum_rows`](crate::ops::sum_rows). `x`, `dy`, `dx`: `[rows, cols]`;
-/// `bias`, `dbias`: `[cols]`.
-///
-/// Kept: (dy * scale) * act'(x'), the product's factors in f32. Dropped: +0.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; the outputs are untouched then.
-pub fn backward<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    activation: Activation,
-    x: &[T],
-    bias: Option<&[T]>,
-    dy: &[T],
-    dx: &mut [T],
-    dbias: Option<&mut [f32]>,
-) -> Result<(), Error> {
-    let lens = Lens {
-        x: x.len(),
-        bias: bias.map(<[T]>::len),
-        dy: Some(dy.len()),
-        out: ("dx", dx.len()),
-        dbias: dbias.as_ref().map(|dbias| dbias.len()),
-    };
-    let draw = check(dropout, shape, &lens)?;
-    let task = Task { cpu: *cpu, draw: &draw, shape, activation, bias };
-    task.backward(x, Some(dy), dx, dbias);
-    Ok(())
-}
-
-/// [`backward`] with `dy` as its own output.
-///
-/// # Errors
-/// As [`backward`]; the outputs are untouched then.
-pub fn backward_in_place<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    activation: Activation,
-    x: &[T],
-    bias: Option<&[T]>,
-    dy: &mut [T],
-    dbias: Option<&mut [f32]>,
-) -> Result<(), Error> {
-    let lens = Lens {
-        x: x.len(),
-        bias: bias.map(<[T]>::len),
-        dy: None,
-        out: ("dy", dy.len()),
-        dbias: dbias.as_ref().map(|dbias| dbias.len()),
-    };
-    let draw = check(dropout, shape, &lens)?;
-    let task = Task { cpu: *cpu, draw: &draw, shape, activation, bias };
-    task.backward(x, None, dy, dbias);
+    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
+    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let dbias = dbias.map(|dbias| Sum::of(dbias, cpu)).transpose()?;
+    let task = Task { cpu: *cpu, draw, shape, activation, bias };
+    task.backward(x.read(cpu)?, dy, dx.write(cpu)?, dbias);
     Ok(())
 }
 
@@ -135,7 +60,7 @@ impl<T: Dtype> Task<'_, T> {
     }
 
     /// dy = dx where it is not given.
-    fn backward(&self, x: &[T], dy: Option<&[T]>, dx: &mut [T], dbias: Option<&mut [f32]>) {
+    fn backward(&self, x: &[T], dy: Option<&[T]>, dx: &mut [T], dbias: Option<Sum<'_>>) {
         let Self { cpu, draw, shape, .. } = *self;
         let stream = Stream { cpu, draw, shape, inputs: [Some(x), dy], in_place: dy.is_none() };
         let Some(dbias) = dbias else {
@@ -149,7 +74,7 @@ impl<T: Dtype> Task<'_, T> {
             );
         };
         stream.run_and_sum(
-            dx,
+            Some(dx),
             dbias,
             1.0,
             #[inline(always)]

@@ -4,69 +4,27 @@ use super::stream::Stream;
 use super::{Cpu, convert};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::dropout::check;
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::dropout::{Backward, Forward};
+use crate::ops::{Draw, Shape};
 
-/// y = D(x): `x * scale`, rounded once, where kept; +0 where dropped. `x` and `y`: `[rows, cols]`.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; `y` is untouched then.
-pub fn forward<T: Dtype>(
+/// y = D(x).
+pub(crate) fn forward<T: Dtype>(
+    Forward { shape, x, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    x: &[T],
-    y: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let draw = check(dropout, shape, [("x", x.len()), ("y", y.len())])?;
-    apply(*cpu, &draw, shape, Some(x), y);
+    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
+    apply(*cpu, draw, shape, x, y.write(cpu)?);
     Ok(())
 }
 
-/// [`forward`] with `x` as its own output.
-///
-/// # Errors
-/// As [`forward`].
-pub fn forward_in_place<T: Dtype>(
+/// dx = D(dy).
+pub(crate) fn backward<T: Dtype>(
+    Backward { shape, dy, dx }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    x: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let draw = check(dropout, shape, [("x", x.len()), ("x", x.len())])?;
-    apply(*cpu, &draw, shape, None, x);
-    Ok(())
-}
-
-/// dx = D(dy), with the mask of the forward call of the same `dropout`. `dy` and `dx`: `[rows, cols]`.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; `dx` is untouched then.
-pub fn backward<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    dy: &[T],
-    dx: &mut [T],
-) -> Result<(), Error> {
-    let draw = check(dropout, shape, [("dy", dy.len()), ("dx", dx.len())])?;
-    apply(*cpu, &draw, shape, Some(dy), dx);
-    Ok(())
-}
-
-/// [`backward`] with `dy` as its own output.
-///
-/// # Errors
-/// As [`backward`].
-pub fn backward_in_place<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    dy: &mut [T],
-) -> Result<(), Error> {
-    let draw = check(dropout, shape, [("dy", dy.len()), ("dy", dy.len())])?;
-    apply(*cpu, &draw, shape, None, dy);
-    Ok(())
+    forward(Forward { shape, x: dy, y: dx }, cpu, draw)
 }
 
 /// y = D(x), x = y where it is not given.

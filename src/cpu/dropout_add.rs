@@ -1,85 +1,40 @@
 //! `dropout_add` on the CPU: y = residual + D(x + bias), and its gradients.
 
 use super::stream::Stream;
+use super::sum_rows::Sum;
 use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::dropout_add::{check_backward, check_forward};
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::dropout_add::{Backward, Forward};
+use crate::ops::{Draw, Shape};
 
-/// y = residual + D(x + bias). `x`, `residual`, `y`: `[rows, cols]`; `bias`: `[cols]`.
-///
-/// Kept: `fma(x', scale, residual)`, rounded once, with x' = x or x + bias rounded to f32. Dropped:
-/// the residual.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; `y` is untouched then.
-pub fn forward<T: Dtype>(
+/// y = residual + D(x + bias).
+pub(crate) fn forward<T: Dtype>(
+    Forward { shape, x, bias, residual, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    x: &[T],
-    bias: Option<&[T]>,
-    residual: &[T],
-    y: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let bias_len = bias.map(<[T]>::len);
-    let draw = check_forward(dropout, shape, x.len(), bias_len, residual.len(), y.len())?;
-    add(*cpu, &draw, shape, x, bias, Some(residual), y);
+    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
+    let residual = residual.tensor().map(|residual| residual.read(cpu)).transpose()?;
+    add(*cpu, draw, shape, x.read(cpu)?, bias, residual, y.write(cpu)?);
     Ok(())
 }
 
-/// [`forward`] with the residual as its own output.
-///
-/// # Errors
-/// As [`forward`]; `residual` is untouched then.
-pub fn forward_in_place<T: Dtype>(
+/// dx = D(dy), and dbias.
+pub(crate) fn backward<T: Dtype>(
+    Backward { shape, dy, dx, dbias }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    x: &[T],
-    bias: Option<&[T]>,
-    residual: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let (bias_len, residual_len) = (bias.map(<[T]>::len), residual.len());
-    let draw = check_forward(dropout, shape, x.len(), bias_len, residual_len, residual_len)?;
-    add(*cpu, &draw, shape, x, bias, None, residual);
-    Ok(())
-}
-
-/// dx = D(dy) and, where asked for, dbias: scale times the sum of kept dy over rows, in f32 and in the
-/// order of [`sum_rows`](crate::ops::sum_rows). `dy`, `dx`: `[rows, cols]`; `dbias`: `[cols]`. The residual's gradient is dy.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit; the outputs are untouched then.
-pub fn backward<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    dy: &[T],
-    dx: &mut [T],
-    dbias: Option<&mut [f32]>,
-) -> Result<(), Error> {
-    let dbias_len = dbias.as_ref().map(|dbias| dbias.len());
-    let draw = check_backward(dropout, shape, dy.len(), dx.len(), dbias_len)?;
-    gradients(*cpu, &draw, shape, Some(dy), dx, dbias);
-    Ok(())
-}
-
-/// [`backward`] with `dy` as its own output.
-///
-/// # Errors
-/// As [`backward`]; the outputs are untouched then.
-pub fn backward_in_place<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    dy: &mut [T],
-    dbias: Option<&mut [f32]>,
-) -> Result<(), Error> {
-    let dbias_len = dbias.as_ref().map(|dbias| dbias.len());
-    let draw = check_backward(dropout, shape, dy.len(), dy.len(), dbias_len)?;
-    gradients(*cpu, &draw, shape, None, dy, dbias);
+    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let dx = dx.map(|dx| dx.write(cpu)).transpose()?;
+    let Some(dbias) = dbias else {
+        if let Some(dx) = dx {
+            dropout::apply(*cpu, draw, shape, dy, dx);
+        }
+        return Ok(());
+    };
+    gradients(*cpu, draw, shape, dy, dx, Sum::of(dbias, cpu)?);
     Ok(())
 }
 
@@ -142,12 +97,9 @@ fn gradients<T: Dtype>(
     draw: &Draw<'_>,
     shape: Shape,
     dy: Option<&[T]>,
-    dx: &mut [T],
-    dbias: Option<&mut [f32]>,
+    dx: Option<&mut [T]>,
+    dbias: Sum<'_>,
 ) {
-    let Some(dbias) = dbias else {
-        return dropout::apply(cpu, draw, shape, dy, dx);
-    };
     let unscaled = Draw { scale: 1.0, ..*draw };
     let stream = Stream { cpu, draw, shape, inputs: [dy, None], in_place: dy.is_none() };
     stream.run_and_sum(

@@ -4,122 +4,75 @@
 //! adds, three over each row for its statistics and the result.
 
 use super::dropout_add::select_add;
-use super::norm::Standard;
+use super::norm::{Affine, Standard};
 use super::octets::Segment;
 use super::split::Line;
-use super::{Cpu, convert, dropout, octets, split, sum_rows};
+use super::sum_rows::Sum;
+use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::dropout_add_norm::{BackwardLens, ForwardLens, check_backward, check_forward};
-use crate::ops::norm::{Affine, Norm};
+use crate::ops::dropout_add_norm::{Backward, Forward, Saved};
+use crate::ops::norm::Norm;
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::{Draw, Shape};
 use rayon::prelude::*;
 use std::ops::Range;
 
-pub use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-
-/// s = residual + D(x + bias), y = norm(s). `x`, `residual`, `s`, `y`: `[rows, cols]`; `bias` and the
-/// parts of `affine`: `[cols]`; `stats`, for [`backward`]: `[rows, 2]`, the mean (0 for RMS) and the
-/// reciprocal deviation of each row.
-///
-/// s is bit for bit what [`dropout_add::forward`](super::dropout_add::forward) gives; y is the norm of s
-/// as it was rounded, within the bound stated in the crate's tests. A row whose deviation and epsilon are
-/// 0 gives the norm's bias.
-///
-/// # Errors
-/// [`Error::Argument`] where a length, epsilon or the place does not fit; the outputs are untouched then.
-pub fn forward<T: Dtype>(
+/// s = residual + D(x + bias), y = norm(s).
+pub(crate) fn forward<T: Dtype>(
+    pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    norm: &Norm,
-    shape: Shape,
-    inputs: &Inputs<&[T]>,
-    affine: &Affine<&[T]>,
-    s: Option<&mut [T]>,
-    y: &mut [T],
-    stats: Option<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens = ForwardLens {
-        inputs: inputs.map(<[T]>::len),
-        affine: affine.map(<[T]>::len),
-        s: s.as_deref().map(<[T]>::len),
-        y: y.len(),
-        stats: stats.as_deref().map(<[f32]>::len),
+    let add = Add {
+        x: pass.x.read(cpu)?,
+        bias: pass.bias.map(|bias| bias.read(cpu)).transpose()?,
+        residual: pass.residual.tensor().map(|residual| residual.read(cpu)).transpose()?,
     };
-    let draw = check_forward(dropout, norm, shape, &lens)?;
-    let add = Add { x: inputs.x, bias: inputs.bias, residual: Some(inputs.residual) };
-    Task { cpu: *cpu, draw, norm, shape }.forward(&add, affine, s, y, stats);
+    let norm_bias = pass.norm_bias.map(|bias| bias.read(cpu)).transpose()?;
+    let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
+    let s = pass.s.map(|s| s.write(cpu)).transpose()?;
+    let stats = pass.stats.map(|stats| stats.write(cpu)).transpose()?;
+    let task = Task { cpu: *cpu, draw, norm: pass.norm, shape: pass.shape };
+    task.forward(&add, &affine, s, pass.y.write(cpu)?, stats);
     Ok(())
 }
 
-/// [`forward`] with s in place of the residual.
-///
-/// # Errors
-/// As [`forward`].
-pub fn forward_in_place<T: Dtype>(
+/// dresidual = ds + dnorm, dx = D(dresidual), and the gradients of the parameters.
+pub(crate) fn backward<T: Dtype>(
+    pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    norm: &Norm,
-    shape: Shape,
-    x: &[T],
-    bias: Option<&[T]>,
-    residual: &mut [T],
-    affine: &Affine<&[T]>,
-    y: &mut [T],
-    stats: Option<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens = ForwardLens {
-        inputs: Inputs { x: x.len(), bias: bias.map(<[T]>::len), residual: residual.len() },
-        affine: affine.map(<[T]>::len),
-        s: None,
-        y: y.len(),
-        stats: stats.as_deref().map(<[f32]>::len),
+    let add = match pass.saved {
+        Saved::Sum(s) => Recomputed::Not(s.read(cpu)?),
+        Saved::Inputs { x, bias, residual } => Recomputed::From(Add {
+            x: x.read(cpu)?,
+            bias: bias.map(|bias| bias.read(cpu)).transpose()?,
+            residual: Some(residual.read(cpu)?),
+        }),
     };
-    let draw = check_forward(dropout, norm, shape, &lens)?;
-    let add = Add { x, bias, residual: None };
-    Task { cpu: *cpu, draw, norm, shape }.forward(&add, affine, Some(residual), y, stats);
+    let (stats, _) = pass.stats.read(cpu)?.as_chunks::<2>();
+    let given = Given {
+        s: add,
+        weight: &convert::widened(pass.weight.read(cpu)?),
+        stats,
+        dy: pass.dy.read(cpu)?,
+        ds: pass.ds.map(|ds| ds.read(cpu)).transpose()?,
+    };
+    let [dbias, dweight, dnorm_bias] = [pass.dbias, pass.dweight, pass.dnorm_bias]
+        .map(|gradient| gradient.map(|gradient| Sum::of(gradient, cpu)).transpose());
+    let grads = ParamGrads { dbias: dbias?, dweight: dweight?, dnorm_bias: dnorm_bias? };
+    let task = Task { cpu: *cpu, draw, norm: pass.norm, shape: pass.shape };
+    task.backward(&given, pass.dresidual.write(cpu)?, pass.dx.write(cpu)?, grads);
     Ok(())
 }
 
-/// dresidual = ds + dnorm and dx = D(dresidual), from the gradient `dy` of y, where there is one `ds` of
-/// s, and `stats` of the forward pass; and the gradients of the parameters that are asked for, in the
-/// order of [`sum_rows`](crate::ops::sum_rows). `dy`, `ds`, `dresidual`, `dx`: `[rows, cols]`.
-///
-/// dx is computed from dresidual before that is rounded.
-///
-/// # Errors
-/// As [`forward`].
-pub fn backward<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    norm: &Norm,
-    shape: Shape,
-    saved: &Saved<&[T]>,
-    weight: &[T],
-    stats: &[f32],
-    dy: &[T],
-    ds: Option<&[T]>,
-    dresidual: &mut [T],
-    dx: &mut [T],
-    grads: ParamGrads<&mut [f32]>,
-) -> Result<(), Error> {
-    let lens = BackwardLens {
-        saved: saved.map(<[T]>::len),
-        weight: weight.len(),
-        stats: stats.len(),
-        dy: dy.len(),
-        ds: ds.map(<[T]>::len),
-        dresidual: dresidual.len(),
-        dx: dx.len(),
-        grads: grads.as_ref().map(|grad| grad.len()),
-    };
-    let draw = check_backward(dropout, norm, shape, &lens)?;
-    let task = Task { cpu: *cpu, draw, norm, shape };
-    let weight = convert::widened(weight);
-    let (stats, _) = stats.as_chunks::<2>();
-    task.backward(&Given { saved, weight: &weight, stats, dy, ds }, dresidual, dx, grads);
-    Ok(())
+/// A sum for each parameter whose gradient is asked for.
+struct ParamGrads<G> {
+    dbias: Option<G>,
+    dweight: Option<G>,
+    dnorm_bias: Option<G>,
 }
 
 /// What s is computed from; the residual lies in s where it is not given.
@@ -129,9 +82,15 @@ struct Add<'a, T> {
     residual: Option<&'a [T]>,
 }
 
+/// Where the backward pass finds s.
+enum Recomputed<'a, T> {
+    Not(&'a [T]),
+    From(Add<'a, T>),
+}
+
 /// What a backward pass is computed from.
 struct Given<'a, T> {
-    saved: &'a Saved<&'a [T]>,
+    s: Recomputed<'a, T>,
     weight: &'a [f32],
     stats: &'a [[f32; 2]],
     dy: &'a [T],
@@ -141,8 +100,8 @@ struct Given<'a, T> {
 /// A checked call.
 struct Task<'a> {
     cpu: Cpu,
-    draw: Draw<'a>,
-    norm: &'a Norm,
+    draw: &'a Draw<'a>,
+    norm: Norm,
     shape: Shape,
 }
 
@@ -178,7 +137,7 @@ impl Task<'_> {
     fn forward<T: Dtype>(
         &self,
         add: &Add<'_, T>,
-        affine: &Affine<&[T]>,
+        affine: &Affine,
         s: Option<&mut [T]>,
         y: &mut [T],
         stats: Option<&mut [f32]>,
@@ -186,9 +145,8 @@ impl Task<'_> {
         let Shape { rows, cols } = self.shape;
         if rows == 0 || cols == 0 {
             let stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
-            return stats.for_each(|stats| *stats = Standard::of(self.norm, &[]).stats());
+            return stats.for_each(|stats| *stats = Standard::of(&self.norm, &[]).stats());
         }
-        let affine = affine.map(convert::widened);
         let (weight, norm_bias) = (&affine.weight[..], affine.bias.as_deref());
         let (part, group) = (self.part(), self.group());
         let streaming = split::streaming(self.cpu, y);
@@ -201,7 +159,7 @@ impl Task<'_> {
             |values, (index, ((y, s), stats))| {
                 let mut s = s.into_iter().flat_map(|s| s.chunks_mut(group * cols));
                 let mut stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         for (index, y) in
@@ -212,7 +170,7 @@ impl Task<'_> {
                             let rows = index..index + y.len() / cols;
                             self.add(add, rows, values, s, streaming_s);
                             for (row, y) in values.chunks_mut(cols).zip(y.chunks_mut(cols)) {
-                                let standard = Standard::of(self.norm, row);
+                                let standard = Standard::of(&self.norm, row);
                                 stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
                                 for at in (0..cols).step_by(BURST) {
                                     let end = (at + BURST).min(cols);
@@ -259,7 +217,7 @@ impl Task<'_> {
                     (None, s) => &s.unwrap_or_default()[local.clone()],
                 };
                 let sums = &mut values[local.clone()];
-                select_add(&self.draw, lanes, x, bias, residual, sums);
+                select_add(self.draw, lanes, x, bias, residual, sums);
                 convert::round::<T>(sums);
                 if let Some(s) = s.as_deref_mut().filter(|_| segment.last) {
                     split::emit(&values[left..local.end], &mut s[left..local.end], streaming);
@@ -278,7 +236,7 @@ impl Task<'_> {
         each: impl FnMut(Segment, &[u16]),
     ) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
-        octets::walk(&self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, each);
+        octets::walk(self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, each);
     }
 
     fn backward<T: Dtype>(
@@ -286,18 +244,22 @@ impl Task<'_> {
         given: &Given<'_, T>,
         dresidual: &mut [T],
         dx: &mut [T],
-        grads: ParamGrads<&mut [f32]>,
+        grads: ParamGrads<Sum<'_>>,
     ) {
         let Shape { rows, cols } = self.shape;
+        let ParamGrads { dbias, dweight, dnorm_bias } = grads;
         if rows == 0 || cols == 0 {
-            // Sums of nothing.
-            let ParamGrads { dbias, dweight, dnorm_bias } = grads;
-            return [dbias, dweight, dnorm_bias].into_iter().flatten().for_each(|g| g.fill(0.0));
+            let sums = [dbias, dweight, dnorm_bias].into_iter().flatten();
+            return sums.for_each(|sum_of_nothing| sum_of_nothing.finish(Vec::new(), 1.0));
         }
+        let wanted = [&dbias, &dweight, &dnorm_bias].map(Option::is_some);
         // Without a sum over rows nothing asks for tiles.
-        let tile_rows = if grads.any() { TILE_ROWS } else { self.part() };
+        let tile_rows = if wanted.contains(&true) { TILE_ROWS } else { self.part() };
         let tiles = rows.div_ceil(tile_rows);
-        let mut sums = grads.as_ref().map(|_| vec![0.0f32; tiles * cols]);
+        let [of_dbias, of_dweight, of_dnorm_bias] =
+            wanted.map(|wanted| wanted.then(|| vec![0.0f32; tiles * cols]));
+        let mut sums =
+            ParamGrads { dbias: of_dbias, dweight: of_dweight, dnorm_bias: of_dnorm_bias };
         let parts = dresidual
             .par_chunks_mut(tile_rows * cols)
             .zip(dx.par_chunks_mut(tile_rows * cols))
@@ -306,7 +268,7 @@ impl Task<'_> {
         parts.enumerate().for_each_init(
             || Scratch { s: self.scratch(), g: self.scratch() },
             |scratch, (index, ((dresidual, dx), mut sums))| {
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         let first = index * tile_rows;
@@ -324,9 +286,9 @@ impl Task<'_> {
                 );
             },
         );
-        finish(sums.dbias, self.draw.scale, grads.dbias);
-        finish(sums.dweight, 1.0, grads.dweight);
-        finish(sums.dnorm_bias, 1.0, grads.dnorm_bias);
+        finish(sums.dbias, self.draw.scale, dbias);
+        finish(sums.dweight, 1.0, dweight);
+        finish(sums.dnorm_bias, 1.0, dnorm_bias);
     }
 
     /// dresidual of `rows`, and their part of the sums of the norm's gradients.
@@ -342,11 +304,9 @@ impl Task<'_> {
         let elements = rows.start * cols..rows.end * cols;
         let (s, g) = (&mut scratch.s[..elements.len()], &mut scratch.g[..elements.len()]);
         split::prefetch(given.dy, elements.clone());
-        match *given.saved {
-            Saved::Sum(saved) => convert::load(&saved[elements.clone()], s),
-            Saved::Inputs(Inputs { x, bias, residual }) => {
-                self.add(&Add { x, bias, residual: Some(residual) }, rows.clone(), s, None, None);
-            }
+        match &given.s {
+            Recomputed::Not(saved) => convert::load(&saved[elements.clone()], s),
+            Recomputed::From(add) => self.add(add, rows.clone(), s, None, None),
         }
         convert::load(&given.dy[elements.clone()], g);
         for (row, (s, g)) in rows.zip(s.chunks(cols).zip(g.chunks_mut(cols))) {
@@ -378,7 +338,7 @@ impl Task<'_> {
         streaming: Option<Line>,
     ) {
         let base = rows.start * self.shape.cols;
-        let unscaled = Draw { scale: 1.0, ..self.draw };
+        let unscaled = Draw { scale: 1.0, ..*self.draw };
         self.walk(
             rows,
             |_| {},
@@ -414,8 +374,8 @@ fn chunks(
 }
 
 /// The tree above the tiles, for a gradient that was asked for.
-fn finish(sums: Option<Vec<f32>>, factor: f32, grad: Option<&mut [f32]>) {
+fn finish(sums: Option<Vec<f32>>, factor: f32, grad: Option<Sum<'_>>) {
     if let (Some(sums), Some(grad)) = (sums, grad) {
-        sum_rows::finish(sums, factor, grad);
+        grad.finish(sums, factor);
     }
 }

@@ -1,6 +1,6 @@
 //! `embedding_dropout` on the CPU: y = D(token + position + segment), and the tables' gradients.
 
-use super::norm::Standard;
+use super::norm::{Affine, Standard};
 use super::stream::Stream;
 use super::sum_rows::SparseTree;
 use super::{Cpu, convert, dropout, octets, split};
@@ -8,147 +8,86 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::embedding_dropout::{
-    Gradients, Ids, Lens, Lookup, Lookups, NormGradients, TABLES, Tables, check, check_ids,
-    check_norm,
+    Backward, BackwardNorm, Forward, ForwardNorm, Gradients, Ids, Lookup, Lookups, TABLES, Tables,
+    check_ids,
 };
-use crate::ops::norm::{Affine, Norm};
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::norm::Norm;
+use crate::ops::{Draw, Shape};
+use crate::tensor::{Gradient, In};
 use rayon::prelude::*;
 
-/// y = D(token\[id\] + position\[pos\] + segment\[seg\]): the entries that a row looks up, added in f32 in this
-/// order, times the scale, rounded once, where kept; +0 where dropped. Tables: `[entries, cols]`; ids:
-/// `[rows]`; `y`: `[rows, cols]`.
-///
-/// # Errors
-/// [`Error::Argument`] where a length or the place does not fit, or an id is not below its table's
-/// entries (the first such id and its row are named); `y` is untouched then.
-pub fn forward<T: Dtype>(
+/// y = D(token + position + segment).
+pub(crate) fn forward<T: Dtype>(
+    pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    lookups: &Lookups<&[u32]>,
-    tables: &Tables<&[T]>,
-    y: &mut [T],
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens = Lens {
-        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
-        tables: Some(tables.try_map(|table| Ok(table.len()))?),
-        gradients: [None; TABLES],
-        values: ("y", y.len()),
-    };
-    let draw = check(dropout, shape, &lens)?;
-    check_ids(lookups)?;
-    embed(*cpu, &draw, shape, &Sum::new(shape, lookups, tables), y);
+    let lookups = ids(&pass.lookups, cpu)?;
+    let sum = Sum::new(pass.shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
+    embed(*cpu, draw, pass.shape, &sum, pass.y.write(cpu)?);
     Ok(())
 }
 
-/// Adds the gradients of the tables to `gradients`: g = D(dy), in f32, summed over the rows that took an
-/// entry in the order of [`sum_rows`](crate::ops::sum_rows), then one addition. Gradients: `[entries, cols]`;
-/// `dy`: `[rows, cols]`. The same bits for any number of threads.
-///
-/// # Errors
-/// As [`forward`]; the gradients are untouched then.
-pub fn backward<T: Dtype>(
+/// The gradients of the tables.
+pub(crate) fn backward<T: Dtype>(
+    pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    shape: Shape,
-    lookups: &Lookups<&[u32]>,
-    dy: &[T],
-    gradients: Gradients<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens = Lens {
-        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
-        tables: None,
-        gradients: gradients.lens(|gradient| gradient.len()),
-        values: ("dy", dy.len()),
-    };
-    let draw = check(dropout, shape, &lens)?;
-    check_ids(lookups)?;
-    add_gradients(*cpu, &draw, shape, lookups, dy, gradients);
+    let lookups = ids(&pass.lookups, cpu)?;
+    table_gradients(cpu, draw, pass.shape, &lookups, pass.dy.read(cpu)?, pass.gradients)
+}
+
+/// y = D(norm(token + position + segment)).
+pub(crate) fn forward_norm<T: Dtype>(
+    pass: ForwardNorm<'_, T, Cpu>,
+    cpu: &Cpu,
+    draw: &Draw<'_>,
+) -> Result<(), Error> {
+    let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
+    let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
+    let norm_bias = pass.norm_bias.map(|bias| bias.read(cpu)).transpose()?;
+    let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
+    let stats = pass.stats.map(|stats| stats.write(cpu)).transpose()?;
+    let rows = NormRows { cpu: *cpu, draw, norm: pass.norm, shape, sum };
+    rows.forward(&affine, pass.y.write(cpu)?, stats);
     Ok(())
 }
 
-/// y = D(norm(token + position + segment)), the sum in f32, as BERT has it. Beside what [`forward`] takes, the
-/// parts of `affine`: `[cols]`; `stats`, for [`backward_norm`]: `[rows, 2]`, the mean (0 for RMS) and the
-/// reciprocal deviation of each row.
-///
-/// y is within the bound stated in the crate's tests of the exact one. A row whose deviation and epsilon
-/// are 0 gives D(bias).
-///
-/// # Errors
-/// As [`forward`], and where epsilon is negative or not finite; the outputs are untouched then.
-pub fn forward_norm<T: Dtype>(
+/// The gradients of the tables and of the norm's parameters.
+pub(crate) fn backward_norm<T: Dtype>(
+    pass: BackwardNorm<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    norm: &Norm,
-    shape: Shape,
-    lookups: &Lookups<&[u32]>,
-    tables: &Tables<&[T]>,
-    affine: &Affine<&[T]>,
-    y: &mut [T],
-    stats: Option<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let lens = Lens {
-        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
-        tables: Some(tables.try_map(|table| Ok(table.len()))?),
-        gradients: [None; TABLES],
-        values: ("y", y.len()),
+    let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
+    let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
+    let dy = pass.dy.read(cpu)?;
+    let rows = NormRows { cpu: *cpu, draw, norm: pass.norm, shape, sum };
+    let (weight, stats) = (pass.weight.read(cpu)?, pass.stats.read(cpu)?);
+    let (ds, slopes) = match dy {
+        [] => Default::default(),
+        _ => rows.backward(weight, stats, dy, pass.dweight.is_some()),
     };
-    let draw = check(dropout, shape, &lens)?;
-    let stats_len = stats.as_deref().map(<[f32]>::len);
-    check_norm(norm, shape, &affine.map(<[T]>::len), stats_len, &NormGradients::NONE)?;
-    check_ids(lookups)?;
-    let rows = NormRows { cpu: *cpu, draw, norm, shape, sum: Sum::new(shape, lookups, tables) };
-    rows.forward(affine, y, stats);
-    Ok(())
-}
-
-/// Adds the gradients of the tables and of the norm's parameters, in f32, each in the order of
-/// [`sum_rows`](crate::ops::sum_rows), then one addition. `lookups`, `tables` and `weight` are those of
-/// [`forward_norm`], which gave `stats`. `dy`: `[rows, cols]`. Takes up to 8 bytes of memory an element of dy.
-///
-/// # Errors
-/// As [`forward_norm`]; the gradients are untouched then.
-pub fn backward_norm<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    norm: &Norm,
-    shape: Shape,
-    lookups: &Lookups<&[u32]>,
-    tables: &Tables<&[T]>,
-    weight: &[T],
-    stats: &[f32],
-    dy: &[T],
-    gradients: Gradients<&mut [f32]>,
-    norm_gradients: NormGradients<&mut [f32]>,
-) -> Result<(), Error> {
-    let lens = Lens {
-        lookups: lookups.try_map(|ids| Ok(ids.len()))?,
-        tables: Some(tables.try_map(|table| Ok(table.len()))?),
-        gradients: gradients.lens(|gradient| gradient.len()),
-        values: ("dy", dy.len()),
-    };
-    let draw = check(dropout, shape, &lens)?;
-    let affine = Affine { weight: weight.len(), bias: None };
-    check_norm(norm, shape, &affine, Some(stats.len()), &norm_gradients.lens(|g| g.len()))?;
-    check_ids(lookups)?;
-    if shape.rows == 0 || shape.cols == 0 {
-        return Ok(());
-    }
-    let rows = NormRows { cpu: *cpu, draw, norm, shape, sum: Sum::new(shape, lookups, tables) };
-    let (ds, slopes) = rows.backward(weight, stats, dy, norm_gradients.weight.is_some());
     // Everything is kept of what is a gradient already.
-    let kept = Draw { threshold: 0, scale: 1.0, ..draw };
-    add_gradients(*cpu, &kept, shape, lookups, &ds, gradients);
+    let kept = &Draw { threshold: 0, scale: 1.0, ..*draw };
+    table_gradients(cpu, kept, shape, &lookups, &ds, pass.gradients)?;
     // A parameter is an entry that every row takes.
     let all = Lookup { entries: 1, ids: Ids::Sequence(1) };
-    if let Some(gradient) = norm_gradients.weight {
-        add_gradient(*cpu, &kept, shape, &all, &slopes, gradient);
+    if let Some(gradient) = pass.dweight {
+        table_gradient(cpu, kept, shape, &all, &slopes, gradient)?;
     }
-    if let Some(gradient) = norm_gradients.bias {
-        add_gradient(*cpu, &draw, shape, &all, dy, gradient);
+    if let Some(gradient) = pass.dnorm_bias {
+        table_gradient(cpu, draw, shape, &all, dy, gradient)?;
     }
     Ok(())
+}
+
+/// The lookups with their ids, each of which is in its table.
+fn ids<'a>(lookups: &Lookups<In<'a, u32, Cpu>>, cpu: &'a Cpu) -> Result<Lookups<&'a [u32]>, Error> {
+    let lookups = lookups.try_map(|ids| ids.read(cpu))?;
+    check_ids(&lookups)?;
+    Ok(lookups)
 }
 
 /// The tables and what each row takes from them.
@@ -203,35 +142,34 @@ fn embed<T: Dtype>(cpu: Cpu, draw: &Draw<'_>, shape: Shape, sum: &Sum<'_, T>, y:
 /// A checked call of the normalised form. A thread takes a row at a time, which stays in its caches in f32.
 struct NormRows<'a, T> {
     cpu: Cpu,
-    draw: Draw<'a>,
-    norm: &'a Norm,
+    draw: &'a Draw<'a>,
+    norm: Norm,
     shape: Shape,
     sum: Sum<'a, T>,
 }
 
 impl<T: Dtype> NormRows<'_, T> {
-    fn forward(&self, affine: &Affine<&[T]>, y: &mut [T], stats: Option<&mut [f32]>) {
+    fn forward(&self, affine: &Affine, y: &mut [T], stats: Option<&mut [f32]>) {
         let Shape { rows, cols } = self.shape;
         let stats = stats.map(|stats| stats.as_chunks_mut::<2>().0);
         if rows == 0 || cols == 0 {
-            let empty = Standard::of(self.norm, &[]).stats();
+            let empty = Standard::of(&self.norm, &[]).stats();
             return stats.into_iter().flatten().for_each(|stats| *stats = empty);
         }
         // Rows of a thread's piece of work.
         let part = rows.div_ceil(4 * rayon::current_num_threads());
-        let affine = affine.map(convert::widened);
         let streaming = split::streaming(self.cpu, y);
         let stats = split::optional_chunks(stats, part, rows.div_ceil(part)).into_par_iter();
         y.par_chunks_mut(part * cols).zip(stats).enumerate().for_each_init(
             || vec![0.0; cols],
             |values, (index, (y, stats))| {
                 let mut stats = stats.into_iter().flatten();
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         for (row, y) in (index * part..).zip(y.chunks_mut(cols)) {
                             self.sum.load(row, 0, values);
-                            let standard = Standard::of(self.norm, values);
+                            let standard = Standard::of(&self.norm, values);
                             stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
                             standard.normalise(values, &affine.weight, affine.bias.as_deref());
                             self.drop(row, values);
@@ -263,7 +201,7 @@ impl<T: Dtype> NormRows<'_, T> {
         rows.for_each_init(
             || vec![0.0; cols],
             |values, (row, ((g, slopes), &stats))| {
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         self.sum.load(row, 0, values);
@@ -289,7 +227,7 @@ impl<T: Dtype> NormRows<'_, T> {
     fn drop(&self, row: usize, values: &mut [f32]) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
         octets::walk(
-            &self.draw,
+            self.draw,
             self.shape,
             row * a_row..(row + 1) * a_row,
             #[inline(always)]
@@ -297,29 +235,47 @@ impl<T: Dtype> NormRows<'_, T> {
             #[inline(always)]
             |segment, lanes| {
                 let values = &mut values[segment.col..segment.col + lanes.len()];
-                dropout::select(&self.draw, lanes, values);
+                dropout::select(self.draw, lanes, values);
             },
         );
     }
 }
 
-/// Adds D(dy) to the gradients of the tables.
-fn add_gradients<T: Dtype>(
-    cpu: Cpu,
+/// D(dy) as the gradients of the tables.
+fn table_gradients<T: Dtype>(
+    cpu: &Cpu,
     draw: &Draw<'_>,
     shape: Shape,
     lookups: &Lookups<&[u32]>,
     dy: &[T],
-    gradients: Gradients<&mut [f32]>,
-) {
-    if shape.rows == 0 || shape.cols == 0 {
-        return;
-    }
+    gradients: Gradients<Gradient<'_, Cpu>>,
+) -> Result<(), Error> {
     for (lookup, gradient) in lookups.all().into_iter().zip(gradients.all()) {
         if let (Some(lookup), Some(gradient)) = (lookup, gradient) {
-            add_gradient(cpu, draw, shape, &lookup, dy, gradient);
+            table_gradient(cpu, draw, shape, &lookup, dy, gradient)?;
         }
     }
+    Ok(())
+}
+
+/// D(dy) as the gradient of one table.
+fn table_gradient<T: Dtype>(
+    cpu: &Cpu,
+    draw: &Draw<'_>,
+    shape: Shape,
+    lookup: &Lookup<&[u32]>,
+    dy: &[T],
+    gradient: Gradient<'_, Cpu>,
+) -> Result<(), Error> {
+    let (gradient, add) = gradient.into_parts();
+    let gradient = gradient.write(cpu)?;
+    if !add {
+        gradient.fill(0.0);
+    }
+    if shape.rows > 0 && shape.cols > 0 {
+        add_gradient(*cpu, draw, shape, lookup, dy, gradient);
+    }
+    Ok(())
 }
 
 /// Adds D(dy) to the gradient of one table. A thread takes some columns of an entry, and adds up the
@@ -350,7 +306,7 @@ fn add_gradient<T: Dtype>(
         work.extend(pieces.map(|(i, piece)| (group, i * width, piece)));
     }
     work.into_par_iter().for_each_init(SparseTree::new, |tree, (group, col, gradient)| {
-        cpu.run(
+        cpu.vectorised(
             #[inline(always)]
             || {
                 let mut values = [0.0; octets::ELEMENTS];

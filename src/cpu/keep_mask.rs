@@ -4,26 +4,25 @@ use super::octets::{self, Segment};
 use super::{Cpu, split};
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::keep_mask::{check_bits, check_bytes};
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::keep_mask::{Bits, Bytes};
+use crate::ops::{Draw, Shape};
 use std::ops::Range;
 
-/// The mask as bits: `ceil(cols / 8)` bytes a row, column c in bit `c % 8` of byte `c / 8`; unused
-/// bits are 0. `out`: [`bits_len`](crate::ops::keep_mask::bits_len) bytes.
-///
-/// # Errors
-/// [`Error::Argument`] where the length or the place does not fit; `out` is untouched then.
-pub fn bits(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> Result<(), Error> {
-    let draw = check_bits(dropout, shape, out.len())?;
+/// The mask as bits.
+pub(crate) fn bits(
+    Bits { shape, out }: Bits<'_, Cpu>,
+    cpu: &Cpu,
+    draw: &Draw<'_>,
+) -> Result<(), Error> {
     split::pieces(
         shape,
-        out,
+        out.write(cpu)?,
         |octet| octet,
         |range, out| {
             let mut out = out.iter_mut();
             walk(
                 cpu,
-                &draw,
+                draw,
                 shape,
                 range,
                 #[inline(always)]
@@ -42,18 +41,18 @@ pub fn bits(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> R
     Ok(())
 }
 
-/// The mask as bytes, 0 or 1. `out`: `[rows, cols]`.
-///
-/// # Errors
-/// [`Error::Argument`] where the length or the place does not fit; `out` is untouched then.
-pub fn bytes(cpu: &Cpu, dropout: &Dropout<'_>, shape: Shape, out: &mut [u8]) -> Result<(), Error> {
-    let draw = check_bytes(dropout, shape, out.len())?;
+/// The mask as bytes, 0 or 1.
+pub(crate) fn bytes(
+    Bytes { shape, out }: Bytes<'_, Cpu>,
+    cpu: &Cpu,
+    draw: &Draw<'_>,
+) -> Result<(), Error> {
     let before = |octet| octets::first_element(shape, octet);
-    split::pieces(shape, out, before, |range, out| {
+    split::pieces(shape, out.write(cpu)?, before, |range, out| {
         let base = before(range.start);
         walk(
             cpu,
-            &draw,
+            draw,
             shape,
             range,
             #[inline(always)]
@@ -75,7 +74,7 @@ fn walk(
     mut each: impl FnMut(Segment, &[u8]),
 ) {
     let mut keep = [0u8; octets::ELEMENTS];
-    cpu.run(
+    cpu.vectorised(
         #[inline(always)]
         || {
             octets::walk(

@@ -1,5 +1,9 @@
 //! Instruction sets, and the one place that enters code compiled for one.
 
+use crate::error::Error;
+use crate::ops::Draws;
+use crate::pass::{Backend, Pass};
+
 /// An instruction set that the backend is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -11,7 +15,7 @@ pub enum Level {
     Avx512,
 }
 
-/// Proof that this machine has an instruction set: the first argument of every operator.
+/// The CPU with an instruction set that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cpu {
     level: Level,
@@ -47,10 +51,22 @@ impl Cpu {
         self.level
     }
 
+    /// Runs one pass of an operator: [`Backend::run`].
+    ///
+    /// # Errors
+    /// As [`Backend::run`].
+    pub fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl Draws<Self>,
+        pass: P,
+    ) -> Result<(), Error> {
+        Backend::run(self, dropout, pass)
+    }
+
     /// Runs `work` compiled for this level. `work` must be inlined into its caller for that, so it is
     /// a closure around `#[inline(always)]` functions.
     #[inline]
-    pub(super) fn run<R>(self, work: impl FnOnce() -> R) -> R {
+    pub(super) fn vectorised<R>(self, work: impl FnOnce() -> R) -> R {
         match self.level {
             Level::Portable => work(),
             // SAFETY: a `Cpu` of a level only comes from `at`, which found its features on this machine.

@@ -14,13 +14,14 @@ mod reduce;
 mod split;
 mod stream;
 mod sum_rows;
+mod tensor;
 
-pub mod bias_act_dropout;
-pub mod dropout;
-pub mod dropout_add;
-pub mod dropout_add_norm;
-pub mod embedding_dropout;
-pub mod keep_mask;
-pub mod softmax_dropout;
+pub(crate) mod bias_act_dropout;
+pub(crate) mod dropout;
+pub(crate) mod dropout_add;
+pub(crate) mod dropout_add_norm;
+pub(crate) mod embedding_dropout;
+pub(crate) mod keep_mask;
+pub(crate) mod softmax_dropout;
 
 pub use level::{Cpu, Level};

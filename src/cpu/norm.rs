@@ -1,7 +1,21 @@
 //! Normalisation of a row that lies in f32 in the caches; see [`crate::ops::norm`].
 
+use super::convert;
 use super::reduce::{sum, sums};
+use crate::dtype::Dtype;
 use crate::ops::norm::{Norm, NormKind};
+
+/// A norm's weight and bias in f32, a value a column.
+pub(super) struct Affine {
+    pub weight: Vec<f32>,
+    pub bias: Option<Vec<f32>>,
+}
+
+impl Affine {
+    pub fn new<T: Dtype>(weight: &[T], bias: Option<&[T]>) -> Self {
+        Self { weight: convert::widened(weight), bias: bias.map(convert::widened) }
+    }
+}
 
 /// How a row is standardised: xhat = ((s - pivot) - delta) · rstd.
 ///

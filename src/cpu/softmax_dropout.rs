@@ -11,119 +11,43 @@ use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::softmax_dropout::{AttentionMask, Lens, STATISTICS, Scores, check, visible};
-use crate::ops::{Draw, Dropout, Shape};
+use crate::ops::softmax_dropout::{
+    AttentionMask, Backward, Forward, Mask, STATISTICS, Scores, visible,
+};
+use crate::ops::{Draw, Shape};
 use rayon::prelude::*;
 
-/// Which keys a query sees, with its tensors in host memory: lengths `[batch * heads * queries]`,
-/// additive mask `[batch, queries, keys]`.
-pub type Mask<'a, T> = AttentionMask<&'a [u32], &'a [T]>;
-
-/// y = D(softmax(scale * x + mask)) along the keys. `x`, `y`: `[batch, heads, queries, keys]`; `statistics`, if
-/// given, receives two f32 a row, `[batch, heads, queries, 2]`: the largest z and the reciprocal of the sum.
-///
-/// Each probability is within the bound stated in the crate's tests of the exact one; a dropped or
-/// masked one is +0. A row that sees no key is zeros, its statistics (-infinity, 0).
-///
-/// # Errors
-/// [`Error::Argument`] where a length, the scale or the place does not fit; the outputs are untouched
-/// then.
-pub fn forward<T: Dtype>(
+/// y = D(softmax(scale · x + mask)), and the rows' statistics.
+pub(crate) fn forward<T: Dtype>(
+    Forward { scores, mask, x, y, statistics }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    scores: &Scores,
-    mask: &Mask<'_, T>,
-    x: &[T],
-    y: &mut [T],
-    statistics: Option<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let statistics_len = statistics.as_ref().map(|statistics| statistics.len());
-    let lens = lens(mask, x.len(), None, ("y", y.len()), statistics_len);
-    let (shape, draw) = check(dropout, scores, &lens)?;
-    let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.forward(Some(x), y, statistics);
+    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
+    let statistics = statistics.map(|statistics| statistics.write(cpu)).transpose()?;
+    Task::new(cpu, draw, scores, &mask)?.forward(x, y.write(cpu)?, statistics);
     Ok(())
 }
 
-/// [`forward`] with `x` as its own output. The backward pass needs x: keep it elsewhere.
-///
-/// # Errors
-/// As [`forward`].
-pub fn forward_in_place<T: Dtype>(
+/// dx = scale · P · (g - Σ P g).
+pub(crate) fn backward<T: Dtype>(
+    Backward { scores, mask, x, statistics, dy, dx }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    scores: &Scores,
-    mask: &Mask<'_, T>,
-    x: &mut [T],
-    statistics: Option<&mut [f32]>,
+    draw: &Draw<'_>,
 ) -> Result<(), Error> {
-    let statistics_len = statistics.as_ref().map(|statistics| statistics.len());
-    let lens = lens(mask, x.len(), None, ("x", x.len()), statistics_len);
-    let (shape, draw) = check(dropout, scores, &lens)?;
-    let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.forward(None, x, statistics);
+    let statistics = statistics.map(|statistics| statistics.read(cpu)).transpose()?;
+    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let task = Task::new(cpu, draw, scores, &mask)?;
+    task.backward(x.read(cpu)?, statistics, dy, dx.write(cpu)?);
     Ok(())
-}
-
-/// dx = scale * P * (g - sum P g) with g = D(dy) and P = softmax(scale * x + mask), recomputed from `x`, and
-/// from the forward pass's `statistics` where it is given. `x`, `dy`, `dx`: `[batch, heads, queries, keys]`.
-///
-/// # Errors
-/// [`Error::Argument`] where a length, the scale or the place does not fit; `dx` is untouched then.
-pub fn backward<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    scores: &Scores,
-    mask: &Mask<'_, T>,
-    x: &[T],
-    statistics: Option<&[f32]>,
-    dy: &[T],
-    dx: &mut [T],
-) -> Result<(), Error> {
-    let lens = lens(mask, x.len(), Some(dy.len()), ("dx", dx.len()), statistics.map(<[f32]>::len));
-    let (shape, draw) = check(dropout, scores, &lens)?;
-    let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.backward(x, statistics, Some(dy), dx);
-    Ok(())
-}
-
-/// [`backward`] with `dy` as its own output.
-///
-/// # Errors
-/// As [`backward`].
-pub fn backward_in_place<T: Dtype>(
-    cpu: &Cpu,
-    dropout: &Dropout<'_>,
-    scores: &Scores,
-    mask: &Mask<'_, T>,
-    x: &[T],
-    statistics: Option<&[f32]>,
-    dy: &mut [T],
-) -> Result<(), Error> {
-    let lens = lens(mask, x.len(), Some(dy.len()), ("dy", dy.len()), statistics.map(<[f32]>::len));
-    let (shape, draw) = check(dropout, scores, &lens)?;
-    let task = Task { cpu: *cpu, draw, scores, mask, shape };
-    task.backward(x, statistics, None, dy);
-    Ok(())
-}
-
-fn lens<T>(
-    mask: &Mask<'_, T>,
-    x: usize,
-    dy: Option<usize>,
-    out: (&'static str, usize),
-    statistics: Option<usize>,
-) -> Lens {
-    let (lengths, additive) = (mask.lengths.map(<[u32]>::len), mask.additive.map(<[T]>::len));
-    Lens { x, dy, out, statistics, lengths, additive }
 }
 
 /// A checked call.
 struct Task<'a, T> {
     cpu: Cpu,
-    draw: Draw<'a>,
-    scores: &'a Scores,
-    mask: &'a Mask<'a, T>,
+    draw: &'a Draw<'a>,
+    scores: Scores,
+    mask: AttentionMask<&'a [u32], &'a [T]>,
     shape: Shape,
 }
 
@@ -134,7 +58,21 @@ struct Scratch {
     lanes: RowLanes,
 }
 
-impl<T: Dtype> Task<'_, T> {
+impl<'a, T: Dtype> Task<'a, T> {
+    fn new(
+        cpu: &'a Cpu,
+        draw: &'a Draw<'a>,
+        scores: Scores,
+        mask: &Mask<'a, T, Cpu>,
+    ) -> Result<Self, Error> {
+        let mask = AttentionMask {
+            causal: mask.causal,
+            lengths: mask.lengths.map(|lengths| lengths.read(cpu)).transpose()?,
+            additive: mask.additive.map(|additive| additive.read(cpu)).transpose()?,
+        };
+        Ok(Self { cpu: *cpu, draw, scores, mask, shape: scores.shape()? })
+    }
+
     fn scratch(&self) -> Scratch {
         let cols = self.shape.cols;
         Scratch { z: vec![0.0; cols], g: vec![0.0; cols], lanes: RowLanes::new() }
@@ -156,7 +94,7 @@ impl<T: Dtype> Task<'_, T> {
             |scratch, (index, (y, saved))| {
                 let first = index * group;
                 let mut saved = saved.into_iter().flatten();
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         self.draw(&mut scratch.lanes, first, y.len() / cols);
@@ -189,7 +127,7 @@ impl<T: Dtype> Task<'_, T> {
             || self.scratch(),
             |scratch, (index, dx)| {
                 let first = index * group;
-                self.cpu.run(
+                self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         self.draw(&mut scratch.lanes, first, dx.len() / cols);
@@ -227,7 +165,7 @@ impl<T: Dtype> Task<'_, T> {
     fn draw(&self, lanes: &mut RowLanes, first: usize, rows: usize) {
         if RowLanes::rows(self.shape) > 1 {
             lanes.draw(
-                &self.draw,
+                self.draw,
                 first..first + rows,
                 #[inline(always)]
                 |row| self.seen(row),
@@ -274,12 +212,12 @@ impl<T: Dtype> Task<'_, T> {
             values.iter_mut().for_each(|value| *value *= factor);
         }
         if RowLanes::rows(self.shape) > 1 {
-            return dropout::select(&self.draw, lanes.of(row), values);
+            return dropout::select(self.draw, lanes.of(row), values);
         }
         let first = row * self.shape.cols.div_ceil(OCTET);
         let range = first..first + values.len().div_ceil(OCTET);
         octets::walk(
-            &self.draw,
+            self.draw,
             self.shape,
             range,
             |_| {},
@@ -287,7 +225,7 @@ impl<T: Dtype> Task<'_, T> {
             |segment, lanes| {
                 let end = values.len().min(segment.col + lanes.len());
                 let values = &mut values[segment.col..end];
-                dropout::select(&self.draw, &lanes[..values.len()], values);
+                dropout::select(self.draw, &lanes[..values.len()], values);
             },
         );
     }

@@ -3,7 +3,8 @@
 
 use super::octets::{self, Segment};
 use super::split::Line;
-use super::{Cpu, split, sum_rows};
+use super::sum_rows::Sum;
+use super::{Cpu, split};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{Draw, Shape};
@@ -42,7 +43,7 @@ impl<T: Dtype> Stream<'_, T> {
         split::pieces(self.shape, out, before, |range, out| {
             self.piece(
                 range,
-                out,
+                Some(out),
                 streaming,
                 #[inline(always)]
                 |segment, lanes, out, values| each(segment, lanes, out, values),
@@ -50,12 +51,12 @@ impl<T: Dtype> Stream<'_, T> {
         });
     }
 
-    /// [`run`](Self::run), and the sum over the rows of what `each` adds to the columns of its segment
-    /// (its last argument), times `factor`, in the order of [`crate::ops::sum_rows`].
+    /// [`run`](Self::run), where there is an output, and the sum over the rows of what `each` adds to the columns of
+    /// its segment (its last argument), times `factor`, in the order of [`crate::ops::sum_rows`].
     pub fn run_and_sum(
         &self,
-        out: &mut [T],
-        sum: &mut [f32],
+        out: Option<&mut [T]>,
+        sum: Sum<'_>,
         factor: f32,
         each: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
     ) {
@@ -65,9 +66,10 @@ impl<T: Dtype> Stream<'_, T> {
         }
         let octets_a_tile = TILE_ROWS * octets::count(Shape { rows: 1, cols });
         let end = octets::count(self.shape);
-        let streaming = self.streaming(out);
+        let streaming = out.as_deref().and_then(|out| self.streaming(out));
         let mut sums = vec![0.0f32; self.shape.rows.div_ceil(TILE_ROWS) * cols];
-        let tiles = out.par_chunks_mut(TILE_ROWS * cols).zip(sums.par_chunks_mut(cols));
+        let outs = split::optional_chunks(out, TILE_ROWS * cols, sums.len() / cols);
+        let tiles = outs.into_par_iter().zip(sums.par_chunks_mut(cols));
         tiles.enumerate().for_each(|(tile, (out, sums))| {
             let range = tile * octets_a_tile..((tile + 1) * octets_a_tile).min(end);
             self.piece(
@@ -81,20 +83,20 @@ impl<T: Dtype> Stream<'_, T> {
                 },
             );
         });
-        sum_rows::finish(sums, factor, sum);
+        sum.finish(sums, factor);
     }
 
-    /// Octets `range`, whose elements `out` holds.
+    /// Octets `range`, whose elements `out` holds, where there is an output.
     #[inline]
     fn piece(
         &self,
         range: Range<usize>,
-        out: &mut [T],
+        mut out: Option<&mut [T]>,
         streaming: Option<Line>,
         mut each: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
         let base = octets::first_element(self.shape, range.start);
-        self.cpu.run(
+        self.cpu.vectorised(
             #[inline(always)]
             || {
                 let (mut block, mut filled) = (Block::new(), 0);
@@ -111,16 +113,15 @@ impl<T: Dtype> Stream<'_, T> {
                     |segment, lanes| {
                         let values = &mut block.0[filled..filled + lanes.len()];
                         let elements = segment.elements.start - base..segment.elements.end - base;
-                        each(&segment, lanes, &out[elements.clone()], values);
+                        let before = out.as_deref().map_or(&[][..], |out| &out[elements.clone()]);
+                        each(&segment, lanes, before, values);
                         filled += lanes.len();
                         // Not each segment: a line that two of them share is read before it is written.
                         if segment.last {
-                            let values = &block.0[..filled];
-                            split::emit(
-                                values,
-                                &mut out[elements.end - filled..elements.end],
-                                streaming,
-                            );
+                            if let Some(out) = out.as_deref_mut() {
+                                let written = elements.end - filled..elements.end;
+                                split::emit(&block.0[..filled], &mut out[written], streaming);
+                            }
                             filled = 0;
                         }
                     },

@@ -1,16 +1,36 @@
 //! Sums over rows on the CPU: the tree of [`crate::ops::sum_rows`] above its first level.
 
+use super::Cpu;
 use super::octets::ELEMENTS;
+use crate::error::Error;
 use crate::ops::sum_rows::TILE_ROWS;
+use crate::tensor::Gradient;
 use rayon::prelude::*;
 
-/// The tree above the tiles' `sums`, `[tiles, sum.len()]`, times `factor`, into `sum`.
-pub(super) fn finish(sums: Vec<f32>, factor: f32, sum: &mut [f32]) {
-    if sums.is_empty() {
-        return sum.fill(0.0);
+/// Where a sum over the rows goes: f32, `[cols]`.
+pub(super) struct Sum<'a> {
+    to: &'a mut [f32],
+    /// Whether it is added to what is there.
+    add: bool,
+}
+
+impl<'a> Sum<'a> {
+    /// What a parameter's gradient asks for.
+    pub fn of<'g: 'a>(gradient: Gradient<'g, Cpu>, cpu: &'a Cpu) -> Result<Self, Error> {
+        let (tensor, add) = gradient.into_parts();
+        Ok(Self { to: tensor.write(cpu)?, add })
     }
-    let total = tree(sums, sum.len());
-    sum.iter_mut().zip(&total).for_each(|(sum, total)| *sum = total * factor);
+
+    /// The tree above the tiles' `sums`, `[tiles, cols]`, times `factor`.
+    pub fn finish(self, sums: Vec<f32>, factor: f32) {
+        let cols = self.to.len();
+        let total = if sums.is_empty() { vec![0.0; cols] } else { tree(sums, cols) };
+        let values = self.to.iter_mut().zip(total.into_iter().map(|total| total * factor));
+        match self.add {
+            true => values.for_each(|(to, value)| *to += value),
+            false => values.for_each(|(to, value)| *to = value),
+        }
+    }
 }
 
 /// 64 sums in order, from +0, until one is left.

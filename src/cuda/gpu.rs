@@ -2,18 +2,26 @@
 
 use super::context::driver;
 use super::kernels::Kernels;
-use crate::device::{Address, Device, Kernel, Readable, Writable};
+use crate::device::{Address, Device, Kernel};
 use crate::error::Error;
-use cudarc::driver::sys::CUstream;
-use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop, result};
+use crate::ops::Draws;
+use crate::pass::{Backend, Pass};
+use crate::tensor::{Readable, Writable};
+use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut,
+    DeviceSlice, SyncOnDrop, result,
+};
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A stream of a GPU that the kernels are launched on. Cheap to make and to clone.
+/// A stream of a GPU that the kernels are launched on. Cheap to clone; clones share their scratch memory.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     kernels: Arc<Kernels>,
     stream: Arc<CudaStream>,
+    /// The last one is in use. The others are smaller; a captured graph may have their addresses.
+    workspaces: Arc<Mutex<Vec<CudaSlice<f32>>>>,
 }
 
 impl Gpu {
@@ -23,14 +31,14 @@ impl Gpu {
     /// [`Error::Argument`] where the stream belongs to another context than the kernels.
     pub fn new(kernels: &Arc<Kernels>, stream: Arc<CudaStream>) -> Result<Self, Error> {
         same_context("stream", kernels.context(), stream.context())?;
-        Ok(Self { kernels: kernels.clone(), stream })
+        Ok(Self { kernels: kernels.clone(), stream, workspaces: Arc::default() })
     }
 
     /// Launches on a stream that another library made. Null is the context's default stream.
     ///
     /// Tensors of cudarc can be used, but their uses on this stream and on others are not ordered:
-    /// cudarc does not count a borrowed stream. With the operators' `raw` functions nothing of cudarc
-    /// is needed.
+    /// cudarc does not count a borrowed stream. Tensors of other libraries are
+    /// [`Pointer`](crate::device::Pointer)s.
     ///
     /// # Safety
     /// `stream` is a stream of the context that the kernels are loaded into, and lives until the last
@@ -39,7 +47,19 @@ impl Gpu {
     pub unsafe fn from_raw(kernels: &Arc<Kernels>, stream: CUstream) -> Self {
         // SAFETY: the three conditions of `wrap_borrowed_stream` are the caller's promise above.
         let stream = unsafe { kernels.context().wrap_borrowed_stream(stream) };
-        Self { kernels: kernels.clone(), stream }
+        Self { kernels: kernels.clone(), stream, workspaces: Arc::default() }
+    }
+
+    /// Runs one pass of an operator: [`Backend::run`].
+    ///
+    /// # Errors
+    /// As [`Backend::run`].
+    pub fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl Draws<Self>,
+        pass: P,
+    ) -> Result<(), Error> {
+        Backend::run(self, dropout, pass)
     }
 
     /// The stream that the kernels are launched on.
@@ -63,7 +83,7 @@ impl Gpu {
         self.stream.context().check_err().map_err(driver("an earlier call"))?;
         let (pointer, hold) = take(&self.stream);
         self.stream.context().check_err().map_err(driver("waiting for a tensor's earlier uses"))?;
-        Ok(Address { pointer, hold })
+        Ok(Address { pointer, hold: Some(Hold::Tensor(hold)) })
     }
 }
 
@@ -84,8 +104,16 @@ fn same_context(
 /// Blocks that a grid can have in its first dimension.
 const MAX_BLOCKS: u32 = i32::MAX as u32;
 
+/// What a launch holds.
+pub enum Hold<'a> {
+    /// A tensor of cudarc: its uses are recorded.
+    Tensor(SyncOnDrop<'a>),
+    /// The scratch memory of a [`Gpu`]: no other thread launches a kernel that uses it in between.
+    Workspace(MutexGuard<'a, Vec<CudaSlice<f32>>>),
+}
+
 impl Device for Gpu {
-    type Hold<'a> = SyncOnDrop<'a>;
+    type Hold<'a> = Hold<'a>;
 
     unsafe fn launch(
         &self,
@@ -117,24 +145,65 @@ impl Device for Gpu {
         };
         launched.map_err(driver(kernel.name))
     }
-}
 
-// SAFETY: cudarc's tensors give their own length and the address of that many elements, and order uses on
-// several streams; `address` refuses those of another context.
-unsafe impl<T, S: DevicePtr<T>> Readable<T, Gpu> for S {
-    fn elements(&self) -> usize {
-        self.len()
-    }
-
-    fn read<'a>(&'a self, device: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
-        device.address(self.stream().context(), |stream| self.device_ptr(stream))
-    }
-}
-
-// SAFETY: as above; the borrow is exclusive. The crate only writes the numbers that its operators name.
-unsafe impl<T, S: DevicePtr<T> + DevicePtrMut<T>> Writable<T, Gpu> for S {
-    fn write<'a>(&'a mut self, device: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
-        let context = self.stream().context().clone();
-        device.address(&context, |stream| self.device_ptr_mut(stream))
+    /// The stream's, kept until the last clone is dropped. It grows when more is asked for than ever before.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where it would have to grow while the stream is captured: run the pass once before. Otherwise
+    /// what the driver says.
+    fn workspace(&self, elements: usize) -> Result<Address<'_, Self>, Error> {
+        let mut workspaces = self.workspaces.lock().unwrap_or_else(PoisonError::into_inner);
+        if workspaces.last().is_none_or(|last| last.len() < elements) {
+            workspaces.push(self.grow(elements)?);
+        }
+        let pointer = workspaces.last().map_or(0, |workspace| workspace.device_ptr(&self.stream).0);
+        Ok(Address { pointer, hold: Some(Hold::Workspace(workspaces)) })
     }
 }
+
+impl Gpu {
+    /// Scratch memory of at least `elements`.
+    fn grow(&self, elements: usize) -> Result<CudaSlice<f32>, Error> {
+        let capturing = self.stream.capture_status().map_err(driver("asking for a capture"))?;
+        if capturing != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            let expected = "no pass that asks for more than those before the capture";
+            return Err(Error::argument("workspace", "elements", expected, elements));
+        }
+        // A power of two, so that those that stay behind are together no longer than the last.
+        let elements = elements.checked_next_power_of_two().unwrap_or(elements).max(1024);
+        // SAFETY: no kernel reads what it has not written.
+        unsafe { self.stream.alloc(elements) }.map_err(driver("allocating a workspace"))
+    }
+}
+
+/// Implements [`Readable`], and after `mut` [`Writable`], for a tensor of cudarc.
+macro_rules! cudarc_tensor {
+    ($tensor:ty) => {
+        // SAFETY: cudarc's tensors give their own length and the address of that many elements, and order uses on
+        // several streams; `address` refuses those of another context.
+        unsafe impl<T> Readable<T, Gpu> for $tensor {
+            fn elements(&self) -> usize {
+                self.len()
+            }
+
+            fn read<'a>(&'a self, device: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
+                let context = DeviceSlice::<T>::stream(self).context();
+                device.address(context, |stream| self.device_ptr(stream))
+            }
+        }
+    };
+    (mut $tensor:ty) => {
+        cudarc_tensor!($tensor);
+        // SAFETY: as above; the borrow is exclusive. The crate only writes the numbers that its operators name.
+        unsafe impl<T> Writable<T, Gpu> for $tensor {
+            fn write<'a>(&'a mut self, device: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
+                let context = DeviceSlice::<T>::stream(self).context().clone();
+                device.address(&context, |stream| self.device_ptr_mut(stream))
+            }
+        }
+    };
+}
+
+cudarc_tensor!(mut CudaSlice<T>);
+cudarc_tensor!(mut CudaViewMut<'_, T>);
+cudarc_tensor!(CudaView<'_, T>);

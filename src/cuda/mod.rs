@@ -10,10 +10,10 @@
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```
 //!
-//! The operators stand in [`device`](crate::device); a [`Gpu`] is the device, and `CudaSlice`,
-//! `CudaView` and `CudaViewMut` of cudarc are its tensors. Launches are asynchronous: a function
-//! returns when its kernels are submitted to the stream, and what goes wrong while they run is
-//! reported by a later call. A call allocates nothing and waits for nothing.
+//! [`Gpu::run`] runs a pass of an operator ([`ops`](crate::ops)) on `CudaSlice`, `CudaView` and `CudaViewMut` of cudarc.
+//! Launches are asynchronous: `run` returns when its kernels are submitted to the stream, and what goes wrong while they
+//! run is reported by a later call. It waits for nothing, and allocates nothing but scratch memory, where a pass needs
+//! more of it than any before.
 //!
 //! # Streams
 //! cudarc records, in events, the last uses of every tensor of a context that has several streams, and
@@ -24,16 +24,17 @@
 //! wait for an event from outside of it, which is what the tracking just described does. Switch it off
 //! while capturing (`CudaContext::disable_event_tracking`, whose safety section says what then is up to
 //! you), and run each operator once before: the first run looks its kernel up and may load it.
-//! Parameters are captured by value; a stream number in device memory
-//! ([`Call::stream_number`](crate::device::Call::stream_number)) is read anew by each replay.
+//! Parameters are captured by value; a resident stream number ([`Dropout::resident`](crate::Dropout::resident)) is read
+//! anew by each replay. A graph has the addresses of the [`Gpu`]'s scratch memory: keep a clone of the [`Gpu`] as long as
+//! the graph.
 //!
 //! No thread may wait for a whole context while one of its streams is captured. `CudaContext::synchronize`
 //! does, and so do `CudaContext::new_stream` for the first stream of a `CudaContext` that tracks uses,
 //! and dropping a handle of cuBLAS.
 //!
 //! # Without cudarc
-//! [`Gpu::from_raw`] borrows a `CUstream` of another library, and the modules `raw` of
-//! [`device`](crate::device) take bare addresses.
+//! [`Gpu::from_raw`] borrows a `CUstream` of another library, and a [`Pointer`](crate::device::Pointer) is a tensor at a
+//! bare address.
 
 mod context;
 mod gpu;
@@ -43,5 +44,5 @@ pub use context::context;
 #[cfg(feature = "transformer")]
 pub(crate) use context::driver;
 pub use cudarc;
-pub use gpu::Gpu;
+pub use gpu::{Gpu, Hold};
 pub use kernels::Kernels;

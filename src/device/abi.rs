@@ -190,7 +190,7 @@ impl Mask {
             return Err(Error::argument(
                 operator,
                 "rows",
-                "an explicit row list in device memory (Call::row_list)",
+                "an explicit row list in device memory (Dropout::row_list)",
                 "a list on the host",
             ));
         }
@@ -231,6 +231,12 @@ impl Mask {
     /// The mask that keeps everything, as it is.
     pub fn all_kept(self) -> Self {
         Self { random: 2, scale: 1.0, plain: 0, ..self }
+    }
+
+    /// The mask that drops everything, of whatever shape.
+    pub fn all_dropped(mut self) -> Self {
+        self.rows.list = 0;
+        Self { random: 0, plain: 0, first_octet: 0, contiguous: 1, ..self }
     }
 
     /// The same mask for a part that starts `rows` rows and `octets` octets further on.

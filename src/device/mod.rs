@@ -3,27 +3,28 @@
 //! (`cuda::Gpu`), or the host (`emulator::Emulator`). So what the emulator's tests prove is what a
 //! GPU is given.
 //!
-//! Each operator has two levels: safe functions on tensors that the device can hold ([`Readable`],
-//! [`Writable`]), and in its module `raw` the same launches on bare addresses.
+//! A device's tensors are what [`Readable`](crate::Readable) is implemented for: cudarc's slices and views, and bare
+//! addresses as [`Pointer`]s.
 
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::check_len;
+use crate::ops::{Draw, Resident};
+use crate::tensor::{Gradient, In, Memory, Readable, Source, Writable};
+use abi::Mask;
 use std::ffi::c_void;
+use std::marker::PhantomData;
 
 pub(crate) mod abi;
 
-pub mod bias_act_dropout;
-pub mod dropout;
-pub mod dropout_add;
-pub mod dropout_add_norm;
-pub mod embedding_dropout;
-pub mod keep_mask;
+pub(crate) mod bias_act_dropout;
+pub(crate) mod dropout;
+pub(crate) mod dropout_add;
+pub(crate) mod dropout_add_norm;
+pub(crate) mod embedding_dropout;
+pub(crate) mod keep_mask;
 mod rows;
-pub mod softmax_dropout;
+pub(crate) mod softmax_dropout;
 mod sum_rows;
-
-pub use sum_rows::{BiasGrad, BiasGradAddresses};
 
 /// A kernel: its name, and the operator whose file (`kernels/<operator>.cu`) it stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -35,9 +36,11 @@ pub struct Kernel {
 }
 
 /// Something that runs the crate's kernels.
-pub trait Device {
+pub trait Device: Sized {
     /// What keeps a tensor's address valid, and its uses in order, until the launch is submitted.
-    type Hold<'a>;
+    type Hold<'a>
+    where
+        Self: 'a;
 
     /// Submits `kernel` on `blocks` blocks of `threads` threads. Every kernel has one parameter, a
     /// structure that the host fills in; `params` points to it.
@@ -45,6 +48,9 @@ pub trait Device {
     /// # Safety
     /// `params` points to the structure that the kernel declares, and every address in it is valid on
     /// this device for what the kernel reads and writes, until the kernel has run.
+    ///
+    /// # Errors
+    /// What the device says.
     unsafe fn launch(
         &self,
         kernel: Kernel,
@@ -52,127 +58,134 @@ pub trait Device {
         threads: u32,
         params: *const c_void,
     ) -> Result<(), Error>;
+
+    /// Scratch memory of `elements` f32, whose contents do not matter, aligned to 16 bytes. It is the caller's alone
+    /// until the address is dropped, and the kernels that are launched until then can use it.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn workspace(&self, elements: usize) -> Result<Address<'_, Self>, Error>;
+}
+
+impl<D: Device> Memory for D {
+    type In<'a, T: 'a>
+        = Address<'a, D>
+    where
+        D: 'a;
+    type Out<'a, T: 'a>
+        = Address<'a, D>
+    where
+        D: 'a;
 }
 
 /// A tensor's address on a device, held until dropped.
-pub struct Address<'a, D: Device> {
+pub struct Address<'a, D: Device + 'a> {
     /// The first element, as a kernel sees it.
     pub pointer: u64,
-    /// Dropped after the launch was submitted.
-    pub hold: D::Hold<'a>,
+    /// Dropped after the launch was submitted. `None`: nothing is to be kept, and no uses to be ordered.
+    pub hold: Option<D::Hold<'a>>,
 }
 
-/// A tensor of `T` that kernels on `D` can read.
+/// Elements of `T` at a bare address on a device: a tensor of another library.
 ///
-/// # Safety
-/// While what [`read`](Self::read) gives is held, its address is valid on the device for reads of
-/// [`elements`](Self::elements) values of `T`, and aligned to `T`. Both answers stay the same through a
-/// call. The safe operators launch kernels on this word alone.
-pub unsafe trait Readable<T, D: Device> {
-    /// Length in elements.
-    fn elements(&self) -> usize;
-    /// The address, for a kernel that reads it.
+/// ```
+/// use fused_dropout::device::Pointer;
+/// let address = 0x7f00_0000_1000; // from a tensor of another library
+/// // SAFETY: there are 4096 floats at this address, and nobody else writes them during the calls.
+/// let x = unsafe { Pointer::<f32>::new(address, 4096) };
+/// # let _ = x;
+/// ```
+#[derive(Debug)]
+pub struct Pointer<T> {
+    address: u64,
+    elements: usize,
+    of: PhantomData<T>,
+}
+
+impl<T> Pointer<T> {
+    /// The `elements` values of `T` at `address`.
     ///
-    /// # Errors
-    /// Whatever the device says while it orders the read behind earlier writes.
-    fn read<'a>(&'a self, device: &'a D) -> Result<Address<'a, D>, Error>;
+    /// # Safety
+    /// As long as this value lives, `address` is valid on the device that it is given to, for reads and writes of so many
+    /// elements, and aligned to `T`. Nobody else uses them meanwhile, but by work that the caller orders
+    /// behind or before the device's.
+    pub unsafe fn new(address: u64, elements: usize) -> Self {
+        Self { address, elements, of: PhantomData }
+    }
 }
 
-/// A tensor of `T` that kernels on `D` can read and write.
-///
-/// # Safety
-/// As [`Readable`], for writes too: what [`write`](Self::write) gives is this tensor's alone while it is held,
-/// and any bits that a kernel leaves there are a `T`.
-pub unsafe trait Writable<T, D: Device>: Readable<T, D> {
-    /// The address, for a kernel that writes it.
-    ///
-    /// # Errors
-    /// Whatever the device says while it orders the write behind earlier uses.
-    fn write<'a>(&'a mut self, device: &'a D) -> Result<Address<'a, D>, Error>;
+// SAFETY: what `Pointer::new` was promised.
+unsafe impl<T, D: Device> Readable<T, D> for Pointer<T> {
+    fn elements(&self) -> usize {
+        self.elements
+    }
+
+    fn read<'a>(&'a self, _: &'a D) -> Result<Address<'a, D>, Error> {
+        Ok(Address { pointer: self.address, hold: None })
+    }
 }
 
-/// Where an operator is launched, and the parts of its key that lie in device memory.
-///
-/// A captured CUDA graph replays its parameters as they were captured. A stream number that is read
-/// from device memory when the kernel runs draws a fresh mask at each replay.
-pub struct Call<'a, D: Device> {
-    pub(crate) device: &'a D,
-    stream_number: Option<&'a dyn Readable<u64, D>>,
-    row_list: Option<&'a dyn Readable<u32, D>>,
+// SAFETY: as above.
+unsafe impl<T, D: Device> Writable<T, D> for Pointer<T> {
+    fn write<'a>(&'a mut self, _: &'a D) -> Result<Address<'a, D>, Error> {
+        Ok(Address { pointer: self.address, hold: None })
+    }
 }
 
-impl<'a, D: Device> Call<'a, D> {
-    /// A launch on `device`, the whole key from the host.
-    pub fn on(device: &'a D) -> Self {
-        Self { device, stream_number: None, row_list: None }
-    }
+/// Where a pass is launched, and the mask that it draws.
+pub(crate) struct Launch<'a, D: Device> {
+    pub device: &'a D,
+    pub mask: Mask,
+}
 
-    /// Reads the stream number (one u64) from device memory when the kernel runs, in place of
-    /// `dropout.key.stream`.
-    pub fn stream_number(self, number: &'a dyn Readable<u64, D>) -> Self {
-        Self { stream_number: Some(number), ..self }
-    }
-
-    /// Takes the logical row of each local row (one u32 a row) from device memory, in place of
-    /// `dropout.place.rows`: the explicit row map. `RowMap::Explicit` with its list on the host is
-    /// refused on a device.
-    pub fn row_list(self, list: &'a dyn Readable<u32, D>) -> Self {
-        Self { row_list: Some(list), ..self }
-    }
-
-    /// The address of an optional tensor, 0 where there is none.
-    pub(crate) fn optional<'t, T>(
-        &self,
-        tensor: Option<&'t dyn Readable<T, D>>,
-    ) -> Result<Option<Address<'t, D>>, Error>
-    where
-        'a: 't,
-    {
-        tensor.map(|tensor| tensor.read(self.device)).transpose()
-    }
-
-    /// Checks the device-resident parts of the key and takes their addresses.
-    pub(crate) fn resident(
-        &self,
+impl<'a, D: Device> Launch<'a, D> {
+    pub fn new(
+        device: &'a D,
         operator: &'static str,
-        rows: usize,
-    ) -> Result<Resident<'_, D>, Error> {
-        if let Some(number) = self.stream_number {
-            check_len(operator, "stream_number", 1, number.elements())?;
-        }
-        if let Some(list) = self.row_list {
-            check_len(operator, "row_list", rows, list.elements())?;
-        }
-        Ok(Resident {
-            stream_number: self.stream_number.map(|n| n.read(self.device)).transpose()?,
-            row_list: self.row_list.map(|l| l.read(self.device)).transpose()?,
-        })
+        draw: &Draw<'_>,
+        key: &Resident<'_, D>,
+    ) -> Result<Self, Error> {
+        let (stream, row_list) = (pointer(&key.stream), pointer(&key.row_list));
+        Ok(Self { device, mask: Mask::new(operator, draw, stream, row_list)? })
     }
 }
 
-/// The device-resident parts of a key, held for one launch.
-pub(crate) struct Resident<'a, D: Device> {
-    pub stream_number: Option<Address<'a, D>>,
-    pub row_list: Option<Address<'a, D>>,
+/// The address of an optional tensor that is read.
+pub(crate) fn read<'a, T, D: Device>(
+    tensor: Option<In<'a, T, D>>,
+    device: &'a D,
+) -> Result<Option<Address<'a, D>>, Error> {
+    tensor.map(|tensor| tensor.read(device)).transpose()
 }
 
-impl<D: Device> Resident<'_, D> {
-    pub fn addresses(&self) -> KeyAddresses {
-        KeyAddresses {
-            stream_number: pointer(&self.stream_number),
-            row_list: pointer(&self.row_list),
-        }
+/// The address of an optional tensor that is written.
+pub(crate) fn write<'a, 't, T, D: Device>(
+    tensor: Option<&'a mut (dyn Writable<T, D> + 't)>,
+    device: &'a D,
+) -> Result<Option<Address<'a, D>>, Error> {
+    tensor.map(|tensor| tensor.write(device)).transpose()
+}
+
+/// The address of an input: `None` where it lies in the output.
+pub(crate) fn source<'a, T, D: Device>(
+    tensor: Source<In<'a, T, D>>,
+    device: &'a D,
+) -> Result<Option<Address<'a, D>>, Error> {
+    read(tensor.tensor(), device)
+}
+
+/// Where a parameter's gradient goes.
+pub(crate) struct Sum<'a, D: Device + 'a> {
+    pub address: Address<'a, D>,
+    /// Whether it is added to what is there.
+    pub add: bool,
+}
+
+impl<'a, D: Device> Sum<'a, D> {
+    pub fn of<'g: 'a>(gradient: Gradient<'g, D>, device: &'a D) -> Result<Self, Error> {
+        let (tensor, add) = gradient.into_parts();
+        Ok(Self { address: tensor.write(device)?, add })
     }
-}
-
-/// Addresses of the parts of a key that lie in device memory; 0 for a part that the host gives. What
-/// [`Call::stream_number`] and [`Call::row_list`] say, for the functions on bare addresses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct KeyAddresses {
-    /// One u64, in place of `dropout.key.stream`.
-    pub stream_number: u64,
-    /// One u32 a row, in place of `dropout.place.rows`.
-    pub row_list: u64,
 }
 
 /// Threads of a block, in every kernel: `THREADS` in `kernels/kernel.cuh`.

@@ -2,51 +2,10 @@
 //! first 64 rows of each column; the kernel here adds up the levels above, two in a launch.
 
 use super::abi::IndexDivisor;
-use super::{Address, Device, Kernel, Writable, launch};
+use super::{Device, Kernel, Sum, launch};
 use crate::error::Error;
-use crate::ops::sum_rows::{TILE_ROWS, workspace_len};
-use crate::ops::{Shape, check_len};
-
-/// Where a bias gradient goes.
-pub struct BiasGrad<'a, D: Device> {
-    /// The gradient, `shape.cols` elements.
-    pub dbias: &'a mut dyn Writable<f32, D>,
-    /// Scratch memory, [`workspace_len`] elements; its contents do not matter.
-    pub workspace: &'a mut dyn Writable<f32, D>,
-}
-
-impl<D: Device> BiasGrad<'_, D> {
-    /// Refuses a workspace of another length.
-    pub(super) fn check(&self, operator: &'static str, shape: Shape) -> Result<(), Error> {
-        check_len(operator, "workspace", workspace_len(shape), self.workspace.elements())
-    }
-
-    /// Takes the addresses.
-    pub(super) fn write<'h>(&'h mut self, device: &'h D) -> Result<Held<'h, D>, Error> {
-        Ok(Held { dbias: self.dbias.write(device)?, workspace: self.workspace.write(device)? })
-    }
-}
-
-/// The addresses of a bias gradient, held for one launch.
-pub(super) struct Held<'a, D: Device> {
-    dbias: Address<'a, D>,
-    workspace: Address<'a, D>,
-}
-
-impl<D: Device> Held<'_, D> {
-    pub fn addresses(&self) -> BiasGradAddresses {
-        BiasGradAddresses { dbias: self.dbias.pointer, workspace: self.workspace.pointer }
-    }
-}
-
-/// Addresses of a bias gradient: [`BiasGrad`] for the functions on bare addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BiasGradAddresses {
-    /// `shape.cols` f32, written.
-    pub dbias: u64,
-    /// [`workspace_len`] f32, written and read.
-    pub workspace: u64,
-}
+use crate::ops::Shape;
+use crate::ops::sum_rows::TILE_ROWS;
 
 /// A tensor in tiles of 64 rows and 64 columns, and where their sums go: `Tiles` in
 /// `kernels/sum_tile.cuh`.
@@ -71,20 +30,36 @@ pub(super) struct Tree {
     tiles: usize,
     workspace: u64,
     sum: u64,
+    /// Whether the sum is added to what is there.
+    add: bool,
     scale: f32,
 }
 
 impl Tree {
+    /// f32 elements of scratch memory that the sum over the rows of a `shape` needs: the partial sums of the tree's first
+    /// level, and of its second behind them.
+    pub fn workspace(shape: Shape) -> usize {
+        let tiles = shape.rows.div_ceil(TILE_ROWS);
+        let above = tiles.div_ceil(TILE_ROWS);
+        tiles.saturating_add(above).saturating_mul(shape.cols)
+    }
+
     /// The sum over the rows of a `shape`, times `scale`, into `sum` (`shape.cols` f32) by way of
-    /// `workspace` ([`workspace_len`](crate::ops::sum_rows::workspace_len) f32).
-    pub fn new(shape: Shape, sum: u64, workspace: u64, scale: f32) -> Self {
-        Self { shape, tiles: shape.rows.div_ceil(TILE_ROWS), workspace, sum, scale }
+    /// `workspace` ([`workspace`](Self::workspace) f32).
+    pub fn new<D: Device>(shape: Shape, sum: &Sum<'_, D>, workspace: u64, scale: f32) -> Self {
+        let tiles = shape.rows.div_ceil(TILE_ROWS);
+        Self { shape, tiles, workspace, sum: sum.address.pointer, add: sum.add, scale }
+    }
+
+    /// Whether the first level is the sum.
+    fn is_one_tile(&self) -> bool {
+        self.tiles == 1 && !self.add
     }
 
     /// Where the operator's kernel writes its sums, `[tiles of 64 rows, cols]`, and what it multiplies them
     /// by. Without rows it writes none.
     pub fn first(&self) -> (u64, f32) {
-        if self.tiles == 1 { (self.sum, self.scale) } else { (self.workspace, 1.0) }
+        if self.is_one_tile() { (self.sum, self.scale) } else { (self.workspace, 1.0) }
     }
 
     /// What a kernel that sums by tiles takes, and its blocks.
@@ -107,24 +82,44 @@ impl Tree {
     /// On `device`, the addresses that the trees were made of are valid for what [`new`](Self::new) says
     /// until the kernels have run, and no two overlap.
     pub unsafe fn finish<D: Device>(device: &D, trees: &[Self]) -> Result<(), Error> {
-        let Some(&Self { shape, mut tiles, .. }) = trees.first() else { return Ok(()) };
+        let behind: Vec<&Self> = trees.iter().filter(|tree| !tree.is_one_tile()).collect();
+        let Some(&&Self { shape, mut tiles, .. }) = behind.first() else { return Ok(()) };
         // The sums of each pair of levels lie in turn at the workspace's start and behind the first level's, which
         // are the most.
-        let behind = (tiles * shape.cols * size_of::<f32>()) as u64;
-        let (mut from, mut to) = (0, behind);
-        // One row of tiles has written the sum; none has not.
-        while tiles != 1 {
+        let second = (tiles * shape.cols * size_of::<f32>()) as u64;
+        let (mut from, mut to) = (0, second);
+        loop {
             let spans = tiles.div_ceil(SPAN).max(1);
-            let levels = trees.iter().map(|tree| match spans {
-                1 => (tree.workspace + from, tree.sum, tree.scale),
-                _ => (tree.workspace + from, tree.workspace + to, 1.0),
+            let levels = behind.iter().map(|tree| match spans {
+                1 => Level {
+                    parts: tree.workspace + from,
+                    sum: tree.sum,
+                    factor: tree.scale,
+                    add: tree.add,
+                },
+                _ => Level {
+                    parts: tree.workspace + from,
+                    sum: tree.workspace + to,
+                    factor: 1.0,
+                    add: false,
+                },
             });
             // SAFETY: the caller's promise.
             unsafe { levels_of(device, shape.cols, tiles, spans, levels)? };
             (from, to, tiles) = (to, from, spans);
+            if tiles == 1 {
+                return Ok(());
+            }
         }
-        Ok(())
     }
+}
+
+/// Two levels of one sum: from partial sums to a row for each span of them.
+struct Level {
+    parts: u64,
+    sum: u64,
+    factor: f32,
+    add: bool,
 }
 
 /// Sums that a launch takes, at most: `SUMS` in `kernels/sum_rows.cu`.
@@ -136,14 +131,14 @@ const SPAN: usize = TILE_ROWS * TILE_ROWS;
 /// Columns of a block.
 const BLOCK_COLS: usize = 32;
 
-/// Two levels of each sum in `levels` (parts, sums, factor): a row for each of `spans` spans of `count` parts; of
-/// zeros where there are no parts.
+/// Two levels of each sum in `levels`: a row for each of `spans` spans of `count` parts; of zeros where there are no
+/// parts.
 unsafe fn levels_of<D: Device>(
     device: &D,
     cols: usize,
     count: usize,
     spans: usize,
-    levels: impl Iterator<Item = (u64, u64, f32)>,
+    levels: impl Iterator<Item = Level>,
 ) -> Result<(), Error> {
     let blocks_a_row = cols.div_ceil(BLOCK_COLS);
     let blocks_a_sum = blocks_a_row * spans;
@@ -157,6 +152,7 @@ unsafe fn levels_of<D: Device>(
     let mut params = Params {
         parts: [0; SUMS],
         sums: [0; SUMS],
+        before: [0; SUMS],
         count: count as u64,
         cols: cols as u64,
         blocks_a_row: IndexDivisor::new(blocks_a_row as u32),
@@ -165,8 +161,10 @@ unsafe fn levels_of<D: Device>(
         padding: 0,
     };
     let mut sums = 0;
-    for (i, (parts, sum, factor)) in levels.take(SUMS).enumerate() {
-        (params.parts[i], params.sums[i], params.factors[i]) = (parts, sum, factor);
+    for (i, level) in levels.take(SUMS).enumerate() {
+        (params.parts[i], params.sums[i]) = (level.parts, level.sum);
+        params.factors[i] = level.factor;
+        params.before[i] = if level.add { level.sum } else { 0 };
         sums += 1;
     }
     let kernel = Kernel { operator: "sum_rows", name: "sum_rows_f32" };
@@ -182,6 +180,7 @@ const MAX_BLOCKS: usize = i32::MAX as usize / SUMS;
 struct Params {
     parts: [u64; SUMS],
     sums: [u64; SUMS],
+    before: [u64; SUMS],
     count: u64,
     cols: u64,
     blocks_a_row: IndexDivisor,
@@ -189,12 +188,14 @@ struct Params {
     factors: [f32; SUMS],
     padding: u32,
 }
-const _: () = assert!(size_of::<Params>() == 104);
+const _: () = assert!(size_of::<Params>() == 128);
 
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use super::*;
+    use crate::device::Address;
     use crate::emulator::Emulator;
+    use crate::tensor::Writable;
 
     /// The levels above the first, one after the other.
     fn levels(mut parts: Vec<f32>) -> f32 {
@@ -224,11 +225,13 @@ mod tests {
                 .map(|which| {
                     let first = (0..tiles * cols).map(|i| of(which, i / cols, i % cols));
                     let mut workspace: Vec<f32> = first.collect();
-                    workspace.resize(workspace_len(shape), f32::NAN);
+                    workspace.resize(Tree::workspace(shape), f32::NAN);
                     workspace
                 })
                 .collect();
+            // The second sum is added to what is there.
             let mut totals = vec![vec![f32::NAN; cols]; sums];
+            totals.iter_mut().skip(1).take(1).for_each(|total| total.fill(3.0));
             let device = Emulator::new().order(2);
             let held: Vec<_> = workspaces
                 .iter_mut()
@@ -239,7 +242,9 @@ mod tests {
                 .map(|(workspace, total)| (workspace.unwrap(), total.unwrap()))
                 .collect();
             let tree = |(which, (workspace, total)): (usize, &(Address<'_, _>, Address<'_, _>))| {
-                Tree::new(shape, total.pointer, workspace.pointer, 1.5 + which as f32)
+                let address = Address::<Emulator> { pointer: total.pointer, hold: None };
+                let sum = Sum { address, add: which == 1 };
+                Tree::new(shape, &sum, workspace.pointer, 1.5 + which as f32)
             };
             let trees: Vec<Tree> = held.iter().enumerate().map(tree).collect();
             // SAFETY: the workspaces and totals are as long as the trees say, and held.
@@ -248,7 +253,8 @@ mod tests {
             for (which, total) in totals.iter().enumerate() {
                 for (col, total) in total.iter().enumerate() {
                     let parts = (0..tiles).map(|tile| of(which, tile, col)).collect();
-                    let expected = levels(parts) * (1.5 + which as f32);
+                    let sum = levels(parts) * (1.5 + which as f32);
+                    let expected = if which == 1 { 3.0 + sum } else { sum };
                     assert_eq!(
                         total.to_bits(),
                         expected.to_bits(),

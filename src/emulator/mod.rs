@@ -22,8 +22,11 @@
 //! result that depends on the order of the threads: [`Emulator::order`]. Not noticed: two blocks that
 //! depend on each other, if no order of the blocks tells; a load that the compiler removed.
 
-use crate::device::{Address, Device, Kernel, Readable, Writable};
+use crate::device::{Address, Device, Kernel};
 use crate::error::Error;
+use crate::ops::Draws;
+use crate::pass::{Backend, Pass};
+use crate::tensor::{Readable, Writable};
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::{Mutex, MutexGuard};
@@ -110,6 +113,18 @@ impl Emulator {
         Self { order: seed, ..self }
     }
 
+    /// Runs one pass of an operator: [`Backend::run`].
+    ///
+    /// # Errors
+    /// As [`Backend::run`]; [`Error::Fault`] where a kernel does what no kernel may do.
+    pub fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl Draws<Self>,
+        pass: P,
+    ) -> Result<(), Error> {
+        Backend::run(self, dropout, pass)
+    }
+
     /// What all launches since the last [`reset_traffic`](Self::reset_traffic) moved.
     pub fn traffic(&self) -> Traffic {
         self.lock().traffic
@@ -126,14 +141,15 @@ impl Emulator {
     }
 
     /// Copies `source` to where kernels see it. `target` is where the copy goes back to, null for a
-    /// tensor that is only read; otherwise it points to `source`, borrowed for `'a` to be written.
+    /// tensor that does not; otherwise it points to `source`, borrowed for `'a` to be written.
     fn hold<'a, T: bytemuck::Pod>(
         &'a self,
         source: &[T],
+        writable: bool,
         target: *mut T,
     ) -> Result<Address<'a, Self>, Error> {
         let bytes = size_of_val(source);
-        let guarded = runtime::Guarded::new(source, !target.is_null()).ok_or_else(|| {
+        let guarded = runtime::Guarded::new(source, writable).ok_or_else(|| {
             let reason = format!("no memory for a copy of {bytes} bytes");
             Error::Unavailable { backend: "emulator", reason }
         })?;
@@ -143,7 +159,7 @@ impl Emulator {
         state.tensors.push(Tensor { id, thread: thread::current().id(), guarded });
         let target = target.cast();
         let hold = Hold { device: self, id, guarded, target, bytes, tensor: PhantomData };
-        Ok(Address { pointer: guarded.start as u64, hold })
+        Ok(Address { pointer: guarded.start as u64, hold: Some(hold) })
     }
 }
 
@@ -153,7 +169,7 @@ pub struct Hold<'a> {
     device: &'a Emulator,
     id: u64,
     guarded: runtime::Guarded,
-    /// Null for a tensor that is only read.
+    /// Null for a tensor that is only read, and for a workspace.
     target: *mut u8,
     bytes: usize,
     tensor: PhantomData<&'a mut [u8]>,
@@ -220,6 +236,17 @@ impl Device for Emulator {
         traffic.writes.add(&launch.counts.writes);
         if completed { Ok(()) } else { fault(runtime::message(&launch)) }
     }
+
+    /// NaN in every element: what lies in a workspace must not matter.
+    fn workspace(&self, elements: usize) -> Result<Address<'_, Self>, Error> {
+        let mut contents = Vec::new();
+        let reserved = contents.try_reserve_exact(elements);
+        reserved.map_err(|_| {
+            Error::argument("workspace", "elements", "what fits in memory", elements)
+        })?;
+        contents.resize(elements, f32::NAN);
+        self.hold(&contents, true, std::ptr::null_mut())
+    }
 }
 
 /// Implements [`Readable`], and after `mut` [`Writable`], for a type that dereferences to `[T]`.
@@ -231,7 +258,7 @@ macro_rules! host_tensor {
                 self.len()
             }
             fn read<'a>(&'a self, device: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
-                device.hold(&self[..], std::ptr::null_mut())
+                device.hold(&self[..], false, std::ptr::null_mut())
             }
         }
     };
@@ -242,7 +269,7 @@ macro_rules! host_tensor {
             fn write<'a>(&'a mut self, device: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
                 let elements = &mut self[..];
                 let target = elements.as_mut_ptr();
-                device.hold(elements, target)
+                device.hold(elements, true, target)
             }
         }
     };

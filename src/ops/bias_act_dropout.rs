@@ -3,8 +3,9 @@
 //! The backward pass recomputes the activation from x: nothing else is saved. Its bias gradient is a sum
 //! over rows in the fixed order of [`sum_rows`](super::sum_rows).
 
-use super::{Draw, Dropout, Shape, check_len};
+use super::{Check, Shape};
 use crate::error::Error;
+use crate::tensor::{Gradient, In, Memory, Out, Source};
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "bias_act_dropout";
@@ -37,34 +38,61 @@ impl Activation {
         [Self::Gelu, Self::GeluTanh, Self::Relu, Self::Silu, Self::Tanh, Self::Identity];
 }
 
-/// Lengths of the tensors of a call, in elements.
-pub(crate) struct Lens {
-    pub x: usize,
-    pub bias: Option<usize>,
-    /// dy of a backward call.
-    pub dy: Option<usize>,
-    /// The output's name, and its elements.
-    pub out: (&'static str, usize),
-    pub dbias: Option<usize>,
+/// y = D(act(x + bias)).
+///
+/// Kept: act(x') · scale, rounded once, with x' = x or x + bias rounded to f32. Dropped: +0.
+pub struct Forward<'a, T, M: Memory> {
+    /// Rows and columns.
+    pub shape: Shape,
+    /// What stands between bias and dropout.
+    pub activation: Activation,
+    /// `[rows, cols]`. The backward pass needs it: in place only where it is kept elsewhere.
+    pub x: Source<In<'a, T, M>>,
+    /// `[cols]`.
+    pub bias: Option<In<'a, T, M>>,
+    /// `[rows, cols]`.
+    pub y: Out<'a, T, M>,
 }
 
-/// Checks a call, forward or backward.
-pub(crate) fn check<'a>(
-    dropout: &Dropout<'a>,
-    shape: Shape,
-    lens: &Lens,
-) -> Result<Draw<'a>, Error> {
-    let elements = shape.elements(NAME)?;
-    check_len(NAME, "x", elements, lens.x)?;
-    if let Some(bias) = lens.bias {
-        check_len(NAME, "bias", shape.cols, bias)?;
+/// dx = D(dy) · act'(x + bias), and dbias: the sum over the rows of dx before it is rounded to T, in f32 and in the
+/// order of [`sum_rows`](super::sum_rows).
+///
+/// Kept: (dy · scale) · act'(x'), the product's factors in f32. Dropped: +0.
+pub struct Backward<'a, T, M: Memory> {
+    /// Rows and columns.
+    pub shape: Shape,
+    /// As in the forward pass.
+    pub activation: Activation,
+    /// The forward pass's, `[rows, cols]`.
+    pub x: In<'a, T, M>,
+    /// The forward pass's, `[cols]`.
+    pub bias: Option<In<'a, T, M>>,
+    /// `[rows, cols]`.
+    pub dy: Source<In<'a, T, M>>,
+    /// `[rows, cols]`.
+    pub dx: Out<'a, T, M>,
+    /// `[cols]`.
+    pub dbias: Option<Gradient<'a, M>>,
+}
+
+impl<T, M: Memory> Forward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        check.source("x", &self.x)?;
+        self.bias.map_or(Ok(()), |bias| check.row("bias", bias))?;
+        check.matrix("y", &*self.y)?;
+        Ok(self.shape)
     }
-    if let Some(dy) = lens.dy {
-        check_len(NAME, "dy", elements, dy)?;
+}
+
+impl<T, M: Memory> Backward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        check.matrix("x", self.x)?;
+        self.bias.map_or(Ok(()), |bias| check.row("bias", bias))?;
+        check.source("dy", &self.dy)?;
+        check.matrix("dx", &*self.dx)?;
+        check.gradient("dbias", &self.dbias)?;
+        Ok(self.shape)
     }
-    check_len(NAME, lens.out.0, elements, lens.out.1)?;
-    if let Some(dbias) = lens.dbias {
-        check_len(NAME, "dbias", shape.cols, dbias)?;
-    }
-    dropout.draw(NAME, shape)
 }

@@ -15,9 +15,10 @@
 //! the norm's weight and bias are Σ h · xhat and Σ h over all rows, in the same order, and are added to what
 //! is there too. The sum is computed again from the tables.
 
-use super::norm::{Affine, Norm, check_affine, check_stats};
-use super::{Draw, Dropout, Shape, check_len};
+use super::norm::{Norm, stats_len};
+use super::{Check, Shape, check_len};
 use crate::error::Error;
+use crate::tensor::{Gradient, In, Memory, Out};
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "embedding_dropout";
@@ -152,7 +153,7 @@ impl<W> Tables<W> {
     }
 }
 
-/// Where the tables' gradients are added up, each `[entries, cols]` in f32; any of them may be left out.
+/// The gradients of the tables, each `[entries, cols]` in f32; any of them may be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gradients<G> {
     /// Gradient of the table of tokens: also the one that a tied output projection adds to.
@@ -167,24 +168,6 @@ impl<G> Gradients<G> {
     /// No gradient at all.
     pub const NONE: Self = Self { token: None, position: None, segment: None };
 
-    /// The same gradients taken in another way.
-    #[cfg(any(feature = "cuda", feature = "emulator"))]
-    pub(crate) fn try_map<H>(
-        self,
-        mut f: impl FnMut(G) -> Result<H, Error>,
-    ) -> Result<Gradients<H>, Error> {
-        Ok(Gradients {
-            token: self.token.map(&mut f).transpose()?,
-            position: self.position.map(&mut f).transpose()?,
-            segment: self.segment.map(&mut f).transpose()?,
-        })
-    }
-
-    /// The lengths that `len` gives, in the order of the tables.
-    pub(crate) fn lens(&self, len: impl Fn(&G) -> usize) -> [Option<usize>; TABLES] {
-        [&self.token, &self.position, &self.segment].map(|gradient| gradient.as_ref().map(&len))
-    }
-
     /// In the order of the tables.
     pub(crate) fn all(self) -> [Option<G>; TABLES] {
         [self.token, self.position, self.segment]
@@ -197,45 +180,86 @@ impl<G> Default for Gradients<G> {
     }
 }
 
-/// Where the gradients of a norm's parameters are added up, each `[cols]` in f32; any may be left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NormGradients<G> {
-    /// Gradient of the weight.
-    pub weight: Option<G>,
-    /// Gradient of the bias.
-    pub bias: Option<G>,
+/// y = D(token\[id\] + position\[pos\] + segment\[seg\]): the entries that a row looks up, added in f32 in this order,
+/// times the scale, rounded once, where kept; +0 where dropped.
+///
+/// On the CPU an id that is not below its table's entries is refused, and its row named. The host does not see the ids of
+/// a device: a row with such an id is zeros there, and is left in [`report`](Self::report).
+pub struct Forward<'a, T, M: Memory> {
+    /// Rows and columns of y.
+    pub shape: Shape,
+    /// Which entries each row takes; ids: `[rows]`.
+    pub lookups: Lookups<In<'a, u32, M>>,
+    /// A table for each lookup, `[entries, cols]`.
+    pub tables: Tables<In<'a, T, M>>,
+    /// `[rows, cols]`.
+    pub y: Out<'a, T, M>,
+    /// One u32 that holds `u32::MAX` before the call: a device lowers it to the smallest local row with an id that is in
+    /// no table. Read it back and give it to [`check_report`]. The CPU leaves it alone.
+    pub report: Option<Out<'a, u32, M>>,
 }
 
-impl<G> NormGradients<G> {
-    /// No gradient at all.
-    pub const NONE: Self = Self { weight: None, bias: None };
-
-    /// The same gradients taken in another way.
-    #[cfg(any(feature = "cuda", feature = "emulator"))]
-    pub(crate) fn try_map<H>(
-        self,
-        mut f: impl FnMut(G) -> Result<H, Error>,
-    ) -> Result<NormGradients<H>, Error> {
-        let weight = self.weight.map(&mut f).transpose()?;
-        Ok(NormGradients { weight, bias: self.bias.map(f).transpose()? })
-    }
-
-    /// The lengths that `len` gives.
-    pub(crate) fn lens(&self, len: impl Fn(&G) -> usize) -> NormGradients<usize> {
-        NormGradients { weight: self.weight.as_ref().map(&len), bias: self.bias.as_ref().map(len) }
-    }
+/// The gradients of the tables: g = D(dy), in f32, summed over the rows that took an entry in the order of
+/// [`sum_rows`](super::sum_rows). At most 2^24 rows on a device, where a row with an id that is in no table adds nothing.
+pub struct Backward<'a, T, M: Memory> {
+    /// Rows and columns of dy.
+    pub shape: Shape,
+    /// As in the forward pass.
+    pub lookups: Lookups<In<'a, u32, M>>,
+    /// `[rows, cols]`.
+    pub dy: In<'a, T, M>,
+    /// `[entries, cols]` each.
+    pub gradients: Gradients<Gradient<'a, M>>,
 }
 
-impl<G> Default for NormGradients<G> {
-    fn default() -> Self {
-        Self::NONE
-    }
+/// y = D(norm(token + position + segment)), the sum in f32, as BERT has it. See [`Forward`] for ids outside of their
+/// table; the statistics of such a row are 0 on a device.
+///
+/// y is within the bound that CONTRACT.md states of the exact one. A row whose deviation and epsilon are 0 gives D(bias).
+pub struct ForwardNorm<'a, T, M: Memory> {
+    /// Rows and columns of y.
+    pub shape: Shape,
+    /// LayerNorm or RMSNorm.
+    pub norm: Norm,
+    /// Which entries each row takes; ids: `[rows]`.
+    pub lookups: Lookups<In<'a, u32, M>>,
+    /// A table for each lookup, `[entries, cols]`.
+    pub tables: Tables<In<'a, T, M>>,
+    /// Of the norm, `[cols]`.
+    pub weight: In<'a, T, M>,
+    /// Of the norm, `[cols]`.
+    pub norm_bias: Option<In<'a, T, M>>,
+    /// `[rows, cols]`.
+    pub y: Out<'a, T, M>,
+    /// For the backward pass, `[rows, 2]`: the mean (0 for RMS) and the reciprocal deviation of each row.
+    pub stats: Option<Out<'a, f32, M>>,
+    /// As in [`Forward`].
+    pub report: Option<Out<'a, u32, M>>,
 }
 
-/// f32 elements of scratch memory that the backward pass of the normalised form needs on a device: the
-/// gradient of the sum, and h · xhat.
-pub fn workspace_len(shape: Shape) -> usize {
-    shape.rows.saturating_mul(shape.cols).saturating_mul(2)
+/// The gradients of the tables and of the norm's parameters, in f32, each in the order of [`sum_rows`](super::sum_rows).
+/// The sum is computed again. On the CPU the pass takes up to 8 bytes of memory an element of dy.
+pub struct BackwardNorm<'a, T, M: Memory> {
+    /// Rows and columns of dy.
+    pub shape: Shape,
+    /// As in the forward pass.
+    pub norm: Norm,
+    /// As in the forward pass.
+    pub lookups: Lookups<In<'a, u32, M>>,
+    /// As in the forward pass.
+    pub tables: Tables<In<'a, T, M>>,
+    /// As in the forward pass.
+    pub weight: In<'a, T, M>,
+    /// The forward pass's, `[rows, 2]`.
+    pub stats: In<'a, f32, M>,
+    /// `[rows, cols]`.
+    pub dy: In<'a, T, M>,
+    /// `[entries, cols]` each.
+    pub gradients: Gradients<Gradient<'a, M>>,
+    /// Of the norm's weight, `[cols]`.
+    pub dweight: Option<Gradient<'a, M>>,
+    /// Of the norm's bias, `[cols]`.
+    pub dnorm_bias: Option<Gradient<'a, M>>,
 }
 
 /// What a device reported about the ids of a call: `report`, read back after the kernels have run.
@@ -268,49 +292,75 @@ const NAMES: [Names; TABLES] = [
     Names { ids: "segment_ids", table: "segment_table", gradient: "segment_gradient" },
 ];
 
-/// Lengths of the tensors of a call, in elements.
-pub(crate) struct Lens {
-    pub lookups: Lookups<usize>,
-    /// The tables, where the call reads them.
-    pub tables: Option<Tables<usize>>,
-    pub gradients: [Option<usize>; TABLES],
-    /// The name of y or dy, and its elements.
-    pub values: (&'static str, usize),
-}
-
-/// Checks a call, forward or backward. What the ids are is left to [`check_ids`].
-pub(crate) fn check<'a>(
-    dropout: &Dropout<'a>,
-    shape: Shape,
-    lens: &Lens,
-) -> Result<Draw<'a>, Error> {
-    let elements = shape.elements(NAME)?;
-    let (lookups, tables) = (lens.lookups.all(), lens.tables.map(Tables::all));
-    for (i, names) in NAMES.iter().enumerate() {
-        let table = tables.map(|tables| tables[i]);
-        check_table(shape, names, lookups[i], table, lens.gradients[i])?;
+impl<T, M: Memory> Forward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        check_tables(self.shape, &self.lookups, Some(&self.tables), &Gradients::NONE)?;
+        check.matrix("y", &*self.y)?;
+        check_report_len(&self.report)?;
+        Ok(self.shape)
     }
-    check_len(NAME, lens.values.0, elements, lens.values.1)?;
-    dropout.draw(NAME, shape)
 }
 
-/// Checks what the normalised form has more.
-pub(crate) fn check_norm(
-    norm: &Norm,
+impl<T, M: Memory> Backward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        check_tables::<T, M>(self.shape, &self.lookups, None, &self.gradients)?;
+        check.matrix("dy", self.dy)?;
+        Ok(self.shape)
+    }
+}
+
+impl<T, M: Memory> ForwardNorm<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        self.norm.check(NAME)?;
+        check_tables(self.shape, &self.lookups, Some(&self.tables), &Gradients::NONE)?;
+        check.row("weight", self.weight)?;
+        self.norm_bias.map_or(Ok(()), |bias| check.row("norm_bias", bias))?;
+        check.matrix("y", &*self.y)?;
+        self.stats
+            .as_ref()
+            .map_or(Ok(()), |stats| check.len("stats", stats_len(self.shape.rows), &**stats))?;
+        check_report_len(&self.report)?;
+        Ok(self.shape)
+    }
+}
+
+impl<T, M: Memory> BackwardNorm<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = Check::new(NAME, self.shape)?;
+        self.norm.check(NAME)?;
+        check_tables(self.shape, &self.lookups, Some(&self.tables), &self.gradients)?;
+        check.row("weight", self.weight)?;
+        check.len("stats", stats_len(self.shape.rows), self.stats)?;
+        check.matrix("dy", self.dy)?;
+        check.gradient("dweight", &self.dweight)?;
+        check.gradient("dnorm_bias", &self.dnorm_bias)?;
+        Ok(self.shape)
+    }
+}
+
+fn check_report_len<M: Memory>(report: &Option<Out<'_, u32, M>>) -> Result<(), Error> {
+    report.as_ref().map_or(Ok(()), |report| check_len(NAME, "report", 1, report.elements()))
+}
+
+/// Checks lookups, tables and gradients against each other. What the ids are is left to [`check_ids`].
+fn check_tables<T, M: Memory>(
     shape: Shape,
-    affine: &Affine<usize>,
-    stats: Option<usize>,
-    gradients: &NormGradients<usize>,
+    lookups: &Lookups<In<'_, u32, M>>,
+    tables: Option<&Tables<In<'_, T, M>>>,
+    gradients: &Gradients<Gradient<'_, M>>,
 ) -> Result<(), Error> {
-    norm.check(NAME)?;
-    check_affine(NAME, shape.cols, affine)?;
-    if let Some(stats) = stats {
-        check_stats(NAME, shape.rows, stats)?;
+    let lookups = lookups.try_map(|ids| Ok(ids.elements()))?.all();
+    let tables = tables.map(|tables| tables.all());
+    let gradients = [&gradients.token, &gradients.position, &gradients.segment];
+    for (i, names) in NAMES.iter().enumerate() {
+        let table = tables.map(|tables| tables[i].map(|table| table.elements()));
+        let gradient = gradients[i].as_ref().map(|gradient| gradient.tensor().elements());
+        check_table(shape, names, lookups[i], table, gradient)?;
     }
-    if let Some(weight) = gradients.weight {
-        check_len(NAME, "weight_gradient", shape.cols, weight)?;
-    }
-    gradients.bias.map_or(Ok(()), |bias| check_len(NAME, "bias_gradient", shape.cols, bias))
+    Ok(())
 }
 
 /// Checks what belongs to one table; `table` is `None` where the call reads no tables.

@@ -4,9 +4,10 @@
 //!   bit first; the unused high bits of a row's last byte are 0.
 //! - **bytes**: one byte an element, 0 or 1.
 
-use super::{Draw, Dropout, Shape, check_len};
+use super::{Check, Shape};
 use crate::error::Error;
 use crate::mask::OCTET;
+use crate::tensor::{Memory, Out};
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "keep_mask";
@@ -16,23 +17,32 @@ pub fn bits_len(shape: Shape) -> usize {
     shape.rows.saturating_mul(shape.cols.div_ceil(OCTET))
 }
 
-/// Checks an export as bits into `out` bytes.
-pub(crate) fn check_bits<'a>(
-    dropout: &Dropout<'a>,
-    shape: Shape,
-    out: usize,
-) -> Result<Draw<'a>, Error> {
-    shape.elements(NAME)?;
-    check_len(NAME, "out", bits_len(shape), out)?;
-    dropout.draw(NAME, shape)
+/// The mask as bits.
+pub struct Bits<'a, M: Memory> {
+    /// Rows and columns of the mask.
+    pub shape: Shape,
+    /// `[rows, ceil(cols / 8)]`.
+    pub out: Out<'a, u8, M>,
 }
 
-/// Checks an export as bytes into `out` bytes.
-pub(crate) fn check_bytes<'a>(
-    dropout: &Dropout<'a>,
-    shape: Shape,
-    out: usize,
-) -> Result<Draw<'a>, Error> {
-    check_len(NAME, "out", shape.elements(NAME)?, out)?;
-    dropout.draw(NAME, shape)
+/// The mask as bytes.
+pub struct Bytes<'a, M: Memory> {
+    /// Rows and columns of the mask.
+    pub shape: Shape,
+    /// `[rows, cols]`.
+    pub out: Out<'a, u8, M>,
+}
+
+impl<M: Memory> Bits<'_, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        Check::new(NAME, self.shape)?.len("out", bits_len(self.shape), &*self.out)?;
+        Ok(self.shape)
+    }
+}
+
+impl<M: Memory> Bytes<'_, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        Check::new(NAME, self.shape)?.matrix("out", &*self.out)?;
+        Ok(self.shape)
+    }
 }

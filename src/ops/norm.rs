@@ -14,9 +14,7 @@
 //! its statistics. Two limits stay, which f32 has itself: a value that lies further than 3.4e38 from its row's mean
 //! becomes an infinity or NaN, and 1 / √(v + epsilon) is at most 3.4e38. A NaN, and with LayerNorm an infinity, makes its row NaN.
 
-use super::check_len;
 use crate::error::Error;
-use std::convert::Infallible;
 
 /// Which normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,48 +54,8 @@ impl Norm {
     }
 }
 
-/// What a standardised row is multiplied by, and what is added then: a value a column.
-///
-/// `A` is how a backend takes a tensor: a slice on the CPU, device memory on CUDA.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Affine<A> {
-    /// `[cols]`.
-    pub weight: A,
-    /// `[cols]`.
-    pub bias: Option<A>,
-}
-
-impl<A> Affine<A> {
-    pub(crate) fn try_map<B, E>(
-        self,
-        mut map: impl FnMut(A) -> Result<B, E>,
-    ) -> Result<Affine<B>, E> {
-        Ok(Affine { weight: map(self.weight)?, bias: self.bias.map(map).transpose()? })
-    }
-
-    pub(crate) fn map<B>(self, mut map: impl FnMut(A) -> B) -> Affine<B> {
-        let Ok(mapped) = self.try_map(|a| Ok::<B, Infallible>(map(a)));
-        mapped
-    }
-}
-
 /// Elements of the statistics of `rows` rows: the mean (0 for RMS) and 1 / √(v + epsilon) of each, in
 /// f32, next to each other.
 pub fn stats_len(rows: usize) -> usize {
     rows.saturating_mul(2)
-}
-
-/// Checks the lengths of an [`Affine`], in elements.
-pub(crate) fn check_affine(
-    operator: &'static str,
-    cols: usize,
-    affine: &Affine<usize>,
-) -> Result<(), Error> {
-    check_len(operator, "weight", cols, affine.weight)?;
-    affine.bias.map_or(Ok(()), |bias| check_len(operator, "norm_bias", cols, bias))
-}
-
-/// Checks the length of the statistics, in elements.
-pub(crate) fn check_stats(operator: &'static str, rows: usize, stats: usize) -> Result<(), Error> {
-    check_len(operator, "stats", stats_len(rows), stats)
 }

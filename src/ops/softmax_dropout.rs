@@ -17,8 +17,9 @@
 //! since rounded to f32 it loses ln S where |m| is large: a row of n keys that a mask of -1e9 covers has P = 1 / n.
 //! Two parts of a row merge as m = max(m1, m2), S = S1 exp(m1 - m) + S2 exp(m2 - m).
 
-use super::{Draw, Dropout, Shape, check_len};
+use super::{Check, Shape};
 use crate::error::Error;
+use crate::tensor::{In, Memory, Out, Source};
 
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "softmax_dropout";
@@ -45,7 +46,7 @@ pub struct Scores {
 
 /// Which keys a query sees. All parts that are given apply together.
 ///
-/// `L` and `A` are how a backend takes the two tensors: slices on the CPU, device memory on CUDA.
+/// `L` and `A` are how the two tensors are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionMask<L, A> {
     /// Causal: query q sees keys k <= q + offset. 0 for a square; `keys - queries` where the queries
@@ -109,44 +110,87 @@ pub(crate) fn visible(
     keys.min(limit).min(length)
 }
 
-/// Lengths of the tensors of a call, in elements.
-pub(crate) struct Lens {
-    pub x: usize,
-    /// The argument's name, and its elements: dy of a backward call.
-    pub dy: Option<usize>,
-    /// The output's name, and its elements.
-    pub out: (&'static str, usize),
-    pub statistics: Option<usize>,
-    pub lengths: Option<usize>,
-    pub additive: Option<usize>,
+/// The mask of a pass.
+pub type Mask<'a, T, M> = AttentionMask<In<'a, u32, M>, In<'a, T, M>>;
+
+/// y = D(softmax(scale · x + mask)) along the keys.
+///
+/// Each probability is within the bound that CONTRACT.md states of the exact one; a dropped or masked one is +0. A row
+/// that sees no key is zeros, its statistics (-infinity, 0).
+pub struct Forward<'a, T, M: Memory> {
+    /// The shape of the scores, and their factor.
+    pub scores: Scores,
+    /// Which keys a query sees: lengths `[batch, heads, queries]`, additive mask `[batch, queries, keys]`.
+    pub mask: Mask<'a, T, M>,
+    /// `[batch, heads, queries, keys]`. The backward pass needs it: in place only where it is kept elsewhere.
+    pub x: Source<In<'a, T, M>>,
+    /// `[batch, heads, queries, keys]`.
+    pub y: Out<'a, T, M>,
+    /// For the backward pass, `[batch, heads, queries, 2]`: a row's largest z and the reciprocal of its sum.
+    pub statistics: Option<Out<'a, f32, M>>,
 }
 
-/// Checks a call, forward or backward.
-pub(crate) fn check<'a>(
-    dropout: &Dropout<'a>,
+/// dx = scale · P · (g - Σ P g) with g = D(dy) and P = softmax(scale · x + mask), which is computed again.
+pub struct Backward<'a, T, M: Memory> {
+    /// As in the forward pass.
+    pub scores: Scores,
+    /// As in the forward pass.
+    pub mask: Mask<'a, T, M>,
+    /// The forward pass's, `[batch, heads, queries, keys]`.
+    pub x: In<'a, T, M>,
+    /// The forward pass's, `[batch, heads, queries, 2]`; without it two reductions are done again.
+    pub statistics: Option<In<'a, f32, M>>,
+    /// `[batch, heads, queries, keys]`.
+    pub dy: Source<In<'a, T, M>>,
+    /// `[batch, heads, queries, keys]`.
+    pub dx: Out<'a, T, M>,
+}
+
+impl<T, M: Memory> Forward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = checked(&self.scores)?;
+        check.source("x", &self.x)?;
+        check.matrix("y", &*self.y)?;
+        if let Some(statistics) = &self.statistics {
+            check.len("statistics", STATISTICS * self.scores.shape()?.rows, &**statistics)?;
+        }
+        check_mask(&check, &self.scores, &self.mask)?;
+        self.scores.shape()
+    }
+}
+
+impl<T, M: Memory> Backward<'_, T, M> {
+    pub(crate) fn check(&self) -> Result<Shape, Error> {
+        let check = checked(&self.scores)?;
+        check.matrix("x", self.x)?;
+        check.source("dy", &self.dy)?;
+        check.matrix("dx", &*self.dx)?;
+        if let Some(statistics) = self.statistics {
+            check.len("statistics", STATISTICS * self.scores.shape()?.rows, statistics)?;
+        }
+        check_mask(&check, &self.scores, &self.mask)?;
+        self.scores.shape()
+    }
+}
+
+fn checked(scores: &Scores) -> Result<Check, Error> {
+    let check = Check::new(NAME, scores.shape()?)?;
+    if scores.scale.is_finite() {
+        return Ok(check);
+    }
+    Err(Error::argument(NAME, "scale", "a finite factor", scores.scale))
+}
+
+fn check_mask<T, M: Memory>(
+    check: &Check,
     scores: &Scores,
-    lens: &Lens,
-) -> Result<(Shape, Draw<'a>), Error> {
-    let shape = scores.shape()?;
-    let elements = shape.elements(NAME)?;
-    if !scores.scale.is_finite() {
-        return Err(Error::argument(NAME, "scale", "a finite factor", scores.scale));
+    mask: &Mask<'_, T, M>,
+) -> Result<(), Error> {
+    if let Some(lengths) = mask.lengths {
+        check.len("lengths", scores.shape()?.rows, lengths)?;
     }
-    check_len(NAME, "x", elements, lens.x)?;
-    if let Some(dy) = lens.dy {
-        check_len(NAME, "dy", elements, dy)?;
-    }
-    check_len(NAME, lens.out.0, elements, lens.out.1)?;
-    if let Some(statistics) = lens.statistics {
-        check_len(NAME, "statistics", STATISTICS * shape.rows, statistics)?;
-    }
-    if let Some(lengths) = lens.lengths {
-        check_len(NAME, "lengths", shape.rows, lengths)?;
-    }
-    if let Some(additive) = lens.additive {
-        // At most `elements`, unless there are no heads: saturate, and let the comparison refuse.
-        let plane = scores.queries.saturating_mul(scores.keys);
-        check_len(NAME, "additive", scores.batch.saturating_mul(plane), additive)?;
-    }
-    Ok((shape, dropout.draw(NAME, shape)?))
+    // At most the scores' elements, unless there are no heads: saturate, and let the comparison refuse.
+    let plane = scores.queries.saturating_mul(scores.keys);
+    let elements = scores.batch.saturating_mul(plane);
+    mask.additive.map_or(Ok(()), |additive| check.len("additive", elements, additive))
 }

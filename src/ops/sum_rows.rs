@@ -5,15 +5,5 @@
 //! one is left, which is multiplied by the factor. The order depends on the number of rows alone, so the
 //! result is the same bits for every backend, number of threads and launch shape.
 
-use super::Shape;
-
 /// Rows that one partial sum covers: the radix of the tree.
 pub const TILE_ROWS: usize = 64;
-
-/// f32 elements of scratch memory that one such sum over a `shape` needs on a device: the partial sums
-/// of the tree's first level, and of its second behind them.
-pub fn workspace_len(shape: Shape) -> usize {
-    let tiles = shape.rows.div_ceil(TILE_ROWS);
-    let above = tiles.div_ceil(TILE_ROWS);
-    tiles.saturating_add(above).saturating_mul(shape.cols)
-}

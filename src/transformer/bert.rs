@@ -4,18 +4,22 @@
 //! Where it drops: after the embeddings' norm and in both residual branches (`hidden_dropout_prob`), attention
 //! probabilities (`attention_probs_dropout_prob`), and between pooler and classifier (`classifier_dropout`).
 
-use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
-use super::block::{Block, Context, Linear, NormIds, Sequences};
+use super::backend::{Act, Backend, F32, U32};
+use super::block::{
+    Block, Boundary, Context, Linear, NormIds, Sequences, add_bias, bias_grad, norm,
+};
+use super::check::{check_below, check_size, check_tokens, mean_factor};
 use super::config::BertConfig;
-use super::gpt::{check_below, check_size, check_tokens, mean_factor};
+use super::matmul::{Layout, MatMul};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
 use super::stack::Stack;
-use super::streams::{Pass, Site, dropped, kept};
+use super::streams::{Drops, Pass, Site};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use crate::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
-use crate::ops::{Shape, check_len};
+use crate::ops::dropout_add_norm::Saved;
+use crate::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
+use crate::ops::{Shape, bias_act_dropout, check_len, dropout_add_norm, embedding_dropout};
+use crate::tensor::{Gradient, In, Source};
 use crate::{Activation, Norm};
 
 /// What a BERT is for.
@@ -93,16 +97,16 @@ struct HeadMemory<B: Backend> {
     firsts: U32<B>,
     /// What the pooler is given, `[batch, hidden_size]`; of a classifier.
     taken: Act<B>,
-    /// Before the activation, and after it: `[rows, hidden_size]`.
+    /// Before the activation: `[rows, hidden_size]`.
     dense: Act<B>,
-    active: Act<B>,
-    /// After the norm; of a masked language model.
-    normed: Act<B>,
-    stats: F32<B>,
+    /// After it, and of a masked language model after the norm.
+    active: Boundary<B>,
     /// Gradients, `[rows, hidden_size]`.
     dactive: Act<B>,
     dnormed: Act<B>,
     unused: Act<B>,
+    /// The gradient of the padding's row of the table, `[hidden_size]`.
+    padding: F32<B>,
     /// The gradient of all rows; of a classifier.
     drows: F32<B>,
 }
@@ -223,12 +227,11 @@ impl Bert {
             firsts: backend.upload(&firsts)?,
             taken: backend.zeros(taken * width)?,
             dense: backend.zeros(rows * width)?,
-            active: backend.zeros(rows * width)?,
-            normed: backend.zeros(normed * width)?,
-            stats: backend.zeros(2 * normed)?,
+            active: Boundary::new(backend, rows, width)?,
             dactive: backend.zeros(rows * width)?,
             dnormed: backend.zeros(rows * width)?,
             unused: backend.zeros(normed * width)?,
+            padding: backend.zeros(width)?,
             drows: backend.zeros(if taken > 0 { tokens * width } else { 0 })?,
         };
         Ok(BertRun {
@@ -295,16 +298,20 @@ impl Bert {
         let cx = Context { backend, params, sequences: &batch.sequences, pass };
         let shape = self.shape(run);
         let input = run.stack.input();
-        backend.embedding_norm(
-            &self.embedding_dropout(pass)?,
-            &self.blocks[0].norm,
+        let mut report = backend.report();
+        let embed = embedding_dropout::ForwardNorm {
             shape,
-            &self.lookups(batch),
-            &self.embedding_tables(params),
-            &self.embedding_norm.affine(params),
-            &mut input.a,
-            &mut input.stats,
-        )?;
+            norm: self.blocks[0].norm,
+            lookups: self.lookups(batch),
+            tables: self.embedding_tables(params),
+            weight: &params[self.embedding_norm.weight],
+            norm_bias: Some(&params[self.embedding_norm.bias]),
+            y: &mut input.a,
+            stats: Some(&mut input.stats),
+            report: report.as_deref_mut().map(|report| report as _),
+        };
+        backend.run(self.embedding_drops(&cx), embed)?;
+        drop(report);
         run.stack.forward(&cx, &self.blocks)?;
         let (a, _) = run.stack.output();
         match &self.head {
@@ -355,8 +362,6 @@ impl Bert {
         let shape = self.shape(run);
         let BertRun { stack, logits, head, .. } = run;
         let (a, scratch) = stack.output();
-        // The tables' gradients are added to.
-        self.tables.iter().try_for_each(|&table| backend.clear(&mut grads[table]))?;
         let da = &mut scratch.da;
         match &self.head {
             Head::MaskedLanguageModel { transform, norm, bias } => {
@@ -368,34 +373,44 @@ impl Bert {
             }
         }
         stack.backward(&cx, &self.blocks, grads)?;
+        let [tokens, positions, segments] = self.tables;
+        // The row of the padding learns nothing here: it is put back.
+        let width = self.config.hidden_size;
+        let padding = self.config.pad_token_id.map(|token| token * width..(token + 1) * width);
+        if let Some(row) = padding.clone() {
+            match grads.adds() {
+                true => backend.copy(&grads[tokens], row, &mut head.padding, 0)?,
+                false => backend.clear(&mut head.padding)?,
+            }
+        }
         let NormIds { weight, bias } = self.embedding_norm;
-        // They are added to as well.
-        [weight, bias].into_iter().try_for_each(|part| backend.clear(&mut grads[part]))?;
-        let [token, position, segment] = self.tables;
-        let [token, position, segment, norm_weight, norm_bias] =
-            grads.several([token, position, segment, weight, bias]);
+        let [token, position, segment, dweight, dnorm_bias] =
+            grads.gradients([tokens, positions, segments, weight, bias]);
         let (input, scratch) = stack.input_and_scratch();
-        backend.embedding_norm_backward(
-            &self.embedding_dropout(pass)?,
-            &self.blocks[0].norm,
+        let embed = embedding_dropout::BackwardNorm {
             shape,
-            &self.lookups(batch),
-            &self.embedding_tables(params),
-            &params[weight],
-            &input.stats,
-            &scratch.da,
-            Gradients { token: Some(token), position: Some(position), segment: Some(segment) },
-            NormGradients { weight: Some(norm_weight), bias: Some(norm_bias) },
-        )?;
-        let [tokens, ..] = self.tables;
-        if let Some(token) = self.config.pad_token_id {
-            let width = self.config.hidden_size;
-            backend.clear_part(&mut grads[tokens], token * width..(token + 1) * width)?;
+            norm: self.blocks[0].norm,
+            lookups: self.lookups(batch),
+            tables: self.embedding_tables(params),
+            weight: &params[weight],
+            stats: &input.stats,
+            dy: &scratch.da,
+            gradients: Gradients {
+                token: Some(token),
+                position: Some(position),
+                segment: Some(segment),
+            },
+            dweight: Some(dweight),
+            dnorm_bias: Some(dnorm_bias),
+        };
+        backend.run(self.embedding_drops(&cx), embed)?;
+        if let Some(row) = padding {
+            backend.copy(&head.padding, 0..width, &mut grads[tokens], row.start)?;
         }
         // The output layer trains every entry of its table, that of the padding too.
         if let Head::MaskedLanguageModel { .. } = self.head {
             let [_, table, _] = self.output_products(shape.rows);
-            backend.matmul_f32(&table, logits, &head.normed, &mut grads[tokens])?;
+            backend.matmul_f32(&table, logits, &head.active.a, &mut grads[tokens])?;
         }
         Ok(())
     }
@@ -421,7 +436,7 @@ impl Bert {
     fn predict<B: Backend>(
         &self,
         cx: &Context<'_, B>,
-        (transform, norm, bias): (&Linear, &NormIds, Id),
+        (transform, ids, bias): (&Linear, &NormIds, Id),
         a: &Act<B>,
         head: &mut HeadMemory<B>,
         logits: &mut Act<B>,
@@ -429,36 +444,25 @@ impl Bert {
         let rows = cx.sequences.rows();
         let shape = Shape::new(rows, transform.outputs);
         transform.forward(cx.backend, rows, cx.params, a, &mut head.dense)?;
-        let bias_before = &cx.params[transform.bias];
-        let act = self.config.hidden_act;
-        cx.backend.bias_act_dropout(
-            &kept(),
+        let pass = bias_act_dropout::Forward {
             shape,
-            act,
-            &head.dense,
-            bias_before,
-            &mut head.active,
-        )?;
-        cx.backend.dropout_add_norm(
-            &dropped(),
-            &self.blocks[0].norm,
-            shape,
-            &Inputs { x: &head.active, bias: None, residual: &head.active },
-            &norm.affine(cx.params),
-            None,
-            &mut head.normed,
-            &mut head.stats,
-        )?;
+            activation: self.config.hidden_act,
+            x: Source::Tensor(&head.dense),
+            bias: Some(&cx.params[transform.bias]),
+            y: &mut head.active.s,
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
+        norm(cx, &self.blocks[0].norm, shape, *ids, &mut head.active)?;
         let [head_product, ..] = self.output_products(rows);
-        cx.backend.matmul(&head_product, &head.normed, &cx.params[self.tables[0]], logits)?;
+        cx.backend.matmul(&head_product, &head.active.a, &cx.params[self.tables[0]], logits)?;
         let wide = Shape::new(rows, self.config.vocab_size);
-        cx.backend.add_bias(wide, logits, &cx.params[bias])
+        add_bias(cx.backend, wide, logits, &cx.params[bias])
     }
 
     fn predict_backward<B: Backend>(
         &self,
         cx: &Context<'_, B>,
-        (transform, norm, bias): (&Linear, &NormIds, Id),
+        (transform, ids, bias): (&Linear, &NormIds, Id),
         a: &Act<B>,
         head: &mut HeadMemory<B>,
         dlogits: &mut Act<B>,
@@ -468,32 +472,35 @@ impl Bert {
         let rows = cx.sequences.rows();
         let shape = Shape::new(rows, transform.outputs);
         let wide = Shape::new(rows, self.config.vocab_size);
-        cx.backend.bias_grad(wide, dlogits, &mut grads[bias])?;
+        bias_grad(cx.backend, wide, dlogits, bias, grads)?;
         let [_, _, through] = self.output_products(rows);
         cx.backend.matmul(&through, dlogits, &cx.params[self.tables[0]], &mut head.dnormed)?;
-        let [dweight, dnorm_bias] = grads.several([norm.weight, norm.bias]);
-        cx.backend.dropout_add_norm_backward(
-            &dropped(),
-            &self.blocks[0].norm,
+        let [dweight, dnorm_bias] = grads.gradients([ids.weight, ids.bias]);
+        let pass = dropout_add_norm::Backward {
             shape,
-            &Saved::Sum(&head.active),
-            &cx.params[norm.weight],
-            &head.stats,
-            &head.dnormed,
-            None,
-            &mut head.dactive,
-            &mut head.unused,
-            ParamGrads { dbias: None, dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) },
-        )?;
-        cx.backend.bias_act_dropout_backward(
-            &kept(),
+            norm: self.blocks[0].norm,
+            saved: Saved::Sum(&head.active.s),
+            weight: &cx.params[ids.weight],
+            stats: &head.active.stats,
+            dy: &head.dnormed,
+            ds: None,
+            dresidual: &mut head.dactive,
+            dx: &mut head.unused,
+            dbias: None,
+            dweight: Some(dweight),
+            dnorm_bias: Some(dnorm_bias),
+        };
+        cx.backend.run(Drops::Everything, pass)?;
+        let pass = bias_act_dropout::Backward {
             shape,
-            self.config.hidden_act,
-            &head.dense,
-            &cx.params[transform.bias],
-            &mut head.dactive,
-            &mut grads[transform.bias],
-        )?;
+            activation: self.config.hidden_act,
+            x: &head.dense,
+            bias: Some(&cx.params[transform.bias]),
+            dy: Source::InPlace,
+            dx: &mut head.dactive,
+            dbias: Some(grads.gradient(transform.bias)),
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         transform.backward(cx.backend, rows, cx.params, a, &head.dactive, da, false, grads)
     }
 
@@ -508,17 +515,26 @@ impl Bert {
     ) -> Result<(), Error> {
         let batch = cx.sequences.batch;
         let shape = Shape::new(batch, pooler.outputs);
-        let lookups = Lookups::tokens(cx.sequences.rows(), &head.firsts);
-        let tables = Tables { token: a, position: None, segment: None };
-        cx.backend.embedding(&kept(), shape, &lookups, &tables, &mut head.taken)?;
+        let pass = embedding_dropout::Forward {
+            shape,
+            lookups: Lookups::tokens(cx.sequences.rows(), &head.firsts),
+            tables: Tables { token: a, position: None, segment: None },
+            y: &mut head.taken,
+            report: None,
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         pooler.forward(cx.backend, batch, cx.params, &head.taken, &mut head.dense)?;
-        let dropout = self.pooler_dropout(cx.pass)?;
-        let bias = &cx.params[pooler.bias];
-        let tanh = Activation::Tanh;
-        cx.backend.bias_act_dropout(&dropout, shape, tanh, &head.dense, bias, &mut head.active)?;
-        classifier.forward(cx.backend, batch, cx.params, &head.active, logits)?;
+        let pass = bias_act_dropout::Forward {
+            shape,
+            activation: Activation::Tanh,
+            x: Source::Tensor(&head.dense),
+            bias: Some(&cx.params[pooler.bias]),
+            y: &mut head.active.s,
+        };
+        cx.backend.run(self.pooler_drops(cx), pass)?;
+        classifier.forward(cx.backend, batch, cx.params, &head.active.s, logits)?;
         let wide = Shape::new(batch, classifier.outputs);
-        cx.backend.add_bias(wide, logits, &cx.params[classifier.bias])
+        add_bias(cx.backend, wide, logits, &cx.params[classifier.bias])
     }
 
     fn classify_backward<B: Backend>(
@@ -534,28 +550,28 @@ impl Bert {
         let shape = Shape::new(batch, pooler.outputs);
         let wide = Shape::new(batch, classifier.outputs);
         let HeadMemory { firsts, taken, dense, active, dactive, dnormed, drows, .. } = head;
-        cx.backend.bias_grad(wide, dlogits, &mut grads[classifier.bias])?;
+        bias_grad(cx.backend, wide, dlogits, classifier.bias, grads)?;
         classifier
-            .backward(cx.backend, batch, cx.params, active, dlogits, dactive, false, grads)?;
-        cx.backend.bias_act_dropout_backward(
-            &self.pooler_dropout(cx.pass)?,
+            .backward(cx.backend, batch, cx.params, &active.s, dlogits, dactive, false, grads)?;
+        let pass = bias_act_dropout::Backward {
             shape,
-            Activation::Tanh,
-            dense,
-            &cx.params[pooler.bias],
-            dactive,
-            &mut grads[pooler.bias],
-        )?;
+            activation: Activation::Tanh,
+            x: dense,
+            bias: Some(&cx.params[pooler.bias]),
+            dy: Source::InPlace,
+            dx: dactive,
+            dbias: Some(grads.gradient(pooler.bias)),
+        };
+        cx.backend.run(self.pooler_drops(cx), pass)?;
         let dtaken = dnormed;
         pooler.backward(cx.backend, batch, cx.params, taken, dactive, dtaken, false, grads)?;
-        cx.backend.clear(drows)?;
-        cx.backend.embedding_backward(
-            &kept(),
+        let pass = embedding_dropout::Backward {
             shape,
-            &Lookups::tokens(cx.sequences.rows(), firsts),
-            dtaken,
-            Gradients { token: Some(drows), ..Gradients::NONE },
-        )?;
+            lookups: Lookups::tokens(cx.sequences.rows(), firsts),
+            dy: dtaken,
+            gradients: Gradients { token: Some(Gradient::Write(drows)), ..Gradients::NONE },
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         cx.backend.clear(da)?;
         cx.backend.accumulate(drows, da)
     }
@@ -577,24 +593,39 @@ impl Bert {
         Shape::new(run.batch * run.length, self.config.hidden_size)
     }
 
-    fn embedding_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
-        pass.dropout(0, Site::Embedding, self.config.hidden_dropout_prob)
+    fn embedding_drops<B: Backend>(&self, cx: &Context<'_, B>) -> Drops {
+        cx.pass.at(0, Site::Embedding, cx.sequences.length, self.config.hidden_dropout_prob)
     }
 
-    fn pooler_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
-        pass.dropout(self.blocks.len() + 1, Site::Pooler, self.config.classifier_dropout)
+    fn pooler_drops<B: Backend>(&self, cx: &Context<'_, B>) -> Drops {
+        let layer = self.blocks.len() + 1;
+        cx.pass.at(layer, Site::Pooler, 1, self.config.classifier_dropout)
     }
 
-    fn embedding_tables<'a, B: Backend>(&self, params: &'a Params<B>) -> Tables<&'a Act<B>> {
-        let [token, position, segment] = self.tables.map(|table| &params[table]);
+    fn embedding_tables<'a, B: Backend>(
+        &self,
+        params: &'a Params<B>,
+    ) -> Tables<In<'a, B::Elem, B::Memory>> {
+        let [token, position, segment] = self.tables.map(|table| &params[table] as _);
         Tables { token, position: Some(position), segment: Some(segment) }
     }
 
-    fn lookups<'a, B: Backend>(&self, batch: &'a BertBatch<B>) -> Lookups<&'a U32<B>> {
+    fn lookups<'a, B: Backend>(&self, batch: &'a BertBatch<B>) -> Lookups<In<'a, u32, B::Memory>> {
         let length = batch.sequences.length;
-        Lookups::tokens(self.config.vocab_size, &batch.ids)
+        Lookups::tokens(self.config.vocab_size, &batch.ids as In<'a, u32, B::Memory>)
             .positions(self.config.max_position_embeddings, Ids::Sequence(length))
             .segments(self.config.type_vocab_size, &batch.segments)
+    }
+}
+
+impl<B: Backend> BertBatch<B> {
+    /// Makes the batch a part of a step: the loss is divided by the labels of all of the step's sequences in place of its
+    /// own. So the losses and gradients of the parts add up to those of the step.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn part_of(&mut self, backend: &B, labels: usize) -> Result<(), Error> {
+        backend.write(&mut self.factor, &[1.0 / labels.max(1) as f32])
     }
 }
 

@@ -10,15 +10,47 @@
 //! Pre-norm (GPT): the residuals are the sums s and s1, and norm2 is the norm in front of whatever follows:
 //! the next block's first, or the model's last. Post-norm (BERT): the residuals are a and a1.
 
-use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
+use super::backend::{Act, Backend, F32, U32};
+use super::matmul::{Layout, MatMul};
 use super::params::{Grads, Id, Init, Params, Specs};
-use super::streams::{Pass, Site, kept};
+use super::streams::{Drops, Pass, Site};
 use crate::error::Error;
 use crate::mask::Probability;
-use crate::ops::Shape;
-use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use crate::ops::softmax_dropout::STATISTICS;
-use crate::{Activation, Affine, AttentionMask, Norm, Scores};
+use crate::ops::dropout_add_norm::Saved;
+use crate::ops::softmax_dropout::{self, Mask, STATISTICS};
+use crate::ops::{Shape, bias_act_dropout, dropout_add, dropout_add_norm};
+use crate::tensor::Source;
+use crate::{Activation, AttentionMask, Norm, Scores};
+
+/// x += bias, in every row: the bias of a projection that no operator follows.
+pub(crate) fn add_bias<B: Backend>(
+    backend: &B,
+    shape: Shape,
+    x: &mut Act<B>,
+    bias: &Act<B>,
+) -> Result<(), Error> {
+    let pass = bias_act_dropout::Forward {
+        shape,
+        activation: Activation::Identity,
+        x: Source::InPlace,
+        bias: Some(bias),
+        y: x,
+    };
+    backend.run(Drops::Nothing, pass)
+}
+
+/// The gradient of such a bias: dy summed over the rows.
+pub(crate) fn bias_grad<B: Backend>(
+    backend: &B,
+    shape: Shape,
+    dy: &Act<B>,
+    bias: Id,
+    grads: &mut Grads<B>,
+) -> Result<(), Error> {
+    let dbias = Some(grads.gradient(bias));
+    let pass = dropout_add::Backward { shape, dy: Source::Tensor(dy), dx: None, dbias };
+    backend.run(Drops::Nothing, pass)
+}
 
 /// y = x · W, with W `[inputs, outputs]` (`input_major`, as in GPT-2) or `[outputs, inputs]`. The bias belongs to
 /// the operator that follows.
@@ -60,7 +92,7 @@ impl Linear {
         backend.matmul(&what, x, &params[self.weight], y)
     }
 
-    /// dW = xᵀ · dy, and dx = dy · Wᵀ or dx += dy · Wᵀ.
+    /// dW = xᵀ · dy, written or added, and dx = dy · Wᵀ or dx += dy · Wᵀ.
     pub fn backward<B: Backend>(
         &self,
         backend: &B,
@@ -78,7 +110,7 @@ impl Linear {
             a: Layout::rows(self.inputs).transposed(),
             b: Layout::rows(self.outputs),
             c: self.layout(),
-            add: false,
+            add: grads.adds(),
         };
         backend.matmul_f32(&gradient, x, dy, &mut grads[self.weight])?;
         let through = MatMul {
@@ -107,10 +139,30 @@ impl NormIds {
             bias: specs.add(format!("{name}.bias"), &[width], Init::Zeros),
         }
     }
+}
 
-    pub fn affine<'a, B: Backend>(&self, params: &'a Params<B>) -> Affine<&'a Act<B>> {
-        Affine { weight: &params[self.weight], bias: Some(&params[self.bias]) }
-    }
+/// a = norm(s) of a boundary: `dropout_add_norm` with a branch that is dropped as a whole.
+pub(crate) fn norm<B: Backend>(
+    cx: &Context<'_, B>,
+    norm: &Norm,
+    shape: Shape,
+    ids: NormIds,
+    boundary: &mut Boundary<B>,
+) -> Result<(), Error> {
+    let Boundary { s, a, stats } = boundary;
+    let pass = dropout_add_norm::Forward {
+        shape,
+        norm: *norm,
+        x: s,
+        bias: None,
+        residual: Source::Tensor(s),
+        weight: &cx.params[ids.weight],
+        norm_bias: Some(&cx.params[ids.bias]),
+        s: None,
+        y: a,
+        stats: Some(stats),
+    };
+    cx.backend.run(Drops::Everything, pass)
 }
 
 /// A block of a model.
@@ -149,11 +201,11 @@ impl<B: Backend> Sequences<B> {
         self.batch * self.length
     }
 
-    fn mask(&self) -> AttentionMask<&U32<B>, &Act<B>> {
+    fn mask(&self) -> Mask<'_, B::Elem, B::Memory> {
         AttentionMask {
             causal: self.causal.then_some(0),
-            lengths: self.lengths.as_ref(),
-            additive: self.additive.as_ref(),
+            lengths: self.lengths.as_ref().map(|lengths| lengths as _),
+            additive: self.additive.as_ref().map(|additive| additive as _),
         }
     }
 }
@@ -296,16 +348,19 @@ impl Block {
         residual: &Act<B>,
         to: &mut Boundary<B>,
     ) -> Result<(), Error> {
-        cx.backend.dropout_add_norm(
-            &cx.pass.dropout(self.layer, site, self.residual_p)?,
-            &self.norm,
-            self.shape(cx),
-            &Inputs { x: branch, bias: Some(&cx.params[bias]), residual },
-            &norm.affine(cx.params),
-            Some(&mut to.s),
-            &mut to.a,
-            &mut to.stats,
-        )
+        let pass = dropout_add_norm::Forward {
+            shape: self.shape(cx),
+            norm: self.norm,
+            x: branch,
+            bias: Some(&cx.params[bias]),
+            residual: Source::Tensor(residual),
+            weight: &cx.params[norm.weight],
+            norm_bias: Some(&cx.params[norm.bias]),
+            s: Some(&mut to.s),
+            y: &mut to.a,
+            stats: Some(&mut to.stats),
+        };
+        cx.backend.run(self.residual_drops(cx, site), pass)
     }
 
     /// From the gradients of a and s at `from`: that of the branch, and that of its residual, which in a pre-norm
@@ -319,22 +374,23 @@ impl Block {
         scratch: &mut Scratch<B>,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
-        let [dbias, dweight, dnorm_bias] = grads.several([bias, norm.weight, norm.bias]);
-        let grads =
-            ParamGrads { dbias: Some(dbias), dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) };
-        cx.backend.dropout_add_norm_backward(
-            &cx.pass.dropout(self.layer, site, self.residual_p)?,
-            &self.norm,
-            self.shape(cx),
-            &Saved::Sum(&from.s),
-            &cx.params[norm.weight],
-            &from.stats,
-            &scratch.da,
-            self.pre_norm.then_some(&scratch.ds),
-            &mut scratch.dresidual,
-            &mut scratch.branch,
-            grads,
-        )?;
+        let [dbias, dweight, dnorm_bias] = grads.gradients([bias, norm.weight, norm.bias]);
+        let ds = self.pre_norm.then_some(&scratch.ds);
+        let pass = dropout_add_norm::Backward {
+            shape: self.shape(cx),
+            norm: self.norm,
+            saved: Saved::Sum(&from.s),
+            weight: &cx.params[norm.weight],
+            stats: &from.stats,
+            dy: &scratch.da,
+            ds: ds.map(|ds| ds as _),
+            dresidual: &mut scratch.dresidual,
+            dx: &mut scratch.branch,
+            dbias: Some(dbias),
+            dweight: Some(dweight),
+            dnorm_bias: Some(dnorm_bias),
+        };
+        cx.backend.run(self.residual_drops(cx, site), pass)?;
         let to = if self.pre_norm { &mut scratch.ds } else { &mut scratch.da };
         std::mem::swap(to, &mut scratch.dresidual);
         Ok(())
@@ -349,14 +405,14 @@ impl Block {
     ) -> Result<(), Error> {
         let rows = cx.sequences.rows();
         self.up.forward(cx.backend, rows, cx.params, &saved.middle.a, &mut saved.up)?;
-        cx.backend.bias_act_dropout(
-            &kept(),
-            Shape::new(rows, self.up.outputs),
-            self.activation,
-            &saved.up,
-            &cx.params[self.up.bias],
-            &mut saved.active,
-        )?;
+        let pass = bias_act_dropout::Forward {
+            shape: Shape::new(rows, self.up.outputs),
+            activation: self.activation,
+            x: Source::Tensor(&saved.up),
+            bias: Some(&cx.params[self.up.bias]),
+            y: &mut saved.active,
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         self.down.forward(cx.backend, rows, cx.params, &saved.active, branch)
     }
 
@@ -379,15 +435,16 @@ impl Block {
             false,
             grads,
         )?;
-        cx.backend.bias_act_dropout_backward(
-            &kept(),
-            Shape::new(rows, self.up.outputs),
-            self.activation,
-            &saved.up,
-            &cx.params[self.up.bias],
-            dup,
-            &mut grads[self.up.bias],
-        )?;
+        let pass = bias_act_dropout::Backward {
+            shape: Shape::new(rows, self.up.outputs),
+            activation: self.activation,
+            x: &saved.up,
+            bias: Some(&cx.params[self.up.bias]),
+            dy: Source::InPlace,
+            dx: dup,
+            dbias: Some(grads.gradient(self.up.bias)),
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         let add = !self.pre_norm;
         self.up.backward(cx.backend, rows, cx.params, &saved.middle.a, dup, da, add, grads)
     }
@@ -404,13 +461,18 @@ impl Block {
         let Activations { qkv, scores, probs, statistics, context, .. } = saved;
         self.qkv.forward(cx.backend, rows, cx.params, a, qkv)?;
         let wide = Shape::new(rows, self.qkv.outputs);
-        cx.backend.add_bias(wide, qkv, &cx.params[self.qkv.bias])?;
+        add_bias(cx.backend, wide, qkv, &cx.params[self.qkv.bias])?;
         let Heads { q, k, v, square, merged } = self.layouts(cx.sequences);
         // q, k and v lie in one buffer; the product reads it twice.
         cx.backend.matmul(&self.square_of(cx, q, k.transposed()), qkv, qkv, scores)?;
-        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p)?;
-        let mask = cx.sequences.mask();
-        cx.backend.softmax_dropout(&dropout, &self.scores(cx), &mask, scores, probs, statistics)?;
+        let pass = softmax_dropout::Forward {
+            scores: self.scores(cx),
+            mask: cx.sequences.mask(),
+            x: Source::Tensor(scores),
+            y: probs,
+            statistics: Some(statistics),
+        };
+        cx.backend.run(self.attention_drops(cx), pass)?;
         cx.backend.matmul(&self.of_square(cx, square, v, merged), probs, qkv, context)?;
         self.out.forward(cx.backend, rows, cx.params, context, branch)
     }
@@ -438,23 +500,31 @@ impl Block {
             dcontext,
             dqkv,
         )?;
-        let dropout = cx.pass.dropout(self.layer, Site::Attention, self.attention_p)?;
-        let mask = cx.sequences.mask();
-        cx.backend.softmax_dropout_backward(
-            &dropout,
-            &self.scores(cx),
-            &mask,
-            scores,
-            statistics,
-            dprobs,
-        )?;
+        let pass = softmax_dropout::Backward {
+            scores: self.scores(cx),
+            mask: cx.sequences.mask(),
+            x: scores,
+            statistics: Some(statistics),
+            dy: Source::InPlace,
+            dx: dprobs,
+        };
+        cx.backend.run(self.attention_drops(cx), pass)?;
         let dscores = dprobs;
         cx.backend.matmul(&self.of_square(cx, square, k, q), dscores, qkv, dqkv)?;
         cx.backend.matmul(&self.of_square(cx, square.transposed(), q, k), dscores, qkv, dqkv)?;
         let wide = Shape::new(rows, self.qkv.outputs);
-        cx.backend.bias_grad(wide, dqkv, &mut grads[self.qkv.bias])?;
+        bias_grad(cx.backend, wide, dqkv, self.qkv.bias, grads)?;
         let add = !self.pre_norm;
         self.qkv.backward(cx.backend, rows, cx.params, a, dqkv, da, add, grads)
+    }
+
+    fn residual_drops<B: Backend>(&self, cx: &Context<'_, B>, site: Site) -> Drops {
+        cx.pass.at(self.layer, site, cx.sequences.length, self.residual_p)
+    }
+
+    fn attention_drops<B: Backend>(&self, cx: &Context<'_, B>) -> Drops {
+        let rows = self.heads * cx.sequences.length;
+        cx.pass.at(self.layer, Site::Attention, rows, self.attention_p)
     }
 
     fn shape<B: Backend>(&self, cx: &Context<'_, B>) -> Shape {

@@ -1,15 +1,15 @@
 //! Models on the CPU: the operators of [`crate::cpu`], matrix products by the crate `gemm`, in f32.
 
-use super::backend::{ADAMW_NUMBERS, Backend, Element, MatMul, Weight};
-use super::streams::kept;
-use crate::cpu::{self, Cpu};
+use super::backend::{ADAMW_NUMBERS, Backend, Element, Weight};
+use super::matmul::{Layout, MatMul};
+use super::streams::Drops;
+use crate::cpu::Cpu;
 use crate::error::Error;
-use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use crate::ops::embedding_dropout::{Gradients, Lookups, NormGradients, Tables};
-use crate::ops::softmax_dropout::STATISTICS;
-use crate::ops::{Dropout, Shape, check_len};
-use crate::{Activation, Affine, AttentionMask, Norm, Scores};
+use crate::ops::softmax_dropout::{self, STATISTICS};
+use crate::ops::{Shape, check_len};
+use crate::{AttentionMask, Scores, Source};
 use rayon::prelude::*;
+use std::cell::RefMut;
 use std::convert::Infallible;
 use std::ops::Range;
 
@@ -36,6 +36,7 @@ const CHUNK: usize = 1 << 13;
 
 impl Backend for CpuBackend {
     type Elem = f32;
+    type Memory = Cpu;
     type Buffer<E: Element> = Vec<E>;
     type Recorded = Infallible;
 
@@ -46,6 +47,14 @@ impl Backend for CpuBackend {
         mut work: impl FnMut() -> Result<(), Error>,
     ) -> Result<(), Error> {
         work()
+    }
+
+    fn run<'a, P: crate::Pass<'a, Cpu>>(&self, drops: Drops, pass: P) -> Result<(), Error> {
+        self.cpu.run(&drops.dropout()?, pass)
+    }
+
+    fn report(&self) -> Option<RefMut<'_, Vec<u32>>> {
+        None
     }
 
     fn zeros<E: Element>(&self, len: usize) -> Result<Vec<E>, Error> {
@@ -74,19 +83,31 @@ impl Backend for CpuBackend {
         Ok(buffer.clone())
     }
 
-    fn copy(&self, from: &Vec<f32>, to: &mut Vec<f32>, at: usize) -> Result<(), Error> {
-        let part = at..at.saturating_add(from.len());
-        part_of("copy", to, part)?.copy_from_slice(from);
+    fn copy(
+        &self,
+        from: &Vec<f32>,
+        part: Range<usize>,
+        to: &mut Vec<f32>,
+        at: usize,
+    ) -> Result<(), Error> {
+        let refuse = |argument, part: &Range<usize>, len: usize| {
+            Error::argument(
+                "copy",
+                argument,
+                format!("a part of {len} elements"),
+                format!("{part:?}"),
+            )
+        };
+        let (from_len, to_len) = (from.len(), to.len());
+        let from = from.get(part.clone()).ok_or_else(|| refuse("part", &part, from_len))?;
+        let place = at..at.saturating_add(from.len());
+        let to = to.get_mut(place.clone()).ok_or_else(|| refuse("at", &place, to_len))?;
+        to.copy_from_slice(from);
         Ok(())
     }
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
         buffer.fill(E::default());
-        Ok(())
-    }
-
-    fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
-        part_of("clear_part", buffer, part)?.fill(0.0);
         Ok(())
     }
 
@@ -108,227 +129,6 @@ impl Backend for CpuBackend {
         c: &mut Vec<f32>,
     ) -> Result<(), Error> {
         matmul(what, a, b, c)
-    }
-
-    fn embedding(
-        &self,
-        dropout: &Dropout<'_>,
-        shape: Shape,
-        lookups: &Lookups<&Vec<u32>>,
-        tables: &Tables<&Vec<f32>>,
-        y: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let (lookups, tables) = (slices(lookups)?, tables.try_map(|table| Ok(&table[..]))?);
-        cpu::embedding_dropout::forward(&self.cpu, dropout, shape, &lookups, &tables, y)
-    }
-
-    fn embedding_backward(
-        &self,
-        dropout: &Dropout<'_>,
-        shape: Shape,
-        lookups: &Lookups<&Vec<u32>>,
-        dy: &Vec<f32>,
-        gradients: Gradients<&mut Vec<f32>>,
-    ) -> Result<(), Error> {
-        let gradients = table_gradients(gradients);
-        cpu::embedding_dropout::backward(
-            &self.cpu,
-            dropout,
-            shape,
-            &slices(lookups)?,
-            dy,
-            gradients,
-        )
-    }
-
-    fn embedding_norm(
-        &self,
-        dropout: &Dropout<'_>,
-        norm: &Norm,
-        shape: Shape,
-        lookups: &Lookups<&Vec<u32>>,
-        tables: &Tables<&Vec<f32>>,
-        affine: &Affine<&Vec<f32>>,
-        y: &mut Vec<f32>,
-        stats: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let (lookups, tables) = (slices(lookups)?, tables.try_map(|table| Ok(&table[..]))?);
-        let affine = affine.map(|part| &part[..]);
-        cpu::embedding_dropout::forward_norm(
-            &self.cpu,
-            dropout,
-            norm,
-            shape,
-            &lookups,
-            &tables,
-            &affine,
-            y,
-            Some(stats),
-        )
-    }
-
-    fn embedding_norm_backward(
-        &self,
-        dropout: &Dropout<'_>,
-        norm: &Norm,
-        shape: Shape,
-        lookups: &Lookups<&Vec<u32>>,
-        tables: &Tables<&Vec<f32>>,
-        weight: &Vec<f32>,
-        stats: &Vec<f32>,
-        dy: &Vec<f32>,
-        gradients: Gradients<&mut Vec<f32>>,
-        norm_gradients: NormGradients<&mut Vec<f32>>,
-    ) -> Result<(), Error> {
-        let (lookups, tables) = (slices(lookups)?, tables.try_map(|table| Ok(&table[..]))?);
-        let norm_gradients = NormGradients {
-            weight: norm_gradients.weight.map(|gradient| &mut gradient[..]),
-            bias: norm_gradients.bias.map(|gradient| &mut gradient[..]),
-        };
-        cpu::embedding_dropout::backward_norm(
-            &self.cpu,
-            dropout,
-            norm,
-            shape,
-            &lookups,
-            &tables,
-            weight,
-            stats,
-            dy,
-            table_gradients(gradients),
-            norm_gradients,
-        )
-    }
-
-    fn bias_act_dropout(
-        &self,
-        dropout: &Dropout<'_>,
-        shape: Shape,
-        activation: Activation,
-        x: &Vec<f32>,
-        bias: &Vec<f32>,
-        y: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let bias = Some(&bias[..]);
-        cpu::bias_act_dropout::forward(&self.cpu, dropout, shape, activation, x, bias, y)
-    }
-
-    fn bias_act_dropout_backward(
-        &self,
-        dropout: &Dropout<'_>,
-        shape: Shape,
-        activation: Activation,
-        x: &Vec<f32>,
-        bias: &Vec<f32>,
-        dy: &mut Vec<f32>,
-        dbias: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        cpu::bias_act_dropout::backward_in_place(
-            &self.cpu,
-            dropout,
-            shape,
-            activation,
-            x,
-            Some(&bias[..]),
-            dy,
-            Some(dbias),
-        )
-    }
-
-    fn add_bias(&self, shape: Shape, x: &mut Vec<f32>, bias: &Vec<f32>) -> Result<(), Error> {
-        let (identity, bias) = (Activation::Identity, Some(&bias[..]));
-        cpu::bias_act_dropout::forward_in_place(&self.cpu, &kept(), shape, identity, x, bias)
-    }
-
-    fn bias_grad(
-        &self,
-        shape: Shape,
-        dy: &mut Vec<f32>,
-        dbias: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        cpu::dropout_add::backward_in_place(&self.cpu, &kept(), shape, dy, Some(dbias))
-    }
-
-    fn dropout_add_norm(
-        &self,
-        dropout: &Dropout<'_>,
-        norm: &Norm,
-        shape: Shape,
-        inputs: &Inputs<&Vec<f32>>,
-        affine: &Affine<&Vec<f32>>,
-        s: Option<&mut Vec<f32>>,
-        y: &mut Vec<f32>,
-        stats: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        cpu::dropout_add_norm::forward(
-            &self.cpu,
-            dropout,
-            norm,
-            shape,
-            &inputs.map(|input| &input[..]),
-            &affine.map(|part| &part[..]),
-            s.map(|s| &mut s[..]),
-            y,
-            Some(stats),
-        )
-    }
-
-    fn dropout_add_norm_backward(
-        &self,
-        dropout: &Dropout<'_>,
-        norm: &Norm,
-        shape: Shape,
-        saved: &Saved<&Vec<f32>>,
-        weight: &Vec<f32>,
-        stats: &Vec<f32>,
-        dy: &Vec<f32>,
-        ds: Option<&Vec<f32>>,
-        dresidual: &mut Vec<f32>,
-        dx: &mut Vec<f32>,
-        grads: ParamGrads<&mut Vec<f32>>,
-    ) -> Result<(), Error> {
-        cpu::dropout_add_norm::backward(
-            &self.cpu,
-            dropout,
-            norm,
-            shape,
-            &saved.map(|saved| &saved[..]),
-            weight,
-            stats,
-            dy,
-            ds.map(|ds| &ds[..]),
-            dresidual,
-            dx,
-            grads.map(|grad| &mut grad[..]),
-        )
-    }
-
-    fn softmax_dropout(
-        &self,
-        dropout: &Dropout<'_>,
-        scores: &Scores,
-        mask: &AttentionMask<&Vec<u32>, &Vec<f32>>,
-        x: &Vec<f32>,
-        y: &mut Vec<f32>,
-        statistics: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let (mask, statistics) = (mask_slices(mask), Some(&mut statistics[..]));
-        cpu::softmax_dropout::forward(&self.cpu, dropout, scores, &mask, x, y, statistics)
-    }
-
-    fn softmax_dropout_backward(
-        &self,
-        dropout: &Dropout<'_>,
-        scores: &Scores,
-        mask: &AttentionMask<&Vec<u32>, &Vec<f32>>,
-        x: &Vec<f32>,
-        statistics: &Vec<f32>,
-        dy: &mut Vec<f32>,
-    ) -> Result<(), Error> {
-        let (mask, statistics) = (mask_slices(mask), Some(&statistics[..]));
-        cpu::softmax_dropout::backward_in_place(
-            &self.cpu, dropout, scores, &mask, x, statistics, dy,
-        )
     }
 
     fn cross_entropy(
@@ -357,8 +157,14 @@ impl Backend for CpuBackend {
         // The gradient of a row is its softmax, less 1 at the label.
         let scores = Scores { batch: 1, heads: 1, queries: rows, keys: cols, scale: 1.0 };
         let mut statistics = vec![0.0; STATISTICS * rows];
-        let (kept, mask, saved) = (kept(), AttentionMask::NONE, Some(&mut statistics[..]));
-        cpu::softmax_dropout::forward_in_place(&self.cpu, &kept, &scores, &mask, logits, saved)?;
+        let softmax = softmax_dropout::Forward {
+            scores,
+            mask: AttentionMask::NONE,
+            x: Source::InPlace,
+            y: logits,
+            statistics: Some(&mut statistics),
+        };
+        self.run(Drops::Nothing, softmax)?;
         if cols > 0 {
             logits.par_chunks_mut(cols).zip(labels).with_min_len(64).for_each(|(row, &label)| {
                 if label < 0 {
@@ -429,38 +235,6 @@ impl Backend for CpuBackend {
     }
 }
 
-fn part_of<'a>(
-    operation: &'static str,
-    buffer: &'a mut [f32],
-    part: Range<usize>,
-) -> Result<&'a mut [f32], Error> {
-    let (len, given) = (buffer.len(), format!("{part:?}"));
-    let expected = || format!("a part of {len} elements");
-    buffer.get_mut(part).ok_or_else(|| Error::argument(operation, "part", expected(), given))
-}
-
-fn slices<'a>(lookups: &Lookups<&'a Vec<u32>>) -> Result<Lookups<&'a [u32]>, Error> {
-    lookups.try_map(|ids| Ok(&ids[..]))
-}
-
-fn table_gradients(gradients: Gradients<&mut Vec<f32>>) -> Gradients<&mut [f32]> {
-    Gradients {
-        token: gradients.token.map(|gradient| &mut gradient[..]),
-        position: gradients.position.map(|gradient| &mut gradient[..]),
-        segment: gradients.segment.map(|gradient| &mut gradient[..]),
-    }
-}
-
-fn mask_slices<'a>(
-    mask: &AttentionMask<&'a Vec<u32>, &'a Vec<f32>>,
-) -> cpu::softmax_dropout::Mask<'a, f32> {
-    AttentionMask {
-        causal: mask.causal,
-        lengths: mask.lengths.map(|lengths| &lengths[..]),
-        additive: mask.additive.map(|additive| &additive[..]),
-    }
-}
-
 /// A product's c, for the threads that each write one matrix of it.
 #[derive(Clone, Copy)]
 struct Output(*mut f32);
@@ -507,9 +281,7 @@ unsafe fn product(
     c: Output,
     parallelism: gemm::Parallelism,
 ) {
-    let start = |layout: &super::backend::Layout| {
-        layout.offset + at[0] * layout.batch[0] + at[1] * layout.batch[1]
-    };
+    let start = |layout: &Layout| layout.offset + at[0] * layout.batch[0] + at[1] * layout.batch[1];
     let [m, n, k] = what.mnk;
     // SAFETY: every element of the three matrices lies in its buffer, by the caller's check.
     unsafe {

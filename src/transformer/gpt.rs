@@ -4,17 +4,20 @@
 //! Where it drops: after the embeddings (`embd_pdrop`), attention probabilities (`attn_pdrop`), both residual branches
 //! (`resid_pdrop`), and before the summary's projection (`summary_first_dropout`).
 
-use super::backend::{Act, Backend, F32, Layout, MatMul, U32};
-use super::block::{Block, Context, Linear, NormIds, Sequences};
+use super::backend::{Act, Backend, F32, U32};
+use super::block::{Block, Context, Linear, NormIds, Sequences, norm};
+use super::check::{check_below, check_size, check_tokens, mean_factor};
 use super::config::GptConfig;
+use super::matmul::{Layout, MatMul};
 use super::params::{Grads, Id, Init, Params, Specs};
 use super::stack::Stack;
-use super::streams::{Pass, Site, dropped, kept};
+use super::streams::{Drops, Pass, Site};
 use crate::Norm;
 use crate::error::Error;
-use crate::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
+use crate::ops::dropout_add_norm::Saved;
 use crate::ops::embedding_dropout::{Gradients, Ids, Lookups, Tables};
-use crate::ops::{Shape, check_len};
+use crate::ops::{Shape, bias_act_dropout, check_len, dropout_add_norm, embedding_dropout};
+use crate::tensor::{Gradient, In, Source};
 
 /// A GPT-2: its configuration and the names and shapes of its tensors. Weights and memory are arguments.
 #[derive(Clone, Debug)]
@@ -287,7 +290,7 @@ impl Gpt {
         }))
     }
 
-    /// Replaces the tokens and labels of a batch, in its memory: for a captured graph too.
+    /// Replaces the tokens and labels of a batch, in its memory: for a captured graph too. It is then a batch of its own.
     ///
     /// # Errors
     /// As [`batch`](Self::batch); the batch is untouched then.
@@ -390,13 +393,14 @@ impl Gpt {
             a: Layout::rows(vocab).transposed(),
             b: Layout::rows(width),
             c: Layout::rows(width),
-            add: false,
+            add: grads.adds(),
         };
         backend.matmul_f32(&table, &run.logits, a, &mut grads[self.token])?;
         let through = MatMul {
             mnk: [rows, width, vocab],
             a: Layout::rows(vocab),
             b: Layout::rows(width),
+            add: false,
             ..table
         };
         backend.matmul(&through, &run.logits, &params[self.token], &mut scratch.da)?;
@@ -436,25 +440,21 @@ impl Gpt {
         batch: &GptBatch<B>,
     ) -> Result<(), Error> {
         let shape = Shape::new(cx.sequences.rows(), self.config.n_embd);
-        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop)?;
-        let tables = Tables {
-            token: &cx.params[self.token],
-            position: Some(&cx.params[self.position]),
-            segment: None,
-        };
         let input = stack.input();
-        cx.backend.embedding(&dropout, shape, &self.lookups(cx, batch), &tables, &mut input.s)?;
-        // A norm alone is `dropout_add_norm` with a branch that is dropped as a whole.
-        cx.backend.dropout_add_norm(
-            &dropped(),
-            &self.blocks[0].norm,
+        let mut report = cx.backend.report();
+        let pass = embedding_dropout::Forward {
             shape,
-            &Inputs { x: &input.s, bias: None, residual: &input.s },
-            &self.first_norm.affine(cx.params),
-            None,
-            &mut input.a,
-            &mut input.stats,
-        )
+            lookups: self.lookups(cx, batch),
+            tables: Tables {
+                token: &cx.params[self.token],
+                position: Some(&cx.params[self.position]),
+                segment: None,
+            },
+            y: &mut input.s,
+            report: report.as_deref_mut().map(|report| report as _),
+        };
+        cx.backend.run(self.embedding_drops(cx), pass)?;
+        norm(cx, &self.blocks[0].norm, shape, self.first_norm, input)
     }
 
     fn embed_backward<B: Backend>(
@@ -466,28 +466,35 @@ impl Gpt {
     ) -> Result<(), Error> {
         let shape = Shape::new(cx.sequences.rows(), self.config.n_embd);
         let (input, scratch) = stack.input_and_scratch();
-        let NormIds { weight, bias } = self.first_norm;
-        let [dweight, dnorm_bias] = grads.several([weight, bias]);
-        cx.backend.dropout_add_norm_backward(
-            &dropped(),
-            &self.blocks[0].norm,
+        let [dweight, dnorm_bias] = grads.gradients([self.first_norm.weight, self.first_norm.bias]);
+        let pass = dropout_add_norm::Backward {
             shape,
-            &Saved::Sum(&input.s),
-            &cx.params[weight],
-            &input.stats,
-            &scratch.da,
-            Some(&scratch.ds),
-            &mut scratch.dresidual,
-            &mut scratch.branch,
-            ParamGrads { dbias: None, dweight: Some(dweight), dnorm_bias: Some(dnorm_bias) },
-        )?;
-        // The table of tokens has the output layer's gradient already.
-        cx.backend.clear(&mut grads[self.position])?;
-        let [token, position] = grads.several([self.token, self.position]);
-        let gradients = Gradients { token: Some(token), position: Some(position), segment: None };
-        let dropout = cx.pass.dropout(0, Site::Embedding, self.config.embd_pdrop)?;
-        let lookups = self.lookups(cx, batch);
-        cx.backend.embedding_backward(&dropout, shape, &lookups, &scratch.dresidual, gradients)
+            norm: self.blocks[0].norm,
+            saved: Saved::Sum(&input.s),
+            weight: &cx.params[self.first_norm.weight],
+            stats: &input.stats,
+            dy: &scratch.da,
+            ds: Some(&scratch.ds),
+            dresidual: &mut scratch.dresidual,
+            dx: &mut scratch.branch,
+            dbias: None,
+            dweight: Some(dweight),
+            dnorm_bias: Some(dnorm_bias),
+        };
+        cx.backend.run(Drops::Everything, pass)?;
+        let [token, position] = grads.gradients([self.token, self.position]);
+        let pass = embedding_dropout::Backward {
+            shape,
+            lookups: self.lookups(cx, batch),
+            dy: &scratch.dresidual,
+            gradients: Gradients {
+                // It has the output layer's gradient already.
+                token: Some(token.adding()),
+                position: Some(position),
+                segment: None,
+            },
+        };
+        cx.backend.run(self.embedding_drops(cx), pass)
     }
 
     /// act(D(a\[row\]) · W + b): the dropout is that of a lookup, whose table are the rows of a.
@@ -500,20 +507,23 @@ impl Gpt {
         memory: &mut Summary<B>,
     ) -> Result<(), Error> {
         let batch = cx.sequences.batch;
-        let lookups = Lookups::tokens(cx.sequences.rows(), &choice.rows);
-        let tables = Tables { token: a, position: None, segment: None };
-        let taken = Shape::new(batch, linear.inputs);
-        let dropout = self.summary_dropout(cx.pass)?;
-        cx.backend.embedding(&dropout, taken, &lookups, &tables, &mut memory.taken)?;
+        let pass = embedding_dropout::Forward {
+            shape: Shape::new(batch, linear.inputs),
+            lookups: Lookups::tokens(cx.sequences.rows(), &choice.rows),
+            tables: Tables { token: a, position: None, segment: None },
+            y: &mut memory.taken,
+            report: None,
+        };
+        cx.backend.run(self.summary_drops(cx), pass)?;
         linear.forward(cx.backend, batch, cx.params, &memory.taken, &mut memory.projected)?;
-        cx.backend.bias_act_dropout(
-            &kept(),
-            Shape::new(batch, linear.outputs),
-            self.config.summary_activation,
-            &memory.projected,
-            &cx.params[linear.bias],
-            &mut memory.logits,
-        )
+        let pass = bias_act_dropout::Forward {
+            shape: Shape::new(batch, linear.outputs),
+            activation: self.config.summary_activation,
+            x: Source::Tensor(&memory.projected),
+            bias: Some(&cx.params[linear.bias]),
+            y: &mut memory.logits,
+        };
+        cx.backend.run(Drops::Nothing, pass)
     }
 
     /// Adds to the gradient of a.
@@ -528,38 +538,42 @@ impl Gpt {
     ) -> Result<(), Error> {
         let batch = cx.sequences.batch;
         let Summary { taken, projected, logits, dtaken, drows, .. } = memory;
-        cx.backend.bias_act_dropout_backward(
-            &kept(),
-            Shape::new(batch, linear.outputs),
-            self.config.summary_activation,
-            projected,
-            &cx.params[linear.bias],
-            logits,
-            &mut grads[linear.bias],
-        )?;
+        let pass = bias_act_dropout::Backward {
+            shape: Shape::new(batch, linear.outputs),
+            activation: self.config.summary_activation,
+            x: projected,
+            bias: Some(&cx.params[linear.bias]),
+            dy: Source::InPlace,
+            dx: logits,
+            dbias: Some(grads.gradient(linear.bias)),
+        };
+        cx.backend.run(Drops::Nothing, pass)?;
         linear.backward(cx.backend, batch, cx.params, taken, logits, dtaken, false, grads)?;
-        cx.backend.clear(drows)?;
-        cx.backend.embedding_backward(
-            &self.summary_dropout(cx.pass)?,
-            Shape::new(batch, linear.inputs),
-            &Lookups::tokens(cx.sequences.rows(), &choice.rows),
-            dtaken,
-            Gradients { token: Some(drows), ..Gradients::NONE },
-        )?;
+        let pass = embedding_dropout::Backward {
+            shape: Shape::new(batch, linear.inputs),
+            lookups: Lookups::tokens(cx.sequences.rows(), &choice.rows),
+            dy: dtaken,
+            gradients: Gradients { token: Some(Gradient::Write(drows)), ..Gradients::NONE },
+        };
+        cx.backend.run(self.summary_drops(cx), pass)?;
         cx.backend.accumulate(drows, da)
     }
 
-    fn summary_dropout(&self, pass: Pass) -> Result<crate::Dropout<'static>, Error> {
+    fn embedding_drops<B: Backend>(&self, cx: &Context<'_, B>) -> Drops {
+        cx.pass.at(0, Site::Embedding, cx.sequences.length, self.config.embd_pdrop)
+    }
+
+    fn summary_drops<B: Backend>(&self, cx: &Context<'_, B>) -> Drops {
         let layer = self.blocks.len() + 1;
-        pass.dropout(layer, Site::Summary, self.config.summary_first_dropout)
+        cx.pass.at(layer, Site::Summary, 1, self.config.summary_first_dropout)
     }
 
     fn lookups<'a, B: Backend>(
         &self,
         cx: &Context<'_, B>,
         batch: &'a GptBatch<B>,
-    ) -> Lookups<&'a U32<B>> {
-        Lookups::tokens(self.config.vocab_size, &batch.ids)
+    ) -> Lookups<In<'a, u32, B::Memory>> {
+        Lookups::tokens(self.config.vocab_size, &batch.ids as In<'a, u32, B::Memory>)
             .positions(self.config.n_positions, Ids::Sequence(cx.sequences.length))
     }
 
@@ -573,6 +587,22 @@ impl Gpt {
             b: Layout::rows(width).transposed(),
             c: Layout::rows(vocab),
             add: false,
+        }
+    }
+}
+
+impl<B: Backend> GptBatch<B> {
+    /// Makes the batch a part of a step: the losses are divided by the labels of all of the step's sequences, `tokens` to
+    /// predict and `choices` to make, in place of its own. So the losses and gradients of the parts add up to those of the
+    /// step.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn part_of(&mut self, backend: &B, tokens: usize, choices: usize) -> Result<(), Error> {
+        backend.write(&mut self.factor, &[1.0 / tokens.max(1) as f32])?;
+        match &mut self.choice {
+            Some(choice) => backend.write(&mut choice.factor, &[1.0 / choices.max(1) as f32]),
+            None => Ok(()),
         }
     }
 }
@@ -601,67 +631,5 @@ impl<B: Backend> GptRun<B> {
         let read = |loss: &F32<B>| Ok(backend.read(loss)?[0]);
         let choices = self.summary.as_ref().map(|summary| read(&summary.loss)).transpose()?;
         Ok(GptLoss { tokens: read(&self.loss)?, choices })
-    }
-}
-
-/// Refuses batches of nothing, sequences longer than the table of positions, and sizes whose tensors would be larger than
-/// memory or have more rows than a mask: `widest` columns for each token, and for each head and token the scores of a
-/// sequence.
-pub(crate) fn check_size(
-    model: &'static str,
-    [batch, length]: [usize; 2],
-    positions: usize,
-    widest: usize,
-    heads: usize,
-) -> Result<(), Error> {
-    if batch == 0 {
-        return Err(Error::argument(model, "batch", "at least one sequence", batch));
-    }
-    if length == 0 || length > positions {
-        return Err(Error::argument(model, "length", format!("1 to {positions} tokens"), length));
-    }
-    let rows = batch.checked_mul(length).and_then(|rows| rows.checked_mul(heads));
-    let fits = rows.filter(|&rows| rows <= u32::MAX as usize).is_some_and(|rows| {
-        let elements = rows.checked_mul(widest.max(length));
-        elements.is_some_and(|elements| elements <= isize::MAX as usize / size_of::<f32>())
-    });
-    if fits {
-        return Ok(());
-    }
-    let expected = format!("sequences of {length} tokens whose tensors fit in memory");
-    Err(Error::argument(model, "batch", expected, batch))
-}
-
-/// Refuses tokens and labels of another number, or out of range.
-pub(crate) fn check_tokens(
-    model: &'static str,
-    rows: usize,
-    vocab: usize,
-    ids: &[u32],
-    labels: &[i32],
-) -> Result<(), Error> {
-    check_len(model, "ids", rows, ids.len())?;
-    check_len(model, "labels", rows, labels.len())?;
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::argument(model, "ids", format!("below {vocab}"), id));
-    }
-    check_below(model, "labels", vocab, labels)
-}
-
-/// What makes the mean over the labels of a sum: the negative ones stand for none.
-pub(crate) fn mean_factor(labels: &[i32]) -> f32 {
-    1.0 / labels.iter().filter(|&&label| label >= 0).count().max(1) as f32
-}
-
-/// Refuses labels that are no class.
-pub(crate) fn check_below(
-    model: &'static str,
-    name: &'static str,
-    classes: usize,
-    labels: &[i32],
-) -> Result<(), Error> {
-    match labels.iter().find(|&&label| label >= 0 && label as usize >= classes) {
-        Some(label) => Err(Error::argument(model, name, format!("below {classes}"), label)),
-        None => Ok(()),
     }
 }

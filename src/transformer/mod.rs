@@ -1,5 +1,5 @@
-//! GPT and BERT on the operators of this crate: how a trainer without automatic differentiation calls them. Equal
-//! (seed, step) draw equal masks, on every rank and for every micro-batch: give each of them a seed of its own ([`Pass`]).
+//! GPT and BERT on the operators of this crate: the worked example of how a trainer without automatic differentiation calls
+//! them. It follows no semantic versioning: it changes with what it is an example of.
 //!
 //! Forward and backward passes are written out, once, over the trait [`Backend`]; every dropout of the two models is
 //! part of a fused operator with a stream of its own, and no mask is stored.
@@ -11,7 +11,8 @@
 //! | `streams.rs` | which stream each (step, layer, site) draws from |
 //! | `config.rs`, `params.rs`, `load.rs` | Hugging Face's `config.json`, names and `safetensors`, written, and read as they are published |
 //! | `optim.rs` | AdamW, clipping, the schedule of the rate |
-//! | `backend.rs`, `cpu.rs`, … | what a model asks of a place to run, and the places |
+//! | `backend.rs`, `matmul.rs` | what a model asks of a place to run |
+//! | `cpu.rs`, `device/` | the places |
 //!
 //! ```
 //! use fused_dropout::transformer::{
@@ -35,7 +36,7 @@
 //!
 //! for step in 0..3 {
 //!     // Forward and backward draw the same masks from the same (seed, step).
-//!     let pass = Pass::Train { seed, step };
+//!     let pass = Pass::train(seed, step);
 //!     gpt.forward(&backend, &params, &mut run, &batch, pass)?;
 //!     gpt.loss(&backend, &mut run, &batch)?;
 //!     gpt.backward(&backend, &params, &mut run, &batch, pass, &mut grads)?;
@@ -45,6 +46,11 @@
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```
 //!
+//! # Micro-batches
+//! A step can be taken in parts: the first backward pass writes the gradients, the others add to them
+//! ([`Grads::add`]). [`Pass::from_sequence`] gives each part the masks of its own sequences, and
+//! [`GptBatch::part_of`] the step's number of labels, so that the parts' gradients are those of one pass over the step.
+//!
 //! # What repeats
 //! On the CPU the same seed gives the same weights and losses, bit for bit, with the same number of threads (`gemm` splits
 //! its sums by it; the operators of this crate and their masks do not depend on it). A block that is computed again in
@@ -53,6 +59,7 @@
 pub mod backend;
 mod bert;
 mod block;
+mod check;
 mod checkpoint;
 mod config;
 mod cpu;
@@ -60,6 +67,7 @@ mod cpu;
 pub mod device;
 mod gpt;
 mod load;
+pub mod matmul;
 mod optim;
 mod params;
 mod stack;
@@ -74,4 +82,4 @@ pub use gpt::{Gpt, GptBatch, GptInput, GptLoss, GptRun, IGNORED, shifted};
 pub use load::Loaded;
 pub use optim::{AdamW, Optimizer, OptimizerState, Schedule};
 pub use params::{Grads, Id, Init, Params, Part, Spec, Specs};
-pub use streams::{Pass, Site};
+pub use streams::{Drops, Pass, Site};

@@ -189,11 +189,11 @@ impl<B: Backend> Optimizer<B> {
         {
             specs.check(NAME, argument, lens)?;
         }
-        backend.gradient_norm(&grads.0, self.settings.max_norm, &mut self.norm)?;
+        backend.gradient_norm(&grads.buffers, self.settings.max_norm, &mut self.norm)?;
         let decay = self.settings.weight_decay;
         let mut masters = params.masters.iter_mut().flatten();
         let moments = self.m.iter_mut().zip(&mut self.v);
-        let weights = params.weights.iter_mut().zip(&grads.0).zip(moments).zip(specs.iter());
+        let weights = params.weights.iter_mut().zip(&grads.buffers).zip(moments).zip(specs.iter());
         let weights = weights.map(|(((weight, grad), (m, v)), spec)| {
             let decay = if spec.decays() { decay } else { 0.0 };
             Weight { weight, master: masters.next(), grad, m, v, decay }

@@ -3,6 +3,7 @@
 use super::backend::{Act, Backend, F32};
 use crate::dtype::Dtype;
 use crate::error::Error;
+use crate::tensor::Gradient;
 use rand_philox::{Philox, u32_to_unit_f32};
 use safetensors::tensor::Dtype as FileDtype;
 use std::borrow::Cow;
@@ -251,7 +252,14 @@ impl<B: Backend> Index<Id> for Params<B> {
 }
 
 /// The gradients of a model's weights, in f32.
-pub struct Grads<B: Backend>(pub(crate) Vec<F32<B>>, Vec<usize>);
+///
+/// A backward pass writes them all. For micro-batches the first pass of a step writes, and the others add
+/// ([`add`](Self::add)).
+pub struct Grads<B: Backend> {
+    pub(crate) buffers: Vec<F32<B>>,
+    lens: Vec<usize>,
+    adds: bool,
+}
 
 impl<B: Backend> Grads<B> {
     /// Zeros.
@@ -259,12 +267,23 @@ impl<B: Backend> Grads<B> {
     /// # Errors
     /// What the backend says.
     pub fn zeros(backend: &B, specs: &Specs) -> Result<Self, Error> {
-        Ok(Self(zeros(backend, specs)?, specs.iter().map(Spec::elements).collect()))
+        let lens = specs.iter().map(Spec::elements).collect();
+        Ok(Self { buffers: zeros(backend, specs)?, lens, adds: false })
+    }
+
+    /// Whether the backward passes from now on add to the gradients, or write them, as they do at first.
+    pub fn add(&mut self, adds: bool) {
+        self.adds = adds;
+    }
+
+    /// Whether backward passes add.
+    pub(crate) fn adds(&self) -> bool {
+        self.adds
     }
 
     /// Elements of each tensor.
     pub(crate) fn lens(&self) -> &[usize] {
-        &self.1
+        &self.lens
     }
 
     /// The values.
@@ -272,25 +291,39 @@ impl<B: Backend> Grads<B> {
     /// # Errors
     /// What the backend says.
     pub fn download(&self, backend: &B) -> Result<Vec<Vec<f32>>, Error> {
-        download(backend, &self.0)
+        download(backend, &self.buffers)
     }
 
-    /// Several at once, for operators that write several. The ids differ.
-    pub(crate) fn several<const N: usize>(&mut self, ids: [Id; N]) -> [&mut F32<B>; N] {
-        self.0.get_disjoint_mut(ids.map(|id| id.0)).expect("different tensors of the model")
+    /// The gradient of a tensor, written or added.
+    pub(crate) fn gradient(&mut self, id: Id) -> Gradient<'_, B::Memory> {
+        let [gradient] = self.gradients([id]);
+        gradient
+    }
+
+    /// Those of several tensors, for operators that have several. The ids differ.
+    pub(crate) fn gradients<const N: usize>(
+        &mut self,
+        ids: [Id; N],
+    ) -> [Gradient<'_, B::Memory>; N] {
+        let adds = self.adds;
+        let buffers = self.buffers.get_disjoint_mut(ids.map(|id| id.0));
+        buffers.expect("different tensors of the model").map(|buffer| match adds {
+            true => Gradient::Add(buffer),
+            false => Gradient::Write(buffer),
+        })
     }
 }
 
 impl<B: Backend> Index<Id> for Grads<B> {
     type Output = F32<B>;
     fn index(&self, id: Id) -> &F32<B> {
-        &self.0[id.0]
+        &self.buffers[id.0]
     }
 }
 
 impl<B: Backend> IndexMut<Id> for Grads<B> {
     fn index_mut(&mut self, id: Id) -> &mut F32<B> {
-        &mut self.0[id.0]
+        &mut self.buffers[id.0]
     }
 }
 

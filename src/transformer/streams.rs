@@ -1,7 +1,7 @@
 //! Which stream of random numbers each application of dropout takes.
 
 use crate::error::Error;
-use crate::mask::{Key, Probability};
+use crate::mask::{Key, Place, Probability, RowMap};
 use crate::ops::{Dropout, Mode};
 
 /// A place in a layer where a model drops.
@@ -47,12 +47,11 @@ pub fn stream(step: u64, layer: usize, site: Site) -> Result<u64, Error> {
     Ok((step << STEP_SHIFT) | ((layer as u64) << 4) | site as u64)
 }
 
-/// What a pass through a model is for. Every rank and every micro-batch with the same (seed, step) draws the same masks:
-/// give each of them a seed of its own.
+/// What a pass through a model is for.
 ///
-/// A model does not know which rows of the global batch it has: for the contract they are 0, 1, .. on every rank. The
-/// operators do know, where a [`Place`](crate::Place) says it.
+/// Equal (seed, step) draw equal masks: give each rank a seed of its own, or the sequences of the whole batch that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pass {
     /// Training step `step` of the run with this seed: dropout acts.
     Train {
@@ -60,39 +59,92 @@ pub enum Pass {
         seed: u64,
         /// The number of the step, below [`MAX_STEPS`].
         step: u64,
+        /// The first of the step's sequences that this pass has: 0, but for micro-batches and ranks. They draw the masks
+        /// that one pass over all of the step's sequences would.
+        first_sequence: u32,
     },
     /// Nothing is dropped.
     Evaluate,
 }
 
 impl Pass {
-    /// The application of dropout at `site` of `layer`.
-    ///
-    /// # Errors
-    /// As [`stream`].
-    pub fn dropout(
-        self,
-        layer: usize,
-        site: Site,
-        p: Probability,
-    ) -> Result<Dropout<'static>, Error> {
-        Ok(match self {
-            Pass::Train { seed, step } => {
-                Dropout::new(Key::new(seed, stream(step, layer, site)?), p)
+    /// Training step `step` of the run with this seed, over all sequences of the step.
+    pub const fn train(seed: u64, step: u64) -> Self {
+        Self::Train { seed, step, first_sequence: 0 }
+    }
+
+    /// The same over a micro-batch, or the share of a rank, that begins with this sequence of the step.
+    pub fn from_sequence(self, first_sequence: usize) -> Self {
+        match self {
+            Self::Train { seed, step, .. } => {
+                Self::Train { seed, step, first_sequence: first_sequence as u32 }
             }
-            Pass::Evaluate => Dropout::new(Key::new(0, 0), p).mode(Mode::Inference),
-        })
+            Self::Evaluate => Self::Evaluate,
+        }
+    }
+
+    /// What is dropped at `site` of `layer`, where a sequence is `rows` rows.
+    pub fn at(self, layer: usize, site: Site, rows: usize, p: Probability) -> Drops {
+        Drops::At { pass: self, layer, site, rows, p }
     }
 }
 
-/// Every value is kept as it is: for an operator without a site.
-pub(crate) fn kept() -> Dropout<'static> {
-    Dropout::new(Key::new(0, 0), Probability::ZERO).mode(Mode::Inference)
+/// What an operator of a model drops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Drops {
+    /// Nothing: the operator has no site.
+    Nothing,
+    /// Everything: a branch that is not there.
+    Everything,
+    /// What the pass draws at a site.
+    At {
+        /// The pass.
+        pass: Pass,
+        /// 0: the embedding; l + 1: block l; behind them the head.
+        layer: usize,
+        /// Where in the layer.
+        site: Site,
+        /// Rows of a sequence.
+        rows: usize,
+        /// The probability of dropping.
+        p: Probability,
+    },
 }
 
-/// Everything is dropped: a branch that is not there.
-pub(crate) fn dropped() -> Dropout<'static> {
-    Dropout::new(Key::new(0, 0), Probability::ONE)
+impl Drops {
+    /// The application of dropout.
+    ///
+    /// # Errors
+    /// As [`stream`]; [`Error::Argument`] where the sequences before have more rows than a mask.
+    pub fn dropout(self) -> Result<Dropout<'static>, Error> {
+        match self {
+            Drops::Nothing => {
+                Ok(Dropout::new(Key::new(0, 0), Probability::ZERO).mode(Mode::Inference))
+            }
+            Drops::Everything => Ok(Dropout::new(Key::new(0, 0), Probability::ONE)),
+            Drops::At { pass: Pass::Evaluate, p, .. } => {
+                Ok(Dropout::new(Key::new(0, 0), p).mode(Mode::Inference))
+            }
+            Drops::At { pass: Pass::Train { seed, step, .. }, layer, site, p, .. } => {
+                let key = Key::new(seed, stream(step, layer, site)?);
+                Ok(Dropout::new(key, p).at(self.place()?))
+            }
+        }
+    }
+
+    /// Where the rows lie in those of the whole step.
+    pub(crate) fn place(self) -> Result<Place<'static>, Error> {
+        let Drops::At { pass: Pass::Train { first_sequence, .. }, rows, .. } = self else {
+            return Ok(Place::WHOLE);
+        };
+        let first = (first_sequence as usize).checked_mul(rows);
+        let first = first.and_then(|first| u32::try_from(first).ok()).ok_or_else(|| {
+            let expected = "sequences whose rows are below 2^32";
+            Error::argument("streams", "first_sequence", expected, first_sequence)
+        })?;
+        Ok(Place { first_col: 0, rows: RowMap::Contiguous { first } })
+    }
 }
 
 #[cfg(test)]
@@ -119,8 +171,10 @@ mod tests {
             }
         }
         assert_eq!(stream(3, 2, Site::MlpOutput).unwrap(), (3 << 20) + 35);
-        let pass = Pass::Train { seed: 1, step: MAX_STEPS };
-        assert!(pass.dropout(0, Site::Embedding, Probability::ZERO).is_err());
+        let drops = |pass: Pass| pass.at(0, Site::Embedding, 1 << 20, Probability::ZERO).dropout();
+        assert!(drops(Pass::train(1, MAX_STEPS)).is_err());
+        assert!(drops(Pass::train(1, 0).from_sequence(1 << 12)).is_err());
+        assert!(drops(Pass::train(1, 0).from_sequence(1 << 11)).is_ok());
         assert!(stream(0, MAX_LAYERS, Site::Embedding).is_err());
     }
 }

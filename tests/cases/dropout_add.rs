@@ -1,147 +1,69 @@
-//! `dropout_add`: its calls on each backend, and its checks.
+//! `dropout_add`: the checks of a row of the table.
 
 use super::*;
 use crate::oracle;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use fused_dropout::device;
+use fused_dropout::ops::dropout_add::{Backward, Forward};
 
-/// y = residual + D(x + bias). `residual` and `dy` are `None` for a call in place.
-pub trait DropoutAddCalls {
-    fn dropout_add<T: Dtype>(
-        &self,
-        call: &Call,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error>;
-    fn dropout_add_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-        dbias: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
+pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(lab, "dropout_add", call, forward::<T, L>(lab, call));
+    tally.count::<T, L>(lab, "dropout_add dx", call, dx::<T, L>(lab, call));
+    tally.count::<T, L>(lab, "dropout_add dbias", call, dbias::<T, L>(lab, call));
 }
 
-impl DropoutAddCalls for Cpu {
-    fn dropout_add<T: Dtype>(
-        &self,
-        c: &Call,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add;
-        match residual {
-            Some(r) => dropout_add::forward(self, &c.dropout, c.shape, x, bias, r, y),
-            None => dropout_add::forward_in_place(self, &c.dropout, c.shape, x, bias, y),
-        }
-    }
-    fn dropout_add_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-        dbias: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add;
-        match dy {
-            Some(dy) => dropout_add::backward(self, &c.dropout, c.shape, dy, dx, dbias),
-            None => dropout_add::backward_in_place(self, &c.dropout, c.shape, dx, dbias),
-        }
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> DropoutAddCalls for Kernels<L> {
-    fn dropout_add<T: Dtype>(
-        &self,
-        c: &Call,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error> {
-        use device::dropout_add as op;
-        self.call(c, &mut |call, d| {
-            self.0.reading(x, c.offset, &mut |x| {
-                self.0.optional(bias, c.offset / 2, &mut |bias| {
-                    self.0.optional(residual, c.offset, &mut |residual| {
-                        self.0.with(y, c.offset, &mut |y| match residual {
-                            Some(r) => op::forward(call, d, c.shape, x, bias, r, y),
-                            None => op::forward_in_place(call, d, c.shape, x, bias, y),
-                        })
-                    })
-                })
-            })
-        })
-    }
-    fn dropout_add_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-        dbias: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use device::dropout_add as op;
-        let mut dbias = dbias;
-        self.call(c, &mut |call, d| {
-            self.0.optional(dy, c.offset, &mut |dy| {
-                self.0.with(dx, c.offset, &mut |dx| {
-                    self.with_bias_grad(c, dbias.as_deref_mut(), &mut |grad| match dy {
-                        Some(dy) => op::backward(call, d, c.shape, dy, dx, grad),
-                        None => op::backward_in_place(call, d, c.shape, dx, grad),
-                    })
-                })
-            })
-        })
-    }
-}
-
-/// Runs the checks of one row of the table.
-pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
-    tally.count::<T, B>(backend, "dropout_add", call, forward::<T, B>(backend, call));
-    tally.count::<T, B>(backend, "dropout_add dx", call, dx::<T, B>(backend, call));
-    tally.count::<T, B>(backend, "dropout_add dbias", call, dbias::<T, B>(backend, call));
-}
-
-fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
-    let x = values::<T>(elements(call), 2, true);
-    let bias = values::<T>(call.shape.cols, 3, true);
-    let residual = values::<T>(elements(call), 4, true);
+fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let shape = call.shape;
+    let (x, residual) =
+        (values::<T>(elements(call), 2, true), values::<T>(elements(call), 4, true));
+    let bias = values::<T>(shape.cols, 3, true);
+    let [x_there, residual_there] = [&x, &residual].map(|tensor| lab.tensor(tensor, call.offset));
     for bias in [None, Some(&bias[..])] {
-        let expected = oracle::dropout_add(&call.dropout, call.shape, &x, bias, &residual);
-        let y = output(&x, call, |y| backend.dropout_add(call, &x, bias, Some(&residual), y))?;
-        same("y", &y, &expected)?;
-        let y = output(&residual, call, |y| backend.dropout_add(call, &x, bias, None, y))?;
-        same("y in place", &y, &expected)?;
+        let expected = oracle::dropout_add(&call.dropout, shape, &x, bias, &residual);
+        let bias = bias.map(|bias| lab.tensor(bias, call.offset / 2));
+        let run = |residual, before: &[T]| {
+            let mut y = lab.tensor(before, call.offset);
+            let bias = given(&bias);
+            lab.run(call, Forward { shape, x: &x_there, bias, residual, y: &mut y })?;
+            lab.contents(&y)
+        };
+        same("y", &run(Source::Tensor(&residual_there), &x)?, &expected)?;
+        same("y in place", &run(Source::InPlace, &residual)?, &expected)?;
     }
     Ok(())
 }
 
-fn dx<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+fn dx<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let shape = call.shape;
     let dy = values::<T>(elements(call), 5, true);
-    let expected = oracle::dropout(&call.dropout, call.shape, &dy);
-    let zeros = vec![T::from_f32(0.0); dy.len()];
-    let dx = output(&zeros, call, |dx| backend.dropout_add_backward(call, Some(&dy), dx, None))?;
-    same("dx", &dx, &expected)
+    let expected = oracle::dropout(&call.dropout, shape, &dy);
+    let mut dx = lab.tensor(&vec![T::from_f32(0.0); dy.len()], call.offset);
+    let dy = lab.tensor(&dy, call.offset);
+    let pass = Backward { shape, dy: Source::Tensor(&dy), dx: Some(&mut dx), dbias: None };
+    lab.run(call, pass)?;
+    same("dx", &lab.contents(&dx)?, &expected)
 }
 
-fn dbias<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+fn dbias<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let shape = call.shape;
+    let before = values::<f32>(shape.cols, 7, false);
     for specials in [false, true] {
         let dy = values::<T>(elements(call), 6, specials);
-        let expected = oracle::dropout(&call.dropout, call.shape, &dy);
-        let sums = oracle::dbias(&call.dropout, call.shape, &dy);
-        let mut dbias = Guarded::new(&vec![9.0f32; call.shape.cols], 0);
-        let dx = output(&dy, call, |dx| {
-            // In place for one of the two.
-            let dy = (!specials).then_some(&dy[..]);
-            backend.dropout_add_backward(call, dy, dx, Some(dbias.tensor()))
-        })?;
-        same("dx", &dx, &expected)?;
-        same("dbias", &dbias.finish()?, &sums)?;
+        let expected = oracle::dropout(&call.dropout, shape, &dy);
+        let sums = oracle::dbias(&call.dropout, shape, &dy);
+        let dy_there = lab.tensor(&dy, call.offset);
+        // In place for one of the two.
+        let source = if specials { Source::InPlace } else { Source::Tensor(&dy_there as _) };
+        let mut dx = lab.tensor(&dy, call.offset);
+        let mut dbias = lab.tensor(&before, call.offset / 2);
+        let gradient = Some(Gradient::Write(&mut dbias));
+        lab.run(call, Backward { shape, dy: source, dx: Some(&mut dx), dbias: gradient })?;
+        same("dx", &lab.contents(&dx)?, &expected)?;
+        same("dbias", &lab.contents(&dbias)?, &sums)?;
+        // Alone, and added to what is there.
+        let mut dbias = lab.tensor(&before, call.offset / 2);
+        let gradient = Some(Gradient::Add(&mut dbias));
+        let dy = Source::Tensor(&dy_there as _);
+        lab.run(call, Backward { shape, dy, dx: None, dbias: gradient })?;
+        same("dbias, added", &lab.contents(&dbias)?, &added(&before, &sums))?;
     }
     Ok(())
 }

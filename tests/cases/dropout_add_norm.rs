@@ -1,291 +1,17 @@
-//! `dropout_add_norm`: its calls on each backend, and its checks.
+//! `dropout_add_norm`: the checks of a row of the table.
 
 use super::*;
 use crate::oracle;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use fused_dropout::device;
-use fused_dropout::ops::dropout_add_norm::{Inputs, ParamGrads, Saved};
-use fused_dropout::{Affine, DtypeId, Norm, NormKind};
+use fused_dropout::ops::dropout_add_norm::{Backward, Forward, Saved};
+use fused_dropout::{DtypeId, Norm, NormKind};
 
-/// s = residual + D(x + bias), y = norm(s). `residual` is `None` for a call in place, in s.
-pub trait DropoutAddNormCalls {
-    fn dropout_add_norm<T: Dtype>(
-        &self,
-        call: &Call,
-        norm: &Norm,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        affine: &Affine<&[T]>,
-        s: Option<&mut [T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn dropout_add_norm_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        norm: &Norm,
-        saved: &Saved<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        ds: Option<&[T]>,
-        dresidual: &mut [T],
-        dx: &mut [T],
-        grads: ParamGrads<&mut [f32]>,
-    ) -> Result<(), Error>;
-}
-
-impl DropoutAddNormCalls for Cpu {
-    fn dropout_add_norm<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        affine: &Affine<&[T]>,
-        s: Option<&mut [T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add_norm as op;
-        match residual {
-            Some(residual) => {
-                let inputs = Inputs { x, bias, residual };
-                op::forward(self, &c.dropout, norm, c.shape, &inputs, affine, s, y, stats)
-            }
-            None => {
-                let residual = s.expect("a call in place has s");
-                op::forward_in_place(
-                    self, &c.dropout, norm, c.shape, x, bias, residual, affine, y, stats,
-                )
-            }
-        }
-    }
-    fn dropout_add_norm_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        saved: &Saved<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        ds: Option<&[T]>,
-        dresidual: &mut [T],
-        dx: &mut [T],
-        grads: ParamGrads<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::dropout_add_norm as op;
-        let d = &c.dropout;
-        op::backward(self, d, norm, c.shape, saved, weight, stats, dy, ds, dresidual, dx, grads)
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> DropoutAddNormCalls for Kernels<L> {
-    fn dropout_add_norm<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        x: &[T],
-        bias: Option<&[T]>,
-        residual: Option<&[T]>,
-        affine: &Affine<&[T]>,
-        s: Option<&mut [T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use device::dropout_add_norm as op;
-        let (mut s, mut stats) = (s, stats);
-        self.call(c, &mut |call, d| {
-            self.affine(affine, c, &mut |affine| {
-                self.0.reading(x, c.offset, &mut |x| {
-                    self.0.optional(bias, c.offset / 2, &mut |bias| {
-                        self.0.optional(residual, c.offset, &mut |residual| {
-                            let (s, stats) = (s.as_deref_mut(), stats.as_deref_mut());
-                            self.normalised(c, s, y, stats, &mut |s, y, stats| {
-                                let (norm, shape) = (norm, c.shape);
-                                let Some(residual) = residual else {
-                                    let s = s.expect("a call in place has s");
-                                    return op::forward_in_place(
-                                        call, d, norm, shape, x, bias, s, affine, y, stats,
-                                    );
-                                };
-                                let inputs = Inputs { x, bias, residual };
-                                op::forward(call, d, norm, shape, &inputs, affine, s, y, stats)
-                            })
-                        })
-                    })
-                })
-            })
-        })
-    }
-    fn dropout_add_norm_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        saved: &Saved<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        ds: Option<&[T]>,
-        dresidual: &mut [T],
-        dx: &mut [T],
-        grads: ParamGrads<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use device::dropout_add_norm as op;
-        let mut grads = grads;
-        self.call(c, &mut |call, d| {
-            self.saved(saved, c, &mut |saved| {
-                self.0.reading(weight, c.offset, &mut |weight| {
-                    self.0.reading(stats, 0, &mut |stats| {
-                        self.0.reading(dy, c.offset, &mut |dy| {
-                            self.0.optional(ds, c.offset, &mut |ds| {
-                                let (dresidual, dx) = (&mut *dresidual, &mut *dx);
-                                self.gradients(c, dresidual, dx, &mut grads, &mut |dr, dx, sums| {
-                                    let (norm, shape) = (norm, c.shape);
-                                    op::backward(
-                                        call, d, norm, shape, saved, weight, stats, dy, ds, dr, dx,
-                                        sums,
-                                    )
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        })
-    }
-}
-
-/// The same tensor for a shorter time.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn shorter<'s, T, D: device::Device>(
-    tensor: &'s mut Option<&mut dyn device::Writable<T, D>>,
-) -> Option<&'s mut dyn device::Writable<T, D>> {
-    match tensor {
-        Some(tensor) => Some(&mut **tensor),
-        None => None,
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> Kernels<L> {
-    fn affine<T: Dtype>(
-        &self,
-        affine: &Affine<&[T]>,
-        c: &Call,
-        work: &mut dyn FnMut(&Affine<&dyn device::Readable<T, L::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        self.0.reading(affine.weight, c.offset, &mut |weight| {
-            self.0.optional(affine.bias, c.offset, &mut |bias| work(&Affine { weight, bias }))
-        })
-    }
-
-    /// The outputs of a forward pass.
-    fn normalised<T: Dtype>(
-        &self,
-        c: &Call,
-        s: Option<&mut [T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-        work: &mut dyn FnMut(
-            Option<&mut dyn device::Writable<T, L::D>>,
-            &mut dyn device::Writable<T, L::D>,
-            Option<&mut dyn device::Writable<f32, L::D>>,
-        ) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let mut stats = stats;
-        self.0.optional_out(s, &mut |mut s| {
-            self.0.with(y, c.offset, &mut |y| {
-                self.0.optional_out(stats.as_deref_mut(), &mut |stats| {
-                    work(shorter(&mut s), y, stats)
-                })
-            })
-        })
-    }
-
-    /// The outputs of a backward pass.
-    fn gradients<T: Dtype>(
-        &self,
-        c: &Call,
-        dresidual: &mut [T],
-        dx: &mut [T],
-        grads: &mut ParamGrads<&mut [f32]>,
-        work: &mut dyn FnMut(
-            &mut dyn device::Writable<T, L::D>,
-            &mut dyn device::Writable<T, L::D>,
-            Option<device::dropout_add_norm::SumGrads<'_, L::D>>,
-        ) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        self.0.with(dresidual, c.offset, &mut |dresidual| {
-            self.0.with(dx, c.offset, &mut |dx| {
-                self.sums(c, grads, &mut |sums| work(dresidual, dx, sums))
-            })
-        })
-    }
-
-    /// The gradients of parameters, with a workspace; nothing where none is asked for.
-    fn sums(
-        &self,
-        c: &Call,
-        grads: &mut ParamGrads<&mut [f32]>,
-        work: &mut dyn FnMut(
-            Option<device::dropout_add_norm::SumGrads<'_, L::D>>,
-        ) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        use device::dropout_add_norm::SumGrads;
-        use fused_dropout::ops::dropout_add_norm::workspace_len;
-        let ParamGrads { dbias, dweight, dnorm_bias } = grads;
-        if dbias.is_none() && dweight.is_none() && dnorm_bias.is_none() {
-            return work(None);
-        }
-        // What lies in a workspace before a call must not matter.
-        let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
-        self.0.with(&mut workspace, 0, &mut |workspace| {
-            self.0.optional_out(dbias.as_deref_mut(), &mut |mut dbias| {
-                self.0.optional_out(dweight.as_deref_mut(), &mut |mut dweight| {
-                    self.0.optional_out(dnorm_bias.as_deref_mut(), &mut |mut dnorm_bias| {
-                        let grads = ParamGrads {
-                            dbias: shorter(&mut dbias),
-                            dweight: shorter(&mut dweight),
-                            dnorm_bias: shorter(&mut dnorm_bias),
-                        };
-                        work(Some(SumGrads { grads, workspace: &mut *workspace }))
-                    })
-                })
-            })
-        })
-    }
-
-    fn saved<T: Dtype>(
-        &self,
-        saved: &Saved<&[T]>,
-        c: &Call,
-        work: &mut dyn FnMut(&Saved<&dyn device::Readable<T, L::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        match *saved {
-            Saved::Sum(s) => self.0.reading(s, c.offset, &mut |s| work(&Saved::Sum(s))),
-            Saved::Inputs(Inputs { x, bias, residual }) => self.0.reading(x, c.offset, &mut |x| {
-                self.0.optional(bias, c.offset, &mut |bias| {
-                    self.0.reading(residual, c.offset, &mut |residual| {
-                        work(&Saved::Inputs(Inputs { x, bias, residual }))
-                    })
-                })
-            }),
-        }
-    }
-}
-
-/// Runs the checks of one row of the table.
-pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
-    tally.count::<T, B>(backend, "dropout_add_norm s", call, sums::<T, B>(backend, call));
+pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(lab, "dropout_add_norm s", call, sums::<T, L>(lab, call));
     for kind in [NormKind::Layer, NormKind::Rms] {
         let data = Data::<T>::new(call, kind);
         let name = |pass| format!("dropout_add_norm {kind:?} {pass}");
-        tally.count::<T, B>(backend, &name("y"), call, forward(backend, call, &data));
-        tally.count::<T, B>(backend, &name("gradients"), call, backward(backend, call, &data));
+        tally.count::<T, L>(lab, &name("y"), call, forward(lab, call, &data));
+        tally.count::<T, L>(lab, &name("gradients"), call, backward(lab, call, &data));
     }
 }
 
@@ -344,8 +70,8 @@ impl<T: Dtype> Data<T> {
         }
     }
 
-    fn affine(&self) -> Affine<&[T]> {
-        Affine { weight: &self.weight, bias: self.norm_bias.as_deref() }
+    fn affine(&self) -> oracle::Affine<'_, T> {
+        oracle::Affine { weight: &self.weight, bias: self.norm_bias.as_deref() }
     }
 
     fn s(&self, call: &Call) -> Vec<T> {
@@ -369,97 +95,141 @@ fn outliers<T: Dtype>(i: usize, cols: usize) -> f32 {
 }
 
 /// s, whatever the values.
-fn sums<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
-    let x = values::<T>(elements(call), 2, true);
-    let bias = values::<T>(call.shape.cols, 3, true);
-    let bias = call.shape.rows.is_multiple_of(2).then_some(&bias[..]);
-    let residual = values::<T>(elements(call), 4, true);
-    let weight = values::<T>(call.shape.cols, 24, true);
-    let affine = Affine { weight: &weight[..], bias: None };
-    let norm = Norm::layer(1e-5);
-    let expected = oracle::dropout_add(&call.dropout, call.shape, &x, bias, &residual);
-    let run = |content: &[T], residual: Option<&[T]>| {
-        let mut y = Guarded::new(&x, call.offset);
-        let s = output(content, call, |s| {
-            let y = y.tensor();
-            backend.dropout_add_norm(call, &norm, &x, bias, residual, &affine, Some(s), y, None)
-        })?;
-        Ok::<_, String>((s, y.finish()?))
+fn sums<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let shape = call.shape;
+    let (x, residual) =
+        (values::<T>(elements(call), 2, true), values::<T>(elements(call), 4, true));
+    let bias = values::<T>(shape.cols, 3, true);
+    let bias = shape.rows.is_multiple_of(2).then_some(&bias[..]);
+    let weight = values::<T>(shape.cols, 24, true);
+    let expected = oracle::dropout_add(&call.dropout, shape, &x, bias, &residual);
+    let [x_there, residual_there] = [&x, &residual].map(|tensor| lab.tensor(tensor, call.offset));
+    let bias = bias.map(|bias| lab.tensor(bias, call.offset / 2));
+    let weight = lab.tensor(&weight, call.offset);
+    let run = |content: &[T], residual| {
+        let [mut s, mut y] = [content, &x].map(|before| lab.tensor(before, call.offset));
+        let pass = Forward {
+            shape,
+            norm: Norm::layer(1e-5),
+            x: &x_there,
+            bias: given(&bias),
+            residual,
+            weight: &weight,
+            norm_bias: None,
+            s: Some(&mut s),
+            y: &mut y,
+            stats: None,
+        };
+        lab.run(call, pass)?;
+        Ok::<_, String>((lab.contents(&s)?, lab.contents(&y)?))
     };
-    let (s, y) = run(&x, Some(&residual))?;
+    let (s, y) = run(&x, Source::Tensor(&residual_there))?;
     same("s", &s, &expected)?;
-    let (s, again) = run(&residual, None)?;
+    let (s, again) = run(&residual, Source::InPlace)?;
     same("s in place", &s, &expected)?;
     same("y with s in place, against y", &again, &y)
 }
 
-fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call, data: &Data<T>) -> Result<(), String> {
-    let s = data.s(call);
-    let expected = oracle::normalised(&data.norm, call.shape, &s, &data.affine());
-    let mut stats = Guarded::new(&vec![9.0f32; 2 * call.shape.rows], 0);
-    let mut given = data.dy.clone();
-    let y = output(&data.dy, call, |y| {
-        let (bias, residual) = (data.bias.as_deref(), Some(&data.residual[..]));
-        let (norm, x, affine) = (&data.norm, &data.x, data.affine());
+fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<(), String> {
+    let sums = data.s(call);
+    let expected = oracle::normalised(&data.norm, call.shape, &sums, &data.affine());
+    let there = |tensor: &[T]| lab.tensor(tensor, call.offset);
+    let (x, residual, weight) = (there(&data.x), there(&data.residual), there(&data.weight));
+    let bias = data.bias.as_ref().map(|bias| lab.tensor(bias, call.offset / 2));
+    let norm_bias = data.norm_bias.as_deref().map(there);
+    let (mut s, mut y) = (there(&data.dy), there(&data.dy));
+    let mut stats = lab.tensor(&vec![9.0f32; 2 * call.shape.rows], 0);
+    let pass = Forward {
+        shape: call.shape,
+        norm: data.norm,
+        x: &x,
+        bias: given(&bias),
+        residual: Source::Tensor(&residual),
+        weight: &weight,
+        norm_bias: given(&norm_bias),
         // Pre-norm or post-norm.
-        let s = data.keeps_s.then_some(&mut given[..]);
-        let stats = Some(stats.tensor());
-        backend.dropout_add_norm(call, norm, x, bias, residual, &affine, s, y, stats)
-    })?;
-    close("y", &y, &expected.y)?;
-    close("stats", &stats.finish()?, &expected.stats)?;
-    same("s", &given, if data.keeps_s { &s } else { &data.dy })
+        s: data.keeps_s.then_some(&mut s as _),
+        y: &mut y,
+        stats: Some(&mut stats),
+    };
+    lab.run(call, pass)?;
+    close("y", &lab.contents(&y)?, &expected.y)?;
+    close("stats", &lab.contents(&stats)?, &expected.stats)?;
+    same("s", &lab.contents(&s)?, if data.keeps_s { &sums } else { &data.dy })
 }
 
-fn backward<T: Dtype, B: Backend>(backend: &B, call: &Call, data: &Data<T>) -> Result<(), String> {
-    let s = data.s(call);
-    let stats = oracle::normalised(&data.norm, call.shape, &s, &data.affine()).stats;
+fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<(), String> {
+    let (shape, sums) = (call.shape, data.s(call));
+    let stats = oracle::normalised(&data.norm, shape, &sums, &data.affine()).stats;
     let stats: Vec<f32> = stats.iter().map(|stat| stat.value as f32).collect();
-    let (weight, dy, ds) = (&data.weight, &data.dy, data.ds.as_deref());
     let expected = oracle::dropout_add_norm_backward(
         &call.dropout,
         &data.norm,
-        call.shape,
-        &s,
-        weight,
+        shape,
+        &sums,
+        &data.weight,
         &stats,
-        dy,
-        ds,
+        &data.dy,
+        data.ds.as_deref(),
     );
-    let saved = match data.keeps_s {
-        true => Saved::Sum(&s[..]),
-        false => Saved::Inputs(Inputs {
-            x: &data.x[..],
-            bias: data.bias.as_deref(),
-            residual: &data.residual,
-        }),
+    let there = |tensor: &[T]| lab.tensor(tensor, call.offset);
+    let (x, residual, s) = (there(&data.x), there(&data.residual), there(&sums));
+    let (weight, dy, stats) = (there(&data.weight), there(&data.dy), lab.tensor(&stats, 0));
+    let bias = data.bias.as_ref().map(|bias| lab.tensor(bias, call.offset / 2));
+    let ds = data.ds.as_deref().map(there);
+    let before = values::<f32>(shape.cols, 7, false);
+    let run = |add: bool| {
+        let (mut dresidual, mut dx) = (there(&data.dy), there(&data.dy));
+        let mut sums = data.grads.map(|_| lab.tensor(&before, 0));
+        let [dbias, dweight, dnorm_bias] = &mut sums;
+        let gradient = |wanted: bool, tensor| match (wanted, add) {
+            (false, _) => None,
+            (true, false) => Some(Gradient::Write(tensor)),
+            (true, true) => Some(Gradient::Add(tensor)),
+        };
+        let pass = Backward {
+            shape,
+            norm: data.norm,
+            saved: match data.keeps_s {
+                true => Saved::Sum(&s),
+                false => Saved::Inputs { x: &x, bias: given(&bias), residual: &residual },
+            },
+            weight: &weight,
+            stats: &stats,
+            dy: &dy,
+            ds: given(&ds),
+            dresidual: &mut dresidual,
+            dx: &mut dx,
+            dbias: gradient(data.grads[0], dbias),
+            dweight: gradient(data.grads[1], dweight),
+            dnorm_bias: gradient(data.grads[2], dnorm_bias),
+        };
+        lab.run(call, pass)?;
+        let sums = sums.each_ref().map(|sum| lab.contents(sum));
+        let [dbias, dweight, dnorm_bias] = sums;
+        Ok::<_, String>((
+            [lab.contents(&dresidual)?, lab.contents(&dx)?],
+            [dbias?, dweight?, dnorm_bias?],
+        ))
     };
-    let mut sums = data.grads.map(|_| Guarded::new(&vec![9.0f32; call.shape.cols], 0));
-    let [dbias, dweight, dnorm_bias] = &mut sums;
-    let grads = ParamGrads {
-        dbias: data.grads[0].then(|| dbias.tensor()),
-        dweight: data.grads[1].then(|| dweight.tensor()),
-        dnorm_bias: data.grads[2].then(|| dnorm_bias.tensor()),
-    };
-    let mut dx = Guarded::new(dy, call.offset);
-    let dresidual = output(dy, call, |dresidual| {
-        let (norm, dx) = (&data.norm, dx.tensor());
-        backend.dropout_add_norm_backward(
-            call, norm, &saved, weight, &stats, dy, ds, dresidual, dx, grads,
-        )
-    })?;
+    let ([dresidual, dx], sums) = run(false)?;
     close("dresidual", &dresidual, &expected.dresidual)?;
-    close("dx", &dx.finish()?, &expected.dx)?;
-    let [dbias, dweight, dnorm_bias] = sums;
-    for (what, given, expected, wanted) in [
-        ("dbias", dbias, &expected.dbias, data.grads[0]),
-        ("dweight", dweight, &expected.dweight, data.grads[1]),
-    ] {
-        let given = given.finish()?;
-        if wanted {
-            close(what, &given, expected)?;
-        }
+    close("dx", &dx, &expected.dx)?;
+    let [dbias, dweight, dnorm_bias] = &sums;
+    if data.grads[0] {
+        close("dbias", dbias, &expected.dbias)?;
     }
-    let given = dnorm_bias.finish()?;
-    if data.grads[2] { same("dnorm_bias", &given, &expected.dnorm_bias) } else { Ok(()) }
+    if data.grads[1] {
+        close("dweight", dweight, &expected.dweight)?;
+    }
+    if data.grads[2] {
+        same("dnorm_bias", dnorm_bias, &expected.dnorm_bias)?;
+    }
+    let ([again, _], more) = run(true)?;
+    same("dresidual where gradients are added, against dresidual", &again, &dresidual)?;
+    for (i, (more, sum)) in more.iter().zip(&sums).enumerate() {
+        let expected = if data.grads[i] { &added(&before, sum) } else { &before };
+        same("a parameter's gradient, added", more, expected)?;
+    }
+    Ok(())
 }

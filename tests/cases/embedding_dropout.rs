@@ -1,350 +1,19 @@
-//! `embedding_dropout`: its calls on each backend, and its checks.
+//! `embedding_dropout`: the checks of a row of the table.
 
 use super::*;
 use crate::oracle;
-use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookups, NormGradients, Tables};
-use fused_dropout::{Affine, Norm};
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use fused_dropout::{
-    device::{self, Writable, embedding_dropout as op},
-    ops::embedding_dropout::{Lookup, check_report, workspace_len},
+use fused_dropout::Norm;
+use fused_dropout::ops::embedding_dropout::{
+    Backward, BackwardNorm, Forward, ForwardNorm, Gradients, Ids, Lookup, Lookups, Tables,
+    check_report,
 };
 
-/// y = D(token + position + segment).
-pub trait EmbeddingDropoutCalls {
-    fn embedding_dropout<T: Dtype>(
-        &self,
-        call: &Call,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error>;
-    fn embedding_dropout_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        lookups: &Lookups<&[u32]>,
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn embedding_norm<T: Dtype>(
-        &self,
-        call: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        affine: &Affine<&[T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn embedding_norm_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-        norm_gradients: NormGradients<&mut [f32]>,
-    ) -> Result<(), Error>;
-}
-
-impl EmbeddingDropoutCalls for Cpu {
-    fn embedding_dropout<T: Dtype>(
-        &self,
-        c: &Call,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::embedding_dropout::forward;
-        forward(self, &c.dropout, c.shape, lookups, tables, y)
-    }
-    fn embedding_dropout_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        lookups: &Lookups<&[u32]>,
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::embedding_dropout::backward;
-        backward(self, &c.dropout, c.shape, lookups, dy, gradients)
-    }
-    fn embedding_norm<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        affine: &Affine<&[T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::embedding_dropout::forward_norm;
-        forward_norm(self, &c.dropout, norm, c.shape, lookups, tables, affine, y, stats)
-    }
-    fn embedding_norm_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-        norm_gradients: NormGradients<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::embedding_dropout::backward_norm;
-        let (d, shape) = (&c.dropout, c.shape);
-        backward_norm(
-            self,
-            d,
-            norm,
-            shape,
-            lookups,
-            tables,
-            weight,
-            stats,
-            dy,
-            gradients,
-            norm_gradients,
-        )
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> EmbeddingDropoutCalls for Kernels<L> {
-    fn embedding_dropout<T: Dtype>(
-        &self,
-        c: &Call,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        y: &mut [T],
-    ) -> Result<(), Error> {
-        let mut report = [u32::MAX];
-        self.call(c, &mut |call, d| {
-            with_lookups(&self.0, lookups, &mut |lookups| {
-                with_tables(&self.0, tables, c.offset, &mut |tables| {
-                    self.0.with(y, c.offset, &mut |y| {
-                        self.0.with(&mut report, 0, &mut |report| {
-                            op::forward(call, d, c.shape, lookups, tables, y, report)
-                        })
-                    })
-                })
-            })
-        })?;
-        check_report(report[0])
-    }
-    fn embedding_dropout_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        lookups: &Lookups<&[u32]>,
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-    ) -> Result<(), Error> {
-        let mut gradients = gradients;
-        self.call(c, &mut |call, d| {
-            with_lookups(&self.0, lookups, &mut |lookups| {
-                self.0.reading(dy, c.offset, &mut |dy| {
-                    with_gradients(&self.0, &mut gradients, c.offset, &mut |gradients| {
-                        op::backward(call, d, c.shape, lookups, dy, gradients)
-                    })
-                })
-            })
-        })
-    }
-    fn embedding_norm<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        affine: &Affine<&[T]>,
-        y: &mut [T],
-        stats: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        let (mut report, mut stats) = ([u32::MAX], stats);
-        let forward = &mut |call: &device::Call<'_, L::D>, d: &Dropout| {
-            with_lookups(&self.0, lookups, &mut |lookups| {
-                with_tables(&self.0, tables, c.offset, &mut |tables| {
-                    self.0.reading(affine.weight, c.offset, &mut |weight| {
-                        self.0.optional(affine.bias, c.offset, &mut |bias| {
-                            self.0.with(y, c.offset, &mut |y| {
-                                self.0.optional_out(stats.as_deref_mut(), &mut |mut stats| {
-                                    self.0.with(&mut report, 0, &mut |report| {
-                                        let (affine, stats) =
-                                            (Affine { weight, bias }, again(&mut stats));
-                                        op::forward_norm(
-                                            call, d, norm, c.shape, lookups, tables, &affine, y,
-                                            stats, report,
-                                        )
-                                    })
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        };
-        self.call(c, forward)?;
-        check_report(report[0])
-    }
-    fn embedding_norm_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        norm: &Norm,
-        lookups: &Lookups<&[u32]>,
-        tables: &Tables<&[T]>,
-        weight: &[T],
-        stats: &[f32],
-        dy: &[T],
-        gradients: Gradients<&mut [f32]>,
-        norm_gradients: NormGradients<&mut [f32]>,
-    ) -> Result<(), Error> {
-        let (mut gradients, mut norm_gradients) = (gradients, norm_gradients);
-        // What lies in a workspace before a call must not matter.
-        let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
-        let backward = &mut |call: &device::Call<'_, L::D>, d: &Dropout| {
-            with_lookups(&self.0, lookups, &mut |lookups| {
-                with_tables(&self.0, tables, c.offset, &mut |tables| {
-                    self.0.reading(weight, c.offset, &mut |weight| {
-                        self.0.reading(stats, 0, &mut |stats| {
-                            self.0.reading(dy, c.offset, &mut |dy| {
-                                self.0.with(&mut workspace, 0, &mut |workspace| {
-                                    let all = (&mut gradients, &mut norm_gradients);
-                                    with_all_gradients(&self.0, all, c.offset, &mut |g, n| {
-                                        op::backward_norm(
-                                            call, d, norm, c.shape, lookups, tables, weight, stats,
-                                            dy, g, n, workspace,
-                                        )
-                                    })
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        };
-        self.call(c, backward)
-    }
-}
-
-/// [`with_gradients`], and those of the norm.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn with_all_gradients<L: Lab>(
-    lab: &L,
-    (tables, norm): (&mut Gradients<&mut [f32]>, &mut NormGradients<&mut [f32]>),
-    offset: usize,
-    work: &mut dyn FnMut(
-        op::DeviceGradients<'_, L::D>,
-        NormGradients<&mut dyn Writable<f32, L::D>>,
-    ) -> Result<(), Error>,
-) -> Result<(), Error> {
-    lab.optional_out_at(norm.weight.as_deref_mut(), offset, &mut |mut weight| {
-        lab.optional_out_at(norm.bias.as_deref_mut(), offset, &mut |mut bias| {
-            with_gradients(lab, tables, offset, &mut |tables| {
-                let (weight, bias) = (again(&mut weight), again(&mut bias));
-                work(tables, NormGradients { weight, bias })
-            })
-        })
-    })
-}
-
-/// Runs `work` on lookups whose ids are in the memory of the laboratory's device.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn with_lookups<L: Lab>(
-    lab: &L,
-    lookups: &Lookups<&[u32]>,
-    work: &mut dyn FnMut(&op::DeviceLookups<'_, L::D>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let given = |lookup: Option<Lookup<&'_ [u32]>>| match lookup.map(|lookup| lookup.ids) {
-        Some(Ids::Given(ids)) => ids.to_vec(),
-        _ => Vec::new(),
-    };
-    let Lookups { token, position, segment } = *lookups;
-    lab.reading(&given(Some(token)), 1, &mut |tokens| {
-        lab.reading(&given(position), 0, &mut |positions| {
-            lab.reading(&given(segment), 3, &mut |segments| {
-                let mut lookups = Lookups::tokens(token.entries, tokens);
-                if let Some(Lookup { entries, ids }) = position {
-                    lookups = lookups.positions(
-                        entries,
-                        match ids {
-                            Ids::Given(_) => Ids::Given(positions),
-                            Ids::Sequence(length) => Ids::Sequence(length),
-                        },
-                    );
-                }
-                if let Some(segment) = segment {
-                    lookups = lookups.segments(segment.entries, segments);
-                }
-                work(&lookups)
-            })
-        })
-    })
-}
-
-/// Runs `work` on tables in the memory of the laboratory's device.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn with_tables<T: Dtype, L: Lab>(
-    lab: &L,
-    tables: &Tables<&[T]>,
-    offset: usize,
-    work: &mut dyn FnMut(&op::DeviceTables<'_, T, L::D>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    lab.reading(tables.token, offset, &mut |token| {
-        lab.optional(tables.position, offset, &mut |position| {
-            lab.optional(tables.segment, offset, &mut |segment| {
-                work(&Tables { token, position, segment })
-            })
-        })
-    })
-}
-
-/// An optional tensor for one more call.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn again<'a, D: device::Device>(
-    tensor: &'a mut Option<&mut dyn Writable<f32, D>>,
-) -> Option<&'a mut dyn Writable<f32, D>> {
-    match tensor {
-        Some(tensor) => Some(&mut **tensor),
-        None => None,
-    }
-}
-
-/// Runs `work` on gradients in the memory of the laboratory's device, and brings them back.
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-fn with_gradients<L: Lab>(
-    lab: &L,
-    gradients: &mut Gradients<&mut [f32]>,
-    offset: usize,
-    work: &mut dyn FnMut(op::DeviceGradients<'_, L::D>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let Gradients { token, position, segment } = gradients;
-    lab.optional_out_at(token.as_deref_mut(), offset, &mut |mut token| {
-        lab.optional_out_at(position.as_deref_mut(), offset, &mut |mut position| {
-            lab.optional_out_at(segment.as_deref_mut(), offset, &mut |mut segment| {
-                work(Gradients {
-                    token: again(&mut token),
-                    position: again(&mut position),
-                    segment: again(&mut segment),
-                })
-            })
-        })
-    })
-}
-
-/// Runs the checks of one row of the table.
-pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
-    tally.count::<T, B>(backend, "embedding_dropout", call, forward::<T, B>(backend, call));
-    let gradients = gradients::<T, B>(backend, call);
-    tally.count::<T, B>(backend, "embedding_dropout gradients", call, gradients);
-    let norm = norm::<T, B>(backend, call);
-    tally.count::<T, B>(backend, "embedding_dropout with norm", call, norm);
-    let norm_gradients = norm_gradients::<T, B>(backend, call);
-    tally.count::<T, B>(backend, "embedding_dropout with norm, gradients", call, norm_gradients);
+pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(lab, "embedding_dropout", call, forward::<T, L>(lab, call));
+    tally.count::<T, L>(lab, "embedding_dropout gradients", call, gradients::<T, L>(lab, call));
+    tally.count::<T, L>(lab, "embedding_dropout with norm", call, norm::<T, L>(lab, call));
+    let result = norm_gradients::<T, L>(lab, call);
+    tally.count::<T, L>(lab, "embedding_dropout with norm, gradients", call, result);
 }
 
 /// The case's rows as tokens: which tables there are, of how many entries, and what each row takes.
@@ -393,56 +62,93 @@ impl Rows {
         }
         lookups
     }
-
-    /// Elements of each table.
-    fn elements(&self, cols: usize) -> Tables<usize> {
-        Tables {
-            token: self.tokens.0 * cols,
-            position: self.positions.as_ref().map(|(entries, _)| entries * cols),
-            segment: self.segments.as_ref().map(|(entries, _)| entries * cols),
-        }
-    }
 }
 
-/// The tables of a case, unaligned with its offset.
-struct Shifted<T>([Option<Guarded<T>>; 3]);
+/// The tables of a case.
+struct Data<T>([Option<Vec<T>>; 3]);
 
-impl<T: Dtype> Shifted<T> {
-    fn new(rows: &Rows, call: &Call, specials: bool) -> Self {
-        let Tables { token, position, segment } = rows.elements(call.shape.cols);
+impl<T: Dtype> Data<T> {
+    fn new(lookups: &Lookups<&[u32]>, cols: usize, specials: bool) -> Self {
         let mut salt = 10;
-        Self([Some(token), position, segment].map(|len| {
+        Self([Some(lookups.token), lookups.position, lookups.segment].map(|lookup| {
             salt += 1;
-            let table = |len| match specials {
+            let len = lookup?.entries * cols;
+            Some(match specials {
                 true => values::<T>(len, salt, true),
-                false => some_special::<T>(len, call.shape.cols, salt),
-            };
-            len.map(|len| Guarded::new(&table(len), call.offset))
+                false => some_special::<T>(len, cols, salt),
+            })
         }))
     }
 
-    fn tables(&mut self) -> Tables<&[T]> {
-        let [token, position, segment] =
-            self.0.each_mut().map(|table| table.as_mut().map(|table| &*table.tensor()));
+    fn tables(&self) -> Tables<&[T]> {
+        let [token, position, segment] = self.0.each_ref().map(|table| table.as_deref());
         Tables { token: token.expect("there are always tokens"), position, segment }
     }
 }
 
-fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+/// Ids and tables on a backend.
+struct There<L: Lab, T: Dtype> {
+    ids: [Option<L::Tensor<u32>>; 3],
+    tables: [Option<L::Tensor<T>>; 3],
+}
+
+impl<L: Lab, T: Dtype> There<L, T> {
+    fn new(lab: &L, call: &Call, lookups: &Lookups<&[u32]>, data: &Data<T>) -> Self {
+        let ids = [Some(lookups.token), lookups.position, lookups.segment].map(|lookup| {
+            match lookup?.ids {
+                Ids::Given(ids) => Some(lab.tensor(ids, call.offset)),
+                Ids::Sequence(_) => None,
+            }
+        });
+        let table = |table: &Vec<T>| lab.tensor(table, call.offset);
+        Self { ids, tables: data.0.each_ref().map(|data| data.as_ref().map(table)) }
+    }
+
+    fn lookups(&self, of: &Lookups<&[u32]>) -> Lookups<In<'_, u32, L::B>> {
+        let lookup = |i: usize, lookup: Lookup<&[u32]>| Lookup {
+            entries: lookup.entries,
+            ids: match (lookup.ids, &self.ids[i]) {
+                (Ids::Sequence(length), _) => Ids::Sequence(length),
+                (Ids::Given(_), ids) => Ids::Given(ids.as_ref().expect("ids that are given") as _),
+            },
+        };
+        Lookups {
+            token: lookup(0, of.token),
+            position: of.position.map(|position| lookup(1, position)),
+            segment: of.segment.map(|segment| lookup(2, segment)),
+        }
+    }
+
+    fn tables(&self) -> Tables<In<'_, T, L::B>> {
+        let [token, position, segment] = self.tables.each_ref().map(given);
+        Tables { token: token.expect("there are always tokens"), position, segment }
+    }
+}
+
+fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     let rows = Rows::new(call);
-    let mut shifted = Shifted::<T>::new(&rows, call, true);
-    let (lookups, tables) = (rows.lookups(), shifted.tables());
-    let expected = oracle::embedding_dropout(&call.dropout, call.shape, &lookups, &tables);
-    let y = output(&vec![T::from_f32(5.0); expected.len()], call, |y| {
-        backend.embedding_dropout(call, &lookups, &tables, y)
-    })?;
-    same("y", &y, &expected)
+    let lookups = rows.lookups();
+    let data = Data::<T>::new(&lookups, call.shape.cols, true);
+    let expected = oracle::embedding_dropout(&call.dropout, call.shape, &lookups, &data.tables());
+    let there = There::new(lab, call, &lookups, &data);
+    let mut y = lab.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
+    let mut report = lab.tensor(&[u32::MAX], 0);
+    let pass = Forward {
+        shape: call.shape,
+        lookups: there.lookups(&lookups),
+        tables: there.tables(),
+        y: &mut y,
+        report: Some(&mut report),
+    };
+    lab.run(call, pass)?;
+    check_report(lab.contents(&report)?[0]).map_err(|error| error.to_string())?;
+    same("y", &lab.contents(&y)?, &expected)
 }
 
 /// The case's norm; its weight and, for some, its bias.
 struct Normed<T> {
     norm: Norm,
-    weight: Guarded<T>,
+    weight: Vec<T>,
     bias: Option<Vec<T>>,
 }
 
@@ -457,116 +163,157 @@ impl<T: Dtype> Normed<T> {
             _ => values::<T>(cols, salt, false),
         };
         let bias = rows.is_multiple_of(2).then(|| parameter(17));
-        Self { norm, weight: Guarded::new(&parameter(16), call.offset), bias }
+        Self { norm, weight: parameter(16), bias }
     }
 }
 
-fn norm<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
-    let rows = Rows::new(call);
-    let mut shifted = Shifted::<T>::new(&rows, call, false);
-    let (lookups, tables) = (rows.lookups(), shifted.tables());
-    let Normed { norm, mut weight, bias } = Normed::new(call);
-    let affine = Affine { weight: &*weight.tensor(), bias: bias.as_deref() };
+fn norm<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let (rows, shape) = (Rows::new(call), call.shape);
+    let lookups = rows.lookups();
+    let data = Data::<T>::new(&lookups, shape.cols, false);
+    let Normed { norm, weight, bias } = Normed::new(call);
+    let affine = oracle::Affine { weight: &weight, bias: bias.as_deref() };
+    let tables = data.tables();
     let (expected, expected_stats) =
-        oracle::embedding_norm(&call.dropout, &norm, call.shape, &lookups, &tables, &affine);
-    let mut stats = Guarded::new(&vec![9.0f32; 2 * call.shape.rows], 0);
-    let before = vec![T::from_f32(5.0); expected.len()];
-    let y = output(&before, call, |y| {
-        let stats = Some(stats.tensor());
-        backend.embedding_norm(call, &norm, &lookups, &tables, &affine, y, stats)
-    })?;
+        oracle::embedding_norm(&call.dropout, &norm, shape, &lookups, &tables, &affine);
+    let there = There::new(lab, call, &lookups, &data);
+    let weight = lab.tensor(&weight, call.offset);
+    let bias = bias.map(|bias| lab.tensor(&bias, call.offset));
+    let run = |with_stats: bool| {
+        let mut y = lab.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
+        let mut stats = lab.tensor(&vec![9.0f32; 2 * shape.rows], 0);
+        let mut report = lab.tensor(&[u32::MAX], 0);
+        let pass = ForwardNorm {
+            shape,
+            norm,
+            lookups: there.lookups(&lookups),
+            tables: there.tables(),
+            weight: &weight,
+            norm_bias: given(&bias),
+            y: &mut y,
+            stats: with_stats.then_some(&mut stats as _),
+            // One of the two calls does without.
+            report: with_stats.then_some(&mut report as _),
+        };
+        lab.run(call, pass)?;
+        check_report(lab.contents(&report)?[0]).map_err(|error| error.to_string())?;
+        Ok::<_, String>((lab.contents(&y)?, lab.contents(&stats)?))
+    };
+    let (y, stats) = run(true)?;
     close("y", &y, &expected)?;
-    close("stats", &stats.finish()?, &expected_stats)?;
-    let again = output(&before, call, |y| {
-        backend.embedding_norm(call, &norm, &lookups, &tables, &affine, y, None)
-    })?;
+    close("stats", &stats, &expected_stats)?;
+    let (again, _) = run(false)?;
     same("y without stats, against y", &again, &y)
 }
 
-fn norm_gradients<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
-    let rows = Rows::new(call);
-    let mut shifted = Shifted::<T>::new(&rows, call, false);
-    let (lookups, tables) = (rows.lookups(), shifted.tables());
-    let Normed { norm, mut weight, .. } = Normed::new(call);
-    let weight = &*weight.tensor();
-    let dy = some_special::<T>(elements(call), call.shape.cols, 14);
-    let affine = Affine { weight, bias: None };
-    let (d, shape) = (&call.dropout, call.shape);
+/// A gradient that is asked for, on top of what is there.
+fn add<'a, L: Lab>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
+    gradient.as_mut().map(|gradient| Gradient::Add(gradient as _))
+}
+
+/// The same, in place of what is there.
+fn write<'a, L: Lab>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
+    gradient.as_mut().map(|gradient| Gradient::Write(gradient as _))
+}
+
+fn norm_gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
+    let lookups = rows.lookups();
+    let data = Data::<T>::new(&lookups, shape.cols, false);
+    let Normed { norm, weight, .. } = Normed::new(call);
+    let dy = some_special::<T>(elements(call), shape.cols, 14);
+    let affine = oracle::Affine { weight: &weight, bias: None };
+    let tables = data.tables();
     let (_, stats) = oracle::embedding_norm(d, &norm, shape, &lookups, &tables, &affine);
     let stats: Vec<f32> = stats.iter().map(|stats| stats.value as f32).collect();
     let before = |len| values::<f32>(len, 15, false);
-    let expected = oracle::embedding_norm_backward(
-        d, &norm, shape, &lookups, &tables, weight, &stats, &dy, before,
-    );
-    let held = |len| Guarded::new(&before(len), call.offset);
-    let mut gradients =
-        expected.tables.each_ref().map(|table| table.as_ref().map(|table| held(table.len())));
+    let there = There::new(lab, call, &lookups, &data);
+    let (weight_there, stats_there) = (lab.tensor(&weight, call.offset), lab.tensor(&stats, 0));
+    let dy_there = lab.tensor(&dy, call.offset);
     let with_norm = shape.rows % 4 != 3;
-    let mut of_norm = [with_norm.then(|| held(shape.cols)), with_norm.then(|| held(shape.cols))];
-    let [token, position, segment] = gradients.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
-    let [weight_gradient, bias] = of_norm.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
-    backend
-        .embedding_norm_backward(
-            call,
+    // Added to what is there, and written.
+    for adds in [true, false] {
+        let expected = oracle::embedding_norm_backward(
+            d,
             &norm,
+            shape,
             &lookups,
             &tables,
-            weight,
+            &weight,
             &stats,
             &dy,
-            Gradients { token, position, segment },
-            NormGradients { weight: weight_gradient, bias },
-        )
-        .map_err(|error| error.to_string())?;
-    for (gradient, expected) in gradients.into_iter().zip(&expected.tables) {
-        let (Some(gradient), Some(expected)) = (gradient, expected) else { continue };
-        close("a table's gradient", &gradient.finish()?, expected)?;
-    }
-    let [weight, bias] = of_norm;
-    if let (Some(weight), Some(bias)) = (weight, bias) {
-        close("the weight's gradient", &weight.finish()?, &expected.weight)?;
-        same("the bias's gradient", &bias.finish()?, &expected.bias)?;
+            |len| if adds { before(len) } else { vec![0.0; len] },
+        );
+        let held = |len| lab.tensor(&before(len), call.offset);
+        let mut gradients =
+            expected.tables.each_ref().map(|table| table.as_ref().map(|table| held(table.len())));
+        let mut of_norm =
+            [with_norm.then(|| held(shape.cols)), with_norm.then(|| held(shape.cols))];
+        let gradient = if adds { add::<L> } else { write::<L> };
+        let [token, position, segment] = gradients.each_mut().map(gradient);
+        let [dweight, dnorm_bias] = of_norm.each_mut().map(gradient);
+        let pass = BackwardNorm {
+            shape,
+            norm,
+            lookups: there.lookups(&lookups),
+            tables: there.tables(),
+            weight: &weight_there,
+            stats: &stats_there,
+            dy: &dy_there,
+            gradients: Gradients { token, position, segment },
+            dweight,
+            dnorm_bias,
+        };
+        lab.run(call, pass)?;
+        for (gradient, expected) in gradients.iter().zip(&expected.tables) {
+            let (Some(gradient), Some(expected)) = (gradient, expected) else { continue };
+            close("a table's gradient", &lab.contents(gradient)?, expected)?;
+        }
+        if let [Some(dweight), Some(dnorm_bias)] = &of_norm {
+            close("dweight", &lab.contents(dweight)?, &expected.weight)?;
+            same("dnorm_bias", &lab.contents(dnorm_bias)?, &expected.bias)?;
+        }
     }
     Ok(())
 }
 
-fn gradients<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
-    let rows = Rows::new(call);
+fn gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+    let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
     let lookups = rows.lookups();
+    let data = Data::<T>([None, None, None]);
+    let there = There::new(lab, call, &lookups, &data);
     let dy = values::<T>(elements(call), 14, true);
-    let mut shifted_dy = Guarded::new(&dy, call.offset);
-    // What is there before is added to.
+    let dy_there = lab.tensor(&dy, call.offset);
     let parts = [
         ("token gradient", Some(lookups.token)),
         ("position gradient", lookups.position),
         ("segment gradient", lookups.segment),
     ];
-    let parts = parts.map(|(what, lookup)| {
-        lookup.map(|lookup| {
-            let before = values::<f32>(lookup.entries * call.shape.cols, 15, true);
-            let (d, shape) = (&call.dropout, call.shape);
-            let after = oracle::embedding_gradient(d, shape, &lookup, &dy, &before);
-            (what, before, after)
-        })
-    });
-    // All three, and one alone.
-    for only in [None, Some(call.shape.rows % 3)] {
-        let mut i = 0;
-        let mut held = parts.each_ref().map(|part| {
-            let wanted = only.is_none_or(|only| only == i);
-            i += 1;
-            part.as_ref()
-                .filter(|_| wanted)
-                .map(|(.., before, _)| Guarded::new(before, call.offset))
-        });
-        let [token, position, segment] = held.each_mut().map(|g| g.as_mut().map(Guarded::tensor));
-        let gradients = Gradients { token, position, segment };
-        backend
-            .embedding_dropout_backward(call, &lookups, shifted_dy.tensor(), gradients)
-            .map_err(|error| error.to_string())?;
-        for (part, gradient) in parts.iter().zip(held) {
-            let (Some((what, _, after)), Some(gradient)) = (part, gradient) else { continue };
-            same(what, &gradient.finish()?, after)?;
+    // All three added to what is there, one of them alone, and all three written.
+    for (only, adds) in [(None, true), (Some(shape.rows % 3), true), (None, false)] {
+        let wanted = |i: usize| only.is_none_or(|only| only == i);
+        let before = |i: usize| {
+            let lookup = parts[i].1.filter(|_| wanted(i))?;
+            Some(values::<f32>(lookup.entries * shape.cols, 15, true))
+        };
+        let before: [Option<Vec<f32>>; 3] = std::array::from_fn(before);
+        let mut held =
+            before.each_ref().map(|before| before.as_ref().map(|b| lab.tensor(b, call.offset)));
+        let gradient = if adds { add::<L> } else { write::<L> };
+        let [token, position, segment] = held.each_mut().map(gradient);
+        let pass = Backward {
+            shape,
+            lookups: there.lookups(&lookups),
+            dy: &dy_there,
+            gradients: Gradients { token, position, segment },
+        };
+        lab.run(call, pass)?;
+        for ((what, lookup), (before, held)) in parts.iter().zip(before.iter().zip(&held)) {
+            let (Some(lookup), Some(before), Some(held)) = (lookup, before, held) else { continue };
+            let zeros = vec![0.0; before.len()];
+            let before = if adds { before } else { &zeros };
+            let after = oracle::embedding_gradient(d, shape, lookup, &dy, before);
+            same(what, &lab.contents(held)?, &after)?;
         }
     }
     Ok(())

@@ -1,122 +1,138 @@
-//! The kernels as a backend: how tensors get to a device and back. The calls are written once, for every
-//! device.
+//! A backend to test, and the way of a host tensor to it and back. The calls themselves are the crate's.
 
 use super::Call;
-use fused_dropout::device::{self, Device, Readable, Writable};
-use fused_dropout::ops::sum_rows::workspace_len;
-use fused_dropout::{Dropout, Error, RowMap};
+use fused_dropout::cpu::Cpu;
+use fused_dropout::{Backend, Dropout, Error, Memory, Pass, Place, Readable, RowMap, Writable};
 
-/// A device to test, and the way of a host tensor to it. `Tensor` starts `offset` elements into
-/// its allocation, whose other elements are canaries.
-pub trait Lab: Sized {
-    type D: Device;
+/// A backend to test.
+pub trait Lab {
+    type B: Backend + 'static;
+    /// A tensor within a larger allocation, whose other elements must stay as they are.
+    type Tensor<T: bytemuck::Pod>: Writable<T, Self::B>;
+
     fn name(&self) -> String;
-    fn device(&self) -> &Self::D;
-    /// Runs `work` on `host` as a tensor of the device, and brings it back into `host`.
-    fn with<T: bytemuck::Pod>(
-        &self,
-        host: &mut [T],
-        offset: usize,
-        work: &mut dyn FnMut(&mut dyn Writable<T, Self::D>) -> Result<(), Error>,
-    ) -> Result<(), Error>;
-    /// Runs `work` on a copy of `host` that is only read.
-    fn reading<T: bytemuck::Pod>(
-        &self,
-        host: &[T],
-        offset: usize,
-        work: &mut dyn FnMut(&dyn Readable<T, Self::D>) -> Result<(), Error>,
-    ) -> Result<(), Error>;
-    /// The same with a tensor that need not be there.
-    fn optional<T: bytemuck::Pod>(
-        &self,
-        host: Option<&[T]>,
-        offset: usize,
-        work: &mut dyn FnMut(Option<&dyn Readable<T, Self::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        match host {
-            Some(host) => self.reading(host, offset, &mut |tensor| work(Some(tensor))),
-            None => work(None),
-        }
-    }
-    fn optional_out<T: bytemuck::Pod>(
-        &self,
-        host: Option<&mut [T]>,
-        work: &mut dyn FnMut(Option<&mut dyn Writable<T, Self::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        self.optional_out_at(host, 0, work)
-    }
-    fn optional_out_at<T: bytemuck::Pod>(
-        &self,
-        host: Option<&mut [T]>,
-        offset: usize,
-        work: &mut dyn FnMut(Option<&mut dyn Writable<T, Self::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        match host {
-            Some(host) => self.with(host, offset, &mut |tensor| work(Some(tensor))),
-            None => work(None),
-        }
-    }
-}
+    fn backend(&self) -> &Self::B;
+    /// A tensor that holds `content`, `offset` elements behind an aligned address.
+    fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Self::Tensor<T>;
+    /// What the tensor holds, or what was written beside it.
+    fn contents<T: bytemuck::Pod>(&self, tensor: &Self::Tensor<T>) -> Result<Vec<T>, String>;
 
-/// A laboratory as a backend.
-pub struct Kernels<L>(pub L);
-
-impl<L: Lab> Kernels<L> {
-    /// Runs `work` with the bias gradient that `dbias` asks for.
-    pub fn with_bias_grad(
-        &self,
-        c: &Call,
-        dbias: Option<&mut [f32]>,
-        work: &mut dyn FnMut(Option<device::BiasGrad<'_, L::D>>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        // What lies in a workspace before a call must not matter.
-        let mut workspace = vec![f32::NAN; workspace_len(c.shape)];
-        self.0.optional_out(dbias, &mut |dbias| {
-            let Some(dbias) = dbias else {
-                return work(None);
-            };
-            self.0.with(&mut workspace, 0, &mut |workspace| {
-                work(Some(device::BiasGrad { dbias: &mut *dbias, workspace }))
-            })
-        })
+    /// Runs a pass with the call's dropout: with an explicit row list and, for odd offsets, the stream number in the
+    /// backend's memory.
+    fn run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), String> {
+        self.try_run(call, pass).map_err(|error| error.to_string())
     }
 
-    /// Runs `work` with the call's key: an explicit row list and, for odd offsets, the stream
-    /// number in device memory.
-    pub fn call(
-        &self,
-        c: &Call,
-        work: &mut dyn FnMut(&device::Call<'_, L::D>, &Dropout<'_>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let list = match c.dropout.place.rows {
-            RowMap::Explicit(list) => Some(list),
+    fn try_run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), Error> {
+        let given = &call.dropout;
+        let number = self.tensor(&[given.key.stream], 0);
+        let list = match given.place.rows {
+            RowMap::Explicit(list) => Some(self.tensor(list, 0)),
             _ => None,
         };
-        let mut dropout = c.dropout;
-        if list.is_some() {
-            dropout.place.rows = RowMap::WHOLE;
-        }
-        let number = [dropout.key.stream];
-        let number = (c.offset % 2 == 1).then_some(&number[..]);
-        if number.is_some() {
-            dropout.key.stream = 999; // must not be looked at
-        }
-        self.0.optional(list, 0, &mut |list| {
-            self.0.optional(number, 0, &mut |number| {
-                let mut call = device::Call::on(self.0.device());
-                if let Some(list) = list {
-                    call = call.row_list(list);
-                }
-                if let Some(number) = number {
-                    call = call.stream_number(number);
-                }
-                work(&call, &dropout)
-            })
-        })
+        let resident = call.offset % 2 == 1;
+        let dropout = match resident {
+            true => Dropout::<Self::B>::resident(given.key.seed, &number, given.p),
+            false => Dropout::new(given.key, given.p).into(),
+        };
+        let dropout = dropout.mode(given.mode).scaling(given.scaling).groups(given.groups);
+        let dropout = match &list {
+            Some(list) => dropout.at(Place { rows: RowMap::WHOLE, ..given.place }).row_list(list),
+            None => dropout.at(given.place),
+        };
+        self.backend().run(&dropout, pass)
     }
 }
 
-/// The emulator: host tensors as they are; it copies them between guard zones itself.
+/// A tensor on the host between canaries.
+pub struct Guarded<T: 'static> {
+    before: &'static mut [T],
+    tensor: &'static mut [T],
+    behind: &'static mut [T],
+    all: *mut [T],
+}
+
+/// Elements on each side.
+const GUARD: usize = 16;
+const CANARY: u8 = 0xa5;
+
+impl<T: bytemuck::Pod> Guarded<T> {
+    pub fn new(content: &[T], offset: usize) -> Self {
+        let canary: T = bytemuck::pod_read_unaligned(&vec![CANARY; size_of::<T>()]);
+        let mut all = vec![canary; GUARD + offset];
+        all.extend_from_slice(content);
+        all.extend(std::iter::repeat_n(canary, GUARD));
+        let all = Box::into_raw(all.into_boxed_slice());
+        // SAFETY: the allocation is this value's alone until it is dropped, and the three parts do not overlap.
+        let (before, rest) = unsafe { &mut *all }.split_at_mut(GUARD + offset);
+        let (tensor, behind) = rest.split_at_mut(content.len());
+        Self { before, tensor, behind, all }
+    }
+
+    pub fn contents(&self) -> Result<Vec<T>, String> {
+        let intact =
+            |guard: &[T]| bytemuck::cast_slice(guard).iter().all(|&byte: &u8| byte == CANARY);
+        match intact(self.before) && intact(self.behind) {
+            true => Ok(self.tensor.to_vec()),
+            false => Err("wrote beside the tensor".to_owned()),
+        }
+    }
+}
+
+impl<T> Drop for Guarded<T> {
+    fn drop(&mut self) {
+        // SAFETY: `new` made it of a box, and its parts are not used any more.
+        drop(unsafe { Box::from_raw(self.all) });
+    }
+}
+
+// SAFETY: what the crate says of a slice.
+unsafe impl<T: 'static, M: Memory> Readable<T, M> for Guarded<T>
+where
+    &'static mut [T]: Writable<T, M>,
+{
+    fn elements(&self) -> usize {
+        self.tensor.len()
+    }
+
+    fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
+        self.tensor.read(memory)
+    }
+}
+
+// SAFETY: as above.
+unsafe impl<T: 'static, M: Memory> Writable<T, M> for Guarded<T>
+where
+    &'static mut [T]: Writable<T, M>,
+{
+    fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
+        self.tensor.write(memory)
+    }
+}
+
+/// The CPU at one SIMD level.
+impl Lab for Cpu {
+    type B = Cpu;
+    type Tensor<T: bytemuck::Pod> = Guarded<T>;
+
+    fn name(&self) -> String {
+        format!("cpu {:?}", self.level())
+    }
+
+    fn backend(&self) -> &Cpu {
+        self
+    }
+
+    fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Guarded<T> {
+        Guarded::new(content, offset)
+    }
+
+    fn contents<T: bytemuck::Pod>(&self, tensor: &Guarded<T>) -> Result<Vec<T>, String> {
+        tensor.contents()
+    }
+}
+
+/// The kernels on the host. The emulator keeps a tensor's address modulo 128.
 #[cfg(feature = "emulator")]
 pub struct Emulated {
     pub emulator: fused_dropout::emulator::Emulator,
@@ -125,27 +141,22 @@ pub struct Emulated {
 
 #[cfg(feature = "emulator")]
 impl Lab for Emulated {
-    type D = fused_dropout::emulator::Emulator;
+    type B = fused_dropout::emulator::Emulator;
+    type Tensor<T: bytemuck::Pod> = Guarded<T>;
+
     fn name(&self) -> String {
         self.name.clone()
     }
-    fn device(&self) -> &Self::D {
+
+    fn backend(&self) -> &Self::B {
         &self.emulator
     }
-    fn with<T: bytemuck::Pod>(
-        &self,
-        mut host: &mut [T],
-        _: usize,
-        work: &mut dyn FnMut(&mut dyn Writable<T, Self::D>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        work(&mut host)
+
+    fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Guarded<T> {
+        Guarded::new(content, offset)
     }
-    fn reading<T: bytemuck::Pod>(
-        &self,
-        host: &[T],
-        _: usize,
-        work: &mut dyn FnMut(&dyn Readable<T, Self::D>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        work(&host)
+
+    fn contents<T: bytemuck::Pod>(&self, tensor: &Guarded<T>) -> Result<Vec<T>, String> {
+        tensor.contents()
     }
 }

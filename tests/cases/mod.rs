@@ -1,7 +1,6 @@
-//! The one table of cases, what a backend must offer to be run through it, and the checks of each row:
-//! an operator's calls and checks are the file that bears its name.
+//! The one table of cases, the backends that are run through it, and the checks of each row: an operator's are the file
+//! that bears its name.
 #![allow(dead_code)] // every test file uses a part
-#![allow(clippy::type_complexity)] // closures over tensors that only live for a call
 
 pub mod bias_act_dropout;
 pub mod dropout;
@@ -9,46 +8,17 @@ pub mod dropout_add;
 pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod lab;
 pub mod softmax_dropout;
 pub mod trials;
 
 use crate::oracle::Bounded;
-use fused_dropout::cpu::Cpu;
 use fused_dropout::{
-    Dropout, Dtype, Error, Groups, Key, Mode, Place, Probability, RowMap, Scaling, Shape,
+    Dropout, Dtype, Gradient, Groups, In, Key, Memory, Mode, Place, Probability, Readable, RowMap,
+    Scaling, Shape, Source,
 };
 use half::{bf16, f16};
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use lab::{Kernels, Lab};
-
-/// A backend on host tensors: the calls of every operator.
-pub trait Backend:
-    bias_act_dropout::BiasActDropoutCalls
-    + dropout::DropoutCalls
-    + dropout_add::DropoutAddCalls
-    + dropout_add_norm::DropoutAddNormCalls
-    + embedding_dropout::EmbeddingDropoutCalls
-    + keep_mask::KeepMaskCalls
-    + softmax_dropout::SoftmaxDropoutCalls
-{
-    fn name(&self) -> String;
-}
-
-/// The CPU at one SIMD level.
-impl Backend for Cpu {
-    fn name(&self) -> String {
-        format!("cpu {:?}", self.level())
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> Backend for Kernels<L> {
-    fn name(&self) -> String {
-        self.0.name()
-    }
-}
+use lab::Lab;
 
 /// What came of the checks so far.
 #[derive(Default)]
@@ -60,9 +30,9 @@ pub struct Tally {
 
 impl Tally {
     /// Counts one check of a row of the table on tensors of T.
-    pub fn count<T, B: Backend>(
+    pub fn count<T, L: Lab>(
         &mut self,
-        backend: &B,
+        lab: &L,
         what: &str,
         call: &Call,
         result: Result<(), String>,
@@ -71,7 +41,7 @@ impl Tally {
             self.passed += 1;
             return;
         };
-        let (name, dtype) = (backend.name(), std::any::type_name::<T>());
+        let (name, dtype) = (lab.name(), std::any::type_name::<T>());
         self.failures.push(format!("{name} {what} {dtype}: {why}\n    {call:?}"));
     }
 }
@@ -238,56 +208,18 @@ pub fn bits<T: Dtype>(value: T) -> u32 {
     if value.is_nan() { u32::MAX } else { value.to_bits() }
 }
 
-/// A tensor within a larger allocation whose other elements must stay as they are.
-pub struct Guarded<T> {
-    all: Vec<T>,
-    first: usize,
-    len: usize,
-}
-
-/// Elements on each side.
-const GUARD: usize = 16;
-
-impl<T: Dtype> Guarded<T> {
-    /// A tensor that holds `content`, `offset` elements behind a multiple of 16.
-    pub fn new(content: &[T], offset: usize) -> Self {
-        let canary = T::from_f32(-77.0);
-        let first = GUARD + offset;
-        let mut all = vec![canary; first + content.len() + GUARD];
-        all[first..first + content.len()].copy_from_slice(content);
-        Self { all, first, len: content.len() }
-    }
-
-    pub fn tensor(&mut self) -> &mut [T] {
-        &mut self.all[self.first..self.first + self.len]
-    }
-
-    /// The tensor, or what was written beside it.
-    pub fn finish(self) -> Result<Vec<T>, String> {
-        let canary = bits(T::from_f32(-77.0));
-        let outside = |&i: &usize| !(self.first..self.first + self.len).contains(&i);
-        match (0..self.all.len()).filter(outside).find(|&i| bits(self.all[i]) != canary) {
-            Some(i) => {
-                Err(format!("wrote element {} beside the tensor", i as i64 - self.first as i64))
-            }
-            None => Ok(self.all[self.first..self.first + self.len].to_vec()),
-        }
-    }
-}
-
 pub fn elements(call: &Call) -> usize {
     call.shape.rows * call.shape.cols
 }
 
-/// Runs `operator` on an output within canaries that starts as `content`.
-pub fn output<T: Dtype>(
-    content: &[T],
-    call: &Call,
-    operator: impl FnOnce(&mut [T]) -> Result<(), Error>,
-) -> Result<Vec<T>, String> {
-    let mut out = Guarded::new(content, call.offset);
-    operator(out.tensor()).map_err(|error| error.to_string())?;
-    out.finish()
+/// An input that is there for some calls.
+pub fn given<T, M: Memory>(tensor: &Option<impl Readable<T, M>>) -> Option<In<'_, T, M>> {
+    tensor.as_ref().map(|tensor| tensor as _)
+}
+
+/// What is there after `sums` were added to `before`, in one addition an element.
+pub fn added(before: &[f32], sums: &[f32]) -> Vec<f32> {
+    before.iter().zip(sums).map(|(before, sum)| before + sum).collect()
 }
 
 pub fn same<T: Dtype>(what: &str, given: &[T], expected: &[T]) -> Result<(), String> {

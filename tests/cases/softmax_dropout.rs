@@ -1,151 +1,13 @@
-//! `softmax_dropout`: its calls on each backend, and its checks.
+//! `softmax_dropout`: the checks of a row of the table.
 
 use super::*;
 use crate::oracle;
-use crate::oracle::AttentionMask;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-use fused_dropout::device;
-use fused_dropout::ops::softmax_dropout::STATISTICS;
+use fused_dropout::ops::softmax_dropout::{Backward, Forward, STATISTICS};
 use fused_dropout::{DtypeId, Scores};
 
-/// y = D(softmax(...)). `x` and `dy` are `None` for a call in place.
-pub trait SoftmaxDropoutCalls {
-    fn softmax_dropout<T: Dtype>(
-        &self,
-        call: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: Option<&[T]>,
-        y: &mut [T],
-        statistics: Option<&mut [f32]>,
-    ) -> Result<(), Error>;
-    fn softmax_dropout_backward<T: Dtype>(
-        &self,
-        call: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: &[T],
-        statistics: Option<&[f32]>,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-    ) -> Result<(), Error>;
-}
-
-impl SoftmaxDropoutCalls for Cpu {
-    fn softmax_dropout<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: Option<&[T]>,
-        y: &mut [T],
-        statistics: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::softmax_dropout as op;
-        match x {
-            Some(x) => op::forward(self, &c.dropout, scores, &slices(mask), x, y, statistics),
-            None => op::forward_in_place(self, &c.dropout, scores, &slices(mask), y, statistics),
-        }
-    }
-    fn softmax_dropout_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: &[T],
-        statistics: Option<&[f32]>,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-    ) -> Result<(), Error> {
-        use fused_dropout::cpu::softmax_dropout as op;
-        match dy {
-            Some(dy) => {
-                op::backward(self, &c.dropout, scores, &slices(mask), x, statistics, dy, dx)
-            }
-            None => {
-                op::backward_in_place(self, &c.dropout, scores, &slices(mask), x, statistics, dx)
-            }
-        }
-    }
-}
-
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-impl<L: Lab> SoftmaxDropoutCalls for Kernels<L> {
-    fn softmax_dropout<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: Option<&[T]>,
-        y: &mut [T],
-        statistics: Option<&mut [f32]>,
-    ) -> Result<(), Error> {
-        use device::softmax_dropout as op;
-        let mut statistics = statistics;
-        self.call(c, &mut |call, d| {
-            self.0.optional(mask.lengths, 0, &mut |lengths| {
-                self.0.optional(mask.additive, c.offset, &mut |additive| {
-                    let mask =
-                        fused_dropout::AttentionMask { causal: mask.causal, lengths, additive };
-                    self.0.optional(x, c.offset, &mut |x| {
-                        self.0.with(y, c.offset, &mut |y| {
-                            self.0.optional_out(
-                                statistics.as_deref_mut(),
-                                &mut |statistics| match x {
-                                    Some(x) => {
-                                        op::forward(call, d, scores, &mask, x, y, statistics)
-                                    }
-                                    None => {
-                                        op::forward_in_place(call, d, scores, &mask, y, statistics)
-                                    }
-                                },
-                            )
-                        })
-                    })
-                })
-            })
-        })
-    }
-    fn softmax_dropout_backward<T: Dtype>(
-        &self,
-        c: &Call,
-        scores: &Scores,
-        mask: &AttentionMask<'_, T>,
-        x: &[T],
-        statistics: Option<&[f32]>,
-        dy: Option<&[T]>,
-        dx: &mut [T],
-    ) -> Result<(), Error> {
-        use device::softmax_dropout as op;
-        self.call(c, &mut |call, d| {
-            self.0.optional(mask.lengths, 0, &mut |lengths| {
-                self.0.optional(mask.additive, c.offset, &mut |additive| {
-                    let mask =
-                        fused_dropout::AttentionMask { causal: mask.causal, lengths, additive };
-                    self.0.reading(x, c.offset, &mut |x| {
-                        self.0.optional(statistics, 0, &mut |statistics| {
-                            self.0.optional(dy, c.offset, &mut |dy| {
-                                self.0.with(dx, c.offset, &mut |dx| match dy {
-                                    Some(dy) => {
-                                        op::backward(call, d, scores, &mask, x, statistics, dy, dx)
-                                    }
-                                    None => op::backward_in_place(
-                                        call, d, scores, &mask, x, statistics, dx,
-                                    ),
-                                })
-                            })
-                        })
-                    })
-                })
-            })
-        })
-    }
-}
-
-/// Runs the checks of one row of the table.
-pub fn check<T: Dtype, B: Backend>(backend: &B, call: &Call, tally: &mut Tally) {
-    tally.count::<T, B>(backend, "softmax_dropout", call, forward::<T, B>(backend, call));
-    tally.count::<T, B>(backend, "softmax_dropout dx", call, backward::<T, B>(backend, call));
+pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(lab, "softmax_dropout", call, forward::<T, L>(lab, call));
+    tally.count::<T, L>(lab, "softmax_dropout dx", call, backward::<T, L>(lab, call));
 }
 
 /// The case's rows as attention scores: batch, heads and queries whose product they are, and one of
@@ -181,8 +43,8 @@ impl<T: Dtype> Attention<T> {
         }
     }
 
-    fn mask(&self) -> AttentionMask<'_, T> {
-        AttentionMask {
+    fn mask(&self) -> oracle::AttentionMask<'_, T> {
+        oracle::AttentionMask {
             causal: self.causal,
             lengths: self.lengths.as_deref(),
             additive: self.additive.as_deref(),
@@ -223,30 +85,87 @@ fn additive<T: Dtype>(rows: usize, cols: usize) -> Vec<T> {
     (0..rows * cols).map(|i| T::from_f32(mask(i))).collect()
 }
 
-/// What a backend's forward pass saves, one entry a row.
-fn statistics_of<T: Dtype, B: Backend>(
-    backend: &B,
-    call: &Call,
-    a: &Attention<T>,
-    y: &mut [T],
-) -> Result<Vec<f32>, Error> {
-    let mut statistics = vec![9.0f32; STATISTICS * call.shape.rows];
-    let (mask, saved) = (a.mask(), Some(&mut statistics[..]));
-    backend.softmax_dropout(call, &a.scores, &mask, Some(&a.x), y, saved)?;
-    Ok(statistics)
+/// Scores and mask on a backend.
+struct There<'l, T: Dtype, L: Lab> {
+    lab: &'l L,
+    scores: Scores,
+    causal: Option<i64>,
+    lengths: Option<L::Tensor<u32>>,
+    additive: Option<L::Tensor<T>>,
+    x: L::Tensor<T>,
+    offset: usize,
+    rows: usize,
 }
 
-fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
+    fn new(lab: &'l L, call: &Call, a: &Attention<T>) -> Self {
+        Self {
+            lab,
+            scores: a.scores,
+            causal: a.causal,
+            lengths: a.lengths.as_ref().map(|lengths| lab.tensor(lengths, call.offset)),
+            additive: a.additive.as_ref().map(|additive| lab.tensor(additive, call.offset)),
+            x: lab.tensor(&a.x, call.offset),
+            offset: call.offset,
+            rows: call.shape.rows,
+        }
+    }
+
+    fn mask(&self) -> fused_dropout::ops::softmax_dropout::Mask<'_, T, L::B> {
+        let (lengths, additive) = (given(&self.lengths), given(&self.additive));
+        fused_dropout::AttentionMask { causal: self.causal, lengths, additive }
+    }
+
+    /// y, from x or in place, and the statistics.
+    fn forward(
+        &self,
+        call: &Call,
+        in_place: bool,
+        before: &[T],
+    ) -> Result<(Vec<T>, Vec<f32>), String> {
+        let mut y = self.lab.tensor(before, self.offset);
+        let mut statistics = self.lab.tensor(&vec![9.0f32; STATISTICS * self.rows], 0);
+        let pass = Forward {
+            scores: self.scores,
+            mask: self.mask(),
+            x: if in_place { Source::InPlace } else { Source::Tensor(&self.x) },
+            y: &mut y,
+            // Not asked for in place.
+            statistics: (!in_place).then_some(&mut statistics as _),
+        };
+        self.lab.run(call, pass)?;
+        Ok((self.lab.contents(&y)?, self.lab.contents(&statistics)?))
+    }
+
+    /// dx, from dy or in place.
+    fn backward(
+        &self,
+        call: &Call,
+        in_place: bool,
+        dy: &[T],
+        statistics: Option<&[f32]>,
+    ) -> Result<Vec<T>, String> {
+        let [dy, mut dx] = [dy, dy].map(|dy| self.lab.tensor(dy, self.offset));
+        let statistics = statistics.map(|statistics| self.lab.tensor(statistics, 0));
+        let pass = Backward {
+            scores: self.scores,
+            mask: self.mask(),
+            x: &self.x,
+            statistics: given(&statistics),
+            dy: if in_place { Source::InPlace } else { Source::Tensor(&dy) },
+            dx: &mut dx,
+        };
+        self.lab.run(call, pass)?;
+        self.lab.contents(&dx)
+    }
+}
+
+fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
-    let (mask, x) = (a.mask(), &a.x);
-    let (expected, rows) = oracle::softmax_dropout(&call.dropout, &a.scores, &mask, x);
-    let mut statistics = Guarded::new(&vec![9.0f32; STATISTICS * call.shape.rows], 0);
-    let y = output(&vec![T::from_f32(5.0); x.len()], call, |y| {
-        let saved = Some(statistics.tensor());
-        backend.softmax_dropout(call, &a.scores, &mask, Some(x), y, saved)
-    })?;
+    let (expected, rows) = oracle::softmax_dropout(&call.dropout, &a.scores, &a.mask(), &a.x);
+    let there = There::new(lab, call, &a);
+    let (y, statistics) = there.forward(call, false, &vec![T::from_f32(5.0); a.x.len()])?;
     within("y", &y, &expected)?;
-    let statistics = statistics.finish()?;
     for (r, (given, (max, reciprocal))) in
         statistics.as_chunks::<STATISTICS>().0.iter().zip(&rows).enumerate()
     {
@@ -254,37 +173,27 @@ fn forward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String>
             return Err(format!("statistics[{r}] are {given:?}, not {max} and {reciprocal:?}"));
         }
     }
-    let again =
-        output(x, call, |y| backend.softmax_dropout(call, &a.scores, &mask, None, y, None))?;
+    let (again, _) = there.forward(call, true, &a.x)?;
     same("y in place, against y", &again, &y)
 }
 
-fn backward<T: Dtype, B: Backend>(backend: &B, call: &Call) -> Result<(), String> {
+fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
-    let (mask, x) = (a.mask(), &a.x);
+    let there = There::new(lab, call, &a);
     // Special gradients everywhere in the one, where a dropped or masked key alone does not pass them on; in a few rows
     // of the other.
     let cols = call.shape.cols.max(1);
-    let (ordinary, special) = (values::<T>(x.len(), 9, false), values::<T>(x.len(), 9, true));
-    let few = (0..x.len()).map(|i| if i / cols % 3 == 1 { special[i] } else { ordinary[i] });
+    let (ordinary, special) = (values::<T>(a.x.len(), 9, false), values::<T>(a.x.len(), 9, true));
+    let few = (0..a.x.len()).map(|i| if i / cols % 3 == 1 { special[i] } else { ordinary[i] });
     for dy in [few.collect(), special.clone()] {
-        let expected = oracle::softmax_dropout_backward(&call.dropout, &a.scores, &mask, x, &dy);
-        let dx = output(&dy, call, |dx| {
-            backend.softmax_dropout_backward(call, &a.scores, &mask, x, None, Some(&dy), dx)
-        })?;
+        let expected =
+            oracle::softmax_dropout_backward(&call.dropout, &a.scores, &a.mask(), &a.x, &dy);
+        let dx = there.backward(call, false, &dy, None)?;
         within("dx", &dx, &expected)?;
         // From what the forward pass saved: the same P, so the same bits; here in place.
-        let again = output(&dy, call, |dx| {
-            let mut y = vec![T::from_f32(0.0); x.len()];
-            let saved = statistics_of(backend, call, &a, &mut y)?;
-            backend.softmax_dropout_backward(call, &a.scores, &mask, x, Some(&saved), None, dx)
-        })?;
+        let (_, saved) = there.forward(call, false, &dy)?;
+        let again = there.backward(call, true, &dy, Some(&saved))?;
         same("dx with saved statistics, against dx", &again, &dx)?;
     }
     Ok(())
-}
-
-fn slices<'a, T>(mask: &AttentionMask<'a, T>) -> fused_dropout::AttentionMask<&'a [u32], &'a [T]> {
-    let AttentionMask { causal, lengths, additive } = *mask;
-    fused_dropout::AttentionMask { causal, lengths, additive }
 }

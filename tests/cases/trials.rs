@@ -5,22 +5,22 @@ use libtest_mimic::{Completion, Failed, Trial};
 use std::sync::Arc;
 
 /// The checks of one row of the table.
-type Check<B> = fn(&B, &Call, &mut Tally);
+type Check<L> = fn(&L, &Call, &mut Tally);
 
 /// Failures of a trial whose texts are shown.
 const SHOWN: usize = 20;
 
 /// Runs every operator's checks of `cases` on the backend that `open` gives; where it says why there is none,
 /// the trials are skipped.
-pub fn trials<B: Backend + 'static>(
+pub fn trials<L: Lab + 'static>(
     backend: &str,
     cases: &Arc<Vec<Call>>,
-    open: impl Fn() -> Result<B, String> + Clone + Send + 'static,
+    open: impl Fn() -> Result<L, String> + Clone + Send + 'static,
 ) -> Vec<Trial> {
-    let trial = |(operator, dtype, check): (&str, &str, Check<B>)| {
+    let trial = |(operator, dtype, check): (&str, &str, Check<L>)| {
         let (cases, open) = (cases.clone(), open.clone());
         Trial::ignorable_test(format!("{backend}: {operator} {dtype}"), move || {
-            on(open(), |backend| Ok(run(backend, &cases, check)?))
+            on(open(), |lab| Ok(run(lab, &cases, check)?))
         })
     };
     checks().into_iter().map(trial).collect()
@@ -37,9 +37,9 @@ pub fn on<D>(
     }
 }
 
-fn run<B: Backend>(backend: &B, cases: &[Call], check: Check<B>) -> Result<Completion, String> {
+fn run<L: Lab>(lab: &L, cases: &[Call], check: Check<L>) -> Result<Completion, String> {
     let mut tally = Tally::default();
-    cases.iter().for_each(|call| check(backend, call, &mut tally));
+    cases.iter().for_each(|call| check(lab, call, &mut tally));
     let Tally { passed, failures } = tally;
     if failures.is_empty() {
         return Ok(Completion::Completed);
@@ -48,22 +48,22 @@ fn run<B: Backend>(backend: &B, cases: &[Call], check: Check<B>) -> Result<Compl
     Err(format!("{} of {} checks failed:\n{shown}", failures.len(), passed + failures.len()))
 }
 
-pub fn checks<B: Backend>() -> Vec<(&'static str, &'static str, Check<B>)> {
+pub fn checks<L: Lab>() -> Vec<(&'static str, &'static str, Check<L>)> {
     let mut checks = Vec::new();
-    checks.extend(typed::<f32, B>());
-    checks.extend(typed::<f16, B>());
-    checks.extend(typed::<bf16, B>());
+    checks.extend(typed::<f32, L>());
+    checks.extend(typed::<f16, L>());
+    checks.extend(typed::<bf16, L>());
     checks.push(("keep_mask", "", keep_mask::check));
     checks
 }
 
-fn typed<T: Dtype, B: Backend>() -> [(&'static str, &'static str, Check<B>); 6] {
+fn typed<T: Dtype, L: Lab>() -> [(&'static str, &'static str, Check<L>); 6] {
     [
-        ("bias_act_dropout", T::NAME, bias_act_dropout::check::<T, B>),
-        ("dropout", T::NAME, dropout::check::<T, B>),
-        ("dropout_add", T::NAME, dropout_add::check::<T, B>),
-        ("dropout_add_norm", T::NAME, dropout_add_norm::check::<T, B>),
-        ("embedding_dropout", T::NAME, embedding_dropout::check::<T, B>),
-        ("softmax_dropout", T::NAME, softmax_dropout::check::<T, B>),
+        ("bias_act_dropout", T::NAME, bias_act_dropout::check::<T, L>),
+        ("dropout", T::NAME, dropout::check::<T, L>),
+        ("dropout_add", T::NAME, dropout_add::check::<T, L>),
+        ("dropout_add_norm", T::NAME, dropout_add_norm::check::<T, L>),
+        ("embedding_dropout", T::NAME, embedding_dropout::check::<T, L>),
+        ("softmax_dropout", T::NAME, softmax_dropout::check::<T, L>),
     ]
 }

@@ -3,13 +3,14 @@
 use crate::cases::trials::on;
 use crate::{gpu, together, trial};
 use fused_dropout::cuda::{Gpu, Kernels};
-use fused_dropout::device::{Call, KeyAddresses, dropout};
+use fused_dropout::device::Pointer;
+use fused_dropout::ops::dropout::Forward;
 #[cfg(feature = "transformer")]
 use fused_dropout::transformer::{
     Backend,
     device::{Accelerator, CudaBuffer, CudaDevice},
 };
-use fused_dropout::{Dropout, Error, Key, Probability, Shape};
+use fused_dropout::{Dropout, Error, Key, Out, Probability, Shape, Source};
 use libtest_mimic::{Completion, Trial};
 use std::process::{Command, ExitCode};
 
@@ -32,14 +33,18 @@ fn drop() -> Dropout<'static> {
     Dropout::new(Key::new(42, 7), Probability::new(0.1).unwrap())
 }
 
+/// x = D(x).
+fn in_place(gpu: &Gpu, x: Out<'_, f32, Gpu>) -> Result<(), Error> {
+    gpu.run(&drop(), Forward { shape: SHAPE, x: Source::InPlace, y: x })
+}
+
 fn an_error_leaves_no_trace(gpu: &Gpu) {
     let elements = SHAPE.rows * SHAPE.cols;
     let x = gpu.stream().clone_htod(&vec![1.0f32; elements]).unwrap();
     let mut y = gpu.stream().clone_htod(&vec![5.0f32; elements]).unwrap();
-    let call = Call::on(gpu);
-    let short = x.slice(1..);
-    dropout::forward(&call, &drop(), SHAPE, &short, &mut y).expect_err("a short tensor");
-    dropout::forward(&call, &drop(), SHAPE, &x, &mut y).unwrap();
+    let short = Forward { shape: SHAPE, x: Source::Tensor(&x.slice(1..)), y: &mut y };
+    gpu.run(&drop(), short).expect_err("a short tensor");
+    gpu.run(&drop(), Forward { shape: SHAPE, x: Source::Tensor(&x), y: &mut y }).unwrap();
     let y = gpu.stream().clone_dtoh(&y).unwrap();
     gpu.stream().synchronize().unwrap();
     assert!(y.iter().all(|&y| y == 0.0 || y == drop().p.scale()));
@@ -69,17 +74,14 @@ pub fn lose_the_device() -> ExitCode {
     gpu.stream().synchronize().unwrap();
     // SAFETY: this breaks the promise on purpose: no memory lies at address 4096. The driver stops the kernel
     // and refuses everything later in this process.
-    let submitted = unsafe {
-        let key = KeyAddresses::default();
-        dropout::raw::forward::<f32, Gpu>(&gpu, &drop(), SHAPE, key, 4096, 4096)
-    };
+    let mut nothing = unsafe { Pointer::<f32>::new(4096, SHAPE.rows * SHAPE.cols) };
+    let submitted = in_place(&gpu, &mut nothing);
     eprintln!("the launch: {submitted:?}");
     let waited = gpu.stream().synchronize();
     eprintln!("waiting: {waited:?}");
-    let call = Call::on(&gpu);
     let mut answers = vec![
-        ("a later call", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)),
-        ("another", dropout::forward_in_place(&call, &drop(), SHAPE, &mut tensor)),
+        ("a later call", in_place(&gpu, &mut tensor)),
+        ("another", in_place(&gpu, &mut tensor)),
         ("loading", Kernels::load(gpu.stream().context()).map(|_| ())),
     ];
     #[cfg(feature = "transformer")]

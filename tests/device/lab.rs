@@ -1,78 +1,97 @@
-//! Tensors of the case table on a GPU: views into allocations with canaries.
+//! Tensors of the case table on a GPU: parts of allocations with canaries.
 
 use crate::cases;
-use fused_dropout::Error;
 use fused_dropout::cuda::Gpu;
-use fused_dropout::device::{Readable, Writable};
+use fused_dropout::cuda::cudarc::driver::CudaSlice;
+use fused_dropout::device::Address;
+use fused_dropout::{Error, Readable, Writable};
+use std::marker::PhantomData;
 
 /// A stream to test, and what its trial holds.
 pub struct Lab<H>(Gpu, H);
-
-/// Bytes of canary on each side of a tensor.
-const GUARD: usize = 64;
-const CANARY: u8 = 0xa5;
 
 impl<H> Lab<H> {
     pub fn on(gpu: Gpu, hold: H) -> Self {
         Self(gpu, hold)
     }
+}
 
-    /// `host` between canaries, `offset` elements behind an aligned address.
-    fn padded<T: bytemuck::Pod>(host: &[T], offset: usize) -> (Vec<T>, usize) {
-        let guard = GUARD / size_of::<T>();
-        let canary = bytemuck::pod_read_unaligned(&vec![CANARY; size_of::<T>()]);
-        let mut all = vec![canary; guard + offset];
-        all.extend_from_slice(host);
-        all.extend(std::iter::repeat_n(canary, guard));
-        (all, guard + offset)
+/// Bytes of canary on each side of a tensor.
+const GUARD: usize = 64;
+const CANARY: u8 = 0xa5;
+
+/// A tensor between canaries.
+pub struct Guarded<T> {
+    memory: CudaSlice<u8>,
+    /// Bytes before the tensor, and of it.
+    before: usize,
+    bytes: usize,
+    of: PhantomData<T>,
+}
+
+impl<T> Guarded<T> {
+    fn part<'a>(&self, whole: Address<'a, Gpu>) -> Address<'a, Gpu> {
+        Address { pointer: whole.pointer + self.before as u64, hold: whole.hold }
+    }
+}
+
+// SAFETY: the part lies in the memory, at a multiple of the size of T behind its start, which is aligned.
+unsafe impl<T> Readable<T, Gpu> for Guarded<T> {
+    fn elements(&self) -> usize {
+        self.bytes / size_of::<T>()
+    }
+
+    fn read<'a>(&'a self, gpu: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
+        Ok(self.part(Readable::<u8, Gpu>::read(&self.memory, gpu)?))
+    }
+}
+
+// SAFETY: as above; any bits are a T: it is plain data.
+unsafe impl<T> Writable<T, Gpu> for Guarded<T> {
+    fn write<'a>(&'a mut self, gpu: &'a Gpu) -> Result<Address<'a, Gpu>, Error> {
+        let before = self.before as u64;
+        let Address { pointer, hold } = Writable::<u8, Gpu>::write(&mut self.memory, gpu)?;
+        Ok(Address { pointer: pointer + before, hold })
     }
 }
 
 // Everything but the operators is expected to work on the test's device: a failure there is no
 // case's result.
 impl<H> cases::lab::Lab for Lab<H> {
-    type D = Gpu;
+    type B = Gpu;
+    type Tensor<T: bytemuck::Pod> = Guarded<T>;
+
     fn name(&self) -> String {
         "cuda".to_owned()
     }
-    fn device(&self) -> &Gpu {
+
+    fn backend(&self) -> &Gpu {
         &self.0
     }
-    fn with<T: bytemuck::Pod>(
-        &self,
-        host: &mut [T],
-        offset: usize,
-        work: &mut dyn FnMut(&mut dyn Writable<T, Gpu>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let (all, first) = Self::padded(host, offset);
-        let bytes: &[u8] = bytemuck::cast_slice(&all);
-        let mut memory = self.0.stream().clone_htod(bytes).unwrap();
-        let mut memory_view = memory.as_view_mut();
-        // SAFETY: any bytes are a T: it is plain data.
-        let mut typed = unsafe { memory_view.transmute_mut::<T>(all.len()) }.unwrap();
-        let result = work(&mut typed.slice_mut(first..first + host.len()));
-        let back: Vec<u8> = self.0.stream().clone_dtoh(&memory).unwrap();
+
+    fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Guarded<T> {
+        let content: &[u8] = bytemuck::cast_slice(content);
+        let before = GUARD + offset * size_of::<T>();
+        let mut all = vec![CANARY; before];
+        all.extend_from_slice(content);
+        all.extend([CANARY; GUARD]);
+        let memory = self.0.stream().clone_htod(&all).unwrap();
+        Guarded { memory, before, bytes: content.len(), of: PhantomData }
+    }
+
+    fn contents<T: bytemuck::Pod>(&self, tensor: &Guarded<T>) -> Result<Vec<T>, String> {
+        let all: Vec<u8> = self.0.stream().clone_dtoh(&tensor.memory).unwrap();
         // The copy is asynchronous for the driver, and in order on the stream.
         self.0.stream().synchronize().unwrap();
-        let size = size_of::<T>();
-        let inside = first * size..(first + host.len()) * size;
-        bytemuck::cast_slice_mut(host).copy_from_slice(&back[inside.clone()]);
-        let outside = |i: &usize| !inside.contains(i);
-        assert!((0..back.len()).filter(outside).all(|i| back[i] == CANARY), "wrote outside");
-        result
-    }
-    fn reading<T: bytemuck::Pod>(
-        &self,
-        host: &[T],
-        offset: usize,
-        work: &mut dyn FnMut(&dyn Readable<T, Gpu>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let (all, first) = Self::padded(host, offset);
-        let bytes: &[u8] = bytemuck::cast_slice(&all);
-        let memory = self.0.stream().clone_htod(bytes).unwrap();
-        let memory = memory.as_view();
-        // SAFETY: any bytes are a T: it is plain data.
-        let typed = unsafe { memory.transmute::<T>(all.len()) }.unwrap();
-        work(&typed.slice(first..first + host.len()))
+        let inside = tensor.before..tensor.before + tensor.bytes;
+        match (0..all.len()).find(|i| !inside.contains(i) && all[*i] != CANARY) {
+            Some(i) => {
+                Err(format!("wrote byte {} beside the tensor", i as i64 - inside.start as i64))
+            }
+            None => Ok(all[inside]
+                .chunks_exact(size_of::<T>())
+                .map(bytemuck::pod_read_unaligned)
+                .collect()),
+        }
     }
 }

@@ -4,11 +4,11 @@
 
 use crate::cases::trials::on;
 use crate::{alone, gpu};
-use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::cpu::Cpu;
 use fused_dropout::cuda::Gpu;
 use fused_dropout::cuda::cudarc::driver::{CudaSlice, CudaView};
-use fused_dropout::device::{Call, dropout, dropout_add};
-use fused_dropout::{Dropout, Key, Place, Probability, RowMap, Shape};
+use fused_dropout::ops::{dropout, dropout_add};
+use fused_dropout::{Dropout, Key, Place, Probability, RowMap, Shape, Source};
 use half::bf16;
 use libtest_mimic::{Completion, Trial};
 use rayon::prelude::*;
@@ -135,10 +135,10 @@ fn out_of_place(gpu: &Gpu, shape: Shape) {
     let elements = shape.rows * shape.cols;
     let (mut x, mut y) = (allocate(gpu, elements), allocate(gpu, elements));
     upload(gpu, shape, &mut x, 1);
-    dropout::forward(&Call::on(gpu), &drop(), shape, &x, &mut y).unwrap();
-    compare(gpu, shape, &y, |cpu, drop, piece, row, y| {
-        let x = values(row, piece.rows, piece.cols, 1);
-        cpu::dropout::forward(cpu, drop, piece, &x, y).unwrap();
+    gpu.run(&drop(), dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y }).unwrap();
+    compare(gpu, shape, &y, |cpu, drop, shape, row, mut y| {
+        let x = values(row, shape.rows, shape.cols, 1);
+        cpu.run(drop, dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y }).unwrap();
     });
 }
 
@@ -148,20 +148,24 @@ fn added(gpu: &Gpu, shape: Shape) {
     let (mut x, mut y) = (allocate(gpu, elements), allocate(gpu, elements));
     upload(gpu, shape, &mut x, 1);
     upload(gpu, shape, &mut y, 2);
-    dropout_add::forward_in_place(&Call::on(gpu), &drop(), shape, &x, None, &mut y).unwrap();
-    compare(gpu, shape, &y, |cpu, drop, piece, row, y| {
-        let x = values(row, piece.rows, piece.cols, 1);
-        y.copy_from_slice(&values(row, piece.rows, piece.cols, 2));
-        cpu::dropout_add::forward_in_place(cpu, drop, piece, &x, None, y).unwrap();
+    let pass =
+        dropout_add::Forward { shape, x: &x, bias: None, residual: Source::InPlace, y: &mut y };
+    gpu.run(&drop(), pass).unwrap();
+    compare(gpu, shape, &y, |cpu, drop, shape, row, mut y| {
+        let x = values(row, shape.rows, shape.cols, 1);
+        y.copy_from_slice(&values(row, shape.rows, shape.cols, 2));
+        let residual = Source::InPlace;
+        let pass = dropout_add::Forward { shape, x: &x, bias: None, residual, y: &mut y };
+        cpu.run(drop, pass).unwrap();
     });
 }
 
 fn in_place(gpu: &Gpu, shape: Shape) {
     let mut x = allocate(gpu, shape.rows * shape.cols);
     upload(gpu, shape, &mut x, 1);
-    dropout::forward_in_place(&Call::on(gpu), &drop(), shape, &mut x).unwrap();
-    compare(gpu, shape, &x, |cpu, drop, piece, row, y| {
-        y.copy_from_slice(&values(row, piece.rows, piece.cols, 1));
-        cpu::dropout::forward_in_place(cpu, drop, piece, y).unwrap();
+    gpu.run(&drop(), dropout::Forward { shape, x: Source::InPlace, y: &mut x }).unwrap();
+    compare(gpu, shape, &x, |cpu, drop, shape, row, mut y| {
+        y.copy_from_slice(&values(row, shape.rows, shape.cols, 1));
+        cpu.run(drop, dropout::Forward { shape, x: Source::InPlace, y: &mut y }).unwrap();
     });
 }

@@ -2,12 +2,15 @@
 //! should is the case table's business.
 
 use crate::{trial, trial_alone};
-use fused_dropout::cpu::{self, Cpu};
+use fused_dropout::cpu::Cpu;
 use fused_dropout::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_dropout::cuda::cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
 use fused_dropout::cuda::{self, Gpu};
-use fused_dropout::device::{Call, dropout};
-use fused_dropout::{Dropout, Error, Key, Place, Probability, RowMap, Shape};
+use fused_dropout::ops::dropout;
+use fused_dropout::{
+    Backend, Draws, Dropout, Error, Key, Place, Probability, Readable, RowMap, Shape, Source,
+    Writable,
+};
 use libtest_mimic::Trial;
 
 /// Odd in both directions, and more than one block.
@@ -43,6 +46,22 @@ fn drop_at(stream: u64) -> Dropout<'static> {
     Dropout::new(Key::new(42, stream), Probability::new(0.25).unwrap())
 }
 
+/// y = D(x).
+fn dropped<B: Backend>(
+    backend: &B,
+    drop: &impl Draws<B>,
+    x: &impl Readable<f32, B>,
+    y: &mut impl Writable<f32, B>,
+) -> Result<(), Error> {
+    backend.run(drop, dropout::Forward { shape: SHAPE, x: Source::Tensor(x), y })
+}
+
+/// x = D(x).
+fn dropped_in_place(gpu: &Gpu, stream: u64, x: &mut CudaSlice<f32>) {
+    let pass = dropout::Forward { shape: SHAPE, x: Source::InPlace, y: x };
+    gpu.run(&drop_at(stream), pass).unwrap();
+}
+
 fn input() -> Vec<f32> {
     (0..ELEMENTS).map(|i| i as f32 * 0.37 - 1000.0).collect()
 }
@@ -65,7 +84,7 @@ fn bits(gpu: &Gpu, tensor: &impl DevicePtr<f32>) -> Vec<u32> {
 fn a_launch_gives_the_naive_loops_bits(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
-    dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x, &mut y).unwrap();
+    dropped(gpu, &drop_at(7), &x, &mut y).unwrap();
     assert_eq!(bits(gpu, &y), naive(&drop_at(7), &input()));
 }
 
@@ -75,7 +94,7 @@ fn views_at_odd_elements(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&padded).unwrap();
     let mut y = gpu.stream().clone_htod(&vec![5.0; ELEMENTS + 4]).unwrap();
     let mut inner = y.slice_mut(3..3 + ELEMENTS);
-    dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x.slice(1..), &mut inner).unwrap();
+    dropped(gpu, &drop_at(7), &x.slice(1..), &mut inner).unwrap();
     let y = bits(gpu, &y);
     assert_eq!(y[3..3 + ELEMENTS], naive(&drop_at(7), &input()));
     for outside in [0, 1, 2, ELEMENTS + 3] {
@@ -88,22 +107,24 @@ fn a_borrowed_stream(gpu: &Gpu) {
     // uses this one stream.
     let borrowed = unsafe { Gpu::from_raw(gpu.kernels(), gpu.stream().cu_stream()) };
     let mut y = borrowed.stream().clone_htod(&input()).unwrap();
-    dropout::forward_in_place(&Call::on(&borrowed), &drop_at(7), SHAPE, &mut y).unwrap();
+    dropped_in_place(&borrowed, 7, &mut y);
     assert_eq!(bits(&borrowed, &y), naive(&drop_at(7), &input()));
 }
 
 fn refused_calls_leave_the_output_as_it_was(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().clone_htod(&vec![5.0; ELEMENTS]).unwrap();
-    let call = Call::on(gpu);
     let list = vec![3; SHAPE.rows];
     let on_host = Place { first_col: 0, rows: RowMap::Explicit(&list) };
     let odd_column = Place { first_col: 4, ..Place::WHOLE };
     let errors = [
-        dropout::forward(&call, &drop_at(7), SHAPE, &x.slice(1..), &mut y),
-        dropout::forward(&call, &drop_at(7), Shape::new(37, 1004), &x, &mut y),
-        dropout::forward(&call, &drop_at(7).at(on_host), SHAPE, &x, &mut y),
-        dropout::forward(&call, &drop_at(7).at(odd_column), SHAPE, &x, &mut y),
+        dropped(gpu, &drop_at(7), &x.slice(1..), &mut y),
+        gpu.run(
+            &drop_at(7),
+            dropout::Forward { shape: Shape::new(37, 1004), x: Source::Tensor(&x), y: &mut y },
+        ),
+        dropped(gpu, &drop_at(7).at(on_host), &x, &mut y),
+        dropped(gpu, &drop_at(7).at(odd_column), &x, &mut y),
     ];
     for error in errors {
         assert!(matches!(error, Err(Error::Argument { operator: "dropout", .. })), "{error:?}");
@@ -119,8 +140,7 @@ fn another_context_is_refused(gpu: &Gpu) {
 
     let x = stream.clone_htod(&input()).unwrap();
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
-    let error = dropout::forward(&Call::on(gpu), &drop_at(7), SHAPE, &x, &mut y)
-        .expect_err("a tensor of another context");
+    let error = dropped(gpu, &drop_at(7), &x, &mut y).expect_err("a tensor of another context");
     assert!(matches!(error, Error::Argument { argument: "tensor", .. }), "{error}");
 }
 
@@ -130,9 +150,9 @@ fn two_streams_take_turns_at_a_tensor(gpu: &Gpu) {
     let other = Gpu::new(gpu.kernels(), context.new_stream().unwrap()).unwrap();
     let mut x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = other.stream().alloc_zeros(ELEMENTS).unwrap();
-    dropout::forward_in_place(&Call::on(gpu), &drop_at(7), SHAPE, &mut x).unwrap();
-    dropout::forward(&Call::on(&other), &drop_at(8), SHAPE, &x, &mut y).unwrap();
-    dropout::forward_in_place(&Call::on(gpu), &drop_at(9), SHAPE, &mut x).unwrap();
+    dropped_in_place(gpu, 7, &mut x);
+    dropped(&other, &drop_at(8), &x, &mut y).unwrap();
+    dropped_in_place(gpu, 9, &mut x);
 
     let first = naive(&drop_at(7), &input()).into_iter().map(f32::from_bits).collect::<Vec<_>>();
     assert_eq!(bits(gpu, &x), naive(&drop_at(9), &first));
@@ -152,16 +172,14 @@ fn several_streams_at_once(gpu: &Gpu) {
     for round in 0..ROUNDS {
         for (i, gpu) in streams.iter().enumerate() {
             let from = tensors[(i + 1) % STREAMS].clone();
-            let call = Call::on(gpu);
-            dropout::forward(&call, &key(round, i), SHAPE, &from, &mut tensors[i]).unwrap();
+            dropped(gpu, &key(round, i), &from, &mut tensors[i]).unwrap();
         }
     }
     let mut expected = vec![input(); STREAMS];
     for round in 0..ROUNDS {
         for i in 0..STREAMS {
             let from = expected[(i + 1) % STREAMS].clone();
-            let (cpu, to) = (Cpu::new(), &mut expected[i]);
-            cpu::dropout::forward(&cpu, &key(round, i), SHAPE, &from, to).unwrap();
+            dropped(&Cpu::new(), &key(round, i), &from, &mut expected[i]).unwrap();
         }
     }
     for (i, (gpu, tensor)) in streams.iter().zip(&tensors).enumerate() {
@@ -175,9 +193,7 @@ fn the_stream_number_from_device_memory(gpu: &Gpu) {
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
     for stream in [0, 7, u64::MAX, 1 << 32] {
         let number = gpu.stream().clone_htod(&[stream]).unwrap();
-        let call = Call::on(gpu).stream_number(&number);
-        // The number of the host's key is not looked at.
-        dropout::forward(&call, &drop_at(1234), SHAPE, &x, &mut y).unwrap();
+        dropped(gpu, &Dropout::resident(42, &number, drop_at(0).p), &x, &mut y).unwrap();
         assert_eq!(bits(gpu, &y), naive(&drop_at(stream), &input()), "stream {stream}");
     }
 }
@@ -186,9 +202,8 @@ fn each_replay_draws_a_fresh_mask(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().alloc_zeros(ELEMENTS).unwrap();
     let mut number = gpu.stream().clone_htod(&[0u64]).unwrap();
-    let mut run = |number: &_| {
-        let call = Call::on(gpu).stream_number(number);
-        dropout::forward(&call, &drop_at(0), SHAPE, &x, &mut y).unwrap();
+    let mut run = |number: &CudaSlice<u64>| {
+        dropped(gpu, &Dropout::resident(42, number, drop_at(0).p), &x, &mut y).unwrap();
     };
     run(&number); // the kernel is looked up and loaded before the capture
     gpu.stream().synchronize().unwrap();

@@ -46,7 +46,7 @@ fn table() -> Vec<Trial> {
     }
     let open = || {
         let turn = together();
-        Ok(cases::lab::Kernels(lab::Lab::on(gpu()?, turn)))
+        Ok(lab::Lab::on(gpu()?, turn))
     };
     cases::trials::trials("table", &Arc::new(cases), open)
 }

@@ -12,10 +12,11 @@ mod transformer_kernels;
 
 use crate::alone;
 use crate::cases::trials::on;
+use fused_dropout::ops::dropout;
 use fused_dropout::transformer::backend::{Backend, Element};
 use fused_dropout::transformer::device::{Accelerator, CudaDevice};
 use fused_dropout::transformer::{Pass, Site};
-use fused_dropout::{Activation, Dtype, Error, Probability, Shape};
+use fused_dropout::{Dtype, Error, Probability, Shape, Source};
 use half::{bf16, f16};
 use hf_parity::{Fixture, folders};
 use libtest_mimic::{Completion, Trial};
@@ -98,10 +99,11 @@ fn a_captured_step(device: &Gpu<f32>) {
 
 /// Takes the stream number of a site of a layer.
 fn draw(device: &Gpu<f32>, step: u64, layer: usize) -> Result<(), Error> {
-    let pass = Pass::Train { seed: 1, step };
-    let dropout = pass.dropout(layer, Site::Attention, Probability::new(0.5)?)?;
-    let (x, bias, mut y) = (device.zeros(8)?, device.zeros(8)?, device.zeros(8)?);
-    device.bias_act_dropout(&dropout, Shape::new(1, 8), Activation::Identity, &x, &bias, &mut y)
+    let pass = Pass::train(1, step);
+    let drops = pass.at(layer, Site::Attention, 1, Probability::new(0.5)?);
+    let (x, mut y) = (device.zeros::<f32>(8)?, device.zeros::<f32>(8)?);
+    let x = Source::Tensor(&x as _);
+    device.run(drops, dropout::Forward { shape: Shape::new(1, 8), x, y: &mut y })
 }
 
 /// What a graph cannot repeat is refused while one is captured, and the backend is usable afterwards; after a

@@ -1,9 +1,9 @@
 //! The norm of `dropout_add_norm` and its gradients in f64, and how far an implementation in f32 may be from
 //! them. Its s is that of `dropout_add`, exactly.
 
-use super::norm::{RowGradient, centred, deviation, row_gradient};
+use super::norm::{Affine, RowGradient, centred, deviation, row_gradient};
 use super::*;
-use fused_dropout::{Affine, Norm};
+use fused_dropout::Norm;
 
 /// The norm of each row.
 pub struct Normalised {
@@ -19,7 +19,7 @@ pub fn normalised<T: Dtype>(
     norm: &Norm,
     shape: Shape,
     s: &[T],
-    affine: &Affine<&[T]>,
+    affine: &Affine<'_, T>,
 ) -> Normalised {
     let (mut y, mut stats) = (Vec::with_capacity(s.len()), Vec::with_capacity(2 * shape.rows));
     for r in 0..shape.rows {

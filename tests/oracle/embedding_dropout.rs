@@ -1,9 +1,9 @@
 //! `embedding_dropout`, exactly; with a norm in f64, and how far an implementation in f32 may be from it.
 
-use super::norm::{RowGradient, centred, deviation, row_gradient};
+use super::norm::{Affine, RowGradient, centred, deviation, row_gradient};
 use super::*;
+use fused_dropout::Norm;
 use fused_dropout::ops::embedding_dropout::{Ids, Lookup, Lookups, Tables};
-use fused_dropout::{Affine, Norm};
 
 /// The entry of a table that row r takes.
 fn entry(lookup: &Lookup<&[u32]>, r: usize) -> usize {
@@ -92,7 +92,7 @@ pub fn embedding_norm<T: Dtype>(
     shape: Shape,
     lookups: &Lookups<&[u32]>,
     tables: &Tables<&[T]>,
-    affine: &Affine<&[T]>,
+    affine: &Affine<'_, T>,
 ) -> (Vec<Bounded>, Vec<Bounded>) {
     let (scale, _) = scale_and_threshold(dropout);
     let (scale, keep) = (f64::from(scale), keep_mask(dropout, shape));

@@ -18,6 +18,7 @@ pub use dropout_add_norm::{dropout_add_norm_backward, normalised};
 pub use embedding_dropout::{
     embedding_dropout, embedding_gradient, embedding_norm, embedding_norm_backward,
 };
+pub use norm::Affine;
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
 
 use fused_dropout::{Dropout, Dtype, DtypeId, Mode, RowMap, Scaling, Shape};

@@ -3,6 +3,12 @@
 use super::*;
 use fused_dropout::{Norm, NormKind};
 
+/// A norm's parameters, a value a column.
+pub struct Affine<'a, T> {
+    pub weight: &'a [T],
+    pub bias: Option<&'a [T]>,
+}
+
 /// Every implementation keeps at least 16 running sums of a row: a term goes through so many additions.
 pub fn levels(n: usize) -> f64 {
     n.div_ceil(16) as f64 + 8.0

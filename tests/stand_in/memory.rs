@@ -1,7 +1,8 @@
 //! Device memory: every allocation is a tensor that the emulator holds, between guard zones.
 
 use crate::codes::{INVALID_VALUE, OUT_OF_MEMORY, Result};
-use fused_dropout::device::{Address, Writable};
+use fused_dropout::Writable;
+use fused_dropout::device::Address;
 use fused_dropout::emulator::Emulator;
 use std::collections::BTreeMap;
 use std::env;

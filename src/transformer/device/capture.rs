@@ -1,14 +1,17 @@
 //! One graph is captured at a time in a process, and nothing waits for a whole device meanwhile, as opening
 //! and closing cuBLAS do: the driver ends every capture in a context that is waited for, whoever waits.
 
-use super::cuda::Used;
 use crate::cuda::driver;
 use crate::error::Error;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaGraph, CudaStream};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+
+/// The memory that a graph uses, by its address.
+pub(super) type Used = HashMap<u64, Arc<CudaSlice<u8>>>;
 
 /// The thread that captures.
 static CAPTURING: Mutex<Option<ThreadId>> = Mutex::new(None);

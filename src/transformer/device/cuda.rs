@@ -1,17 +1,19 @@
 //! A GPU as a device with memory and cuBLAS, and a training step as a CUDA graph.
 
-use super::Memory;
-use super::capture::Capture;
+use super::Runtime;
+use super::capture::{Capture, Used};
 use super::cublas::{Blas, Gemm, addresses, listable, one_stride};
 use crate::cuda::{Gpu, Kernels, driver};
-use crate::device::{Address, Device, Kernel, Readable, Writable};
+use crate::device::{Address, Device, Kernel};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::transformer::backend::{Element, MatMul};
+use crate::tensor::{Readable, Writable};
+use crate::transformer::backend::Element;
+use crate::transformer::matmul::MatMul;
 use cudarc::driver::result::memset_d8_async;
 use cudarc::driver::result::{memcpy_dtod_async, memcpy_dtoh_async, memcpy_htod_async};
 use cudarc::driver::sys::CUstream;
-use cudarc::driver::{CudaGraph, CudaSlice, CudaStream};
+use cudarc::driver::{CudaGraph, CudaSlice};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -33,9 +35,6 @@ pub struct CudaDevice {
 /// What a list of addresses follows from, so that one that was made once is right for good: the products, where their
 /// buffers begin, and the bytes of an element.
 type Batch = (MatMul, [u64; 3], [usize; 3]);
-
-/// Memory by its address.
-pub(super) type Used = HashMap<u64, Arc<CudaSlice<u8>>>;
 
 /// Memory of a [`CudaDevice`]. A [`StepGraph`] that uses it keeps it alive.
 pub struct CudaBuffer<E> {
@@ -92,7 +91,7 @@ impl CudaDevice {
                 }
                 let list = addresses(what, base, size);
                 let mut buffer = self.zeros(list.len())?;
-                Memory::write(self, &mut buffer, &list)?;
+                Runtime::write(self, &mut buffer, &list)?;
                 place.insert(buffer)
             }
         };
@@ -136,6 +135,11 @@ impl Device for CudaDevice {
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch(kernel, blocks, threads, params) }
     }
+
+    fn workspace(&self, elements: usize) -> Result<Address<'_, Self>, Error> {
+        let Address { pointer, hold } = self.gpu.workspace(elements)?;
+        Ok(Address { pointer, hold })
+    }
 }
 
 // SAFETY: a buffer's memory has at least the `len` elements that it says, and the driver's allocations are aligned to
@@ -158,7 +162,7 @@ unsafe impl<E: Element> Writable<E, CudaDevice> for CudaBuffer<E> {
     }
 }
 
-impl Memory for CudaDevice {
+impl Runtime for CudaDevice {
     type Buffer<E: Element> = CudaBuffer<E>;
     type Graph = StepGraph;
 
@@ -180,8 +184,10 @@ impl Memory for CudaDevice {
         }
         let to = buffer.address(self)?;
         // SAFETY: the buffer has room for the values. The driver has taken them from pageable memory when it returns.
-        unsafe { memcpy_htod_async(to.pointer, values, self.stream()?) }
-            .map_err(driver("copying to the device"))
+        unsafe {
+            memcpy_htod_async(to.pointer, bytemuck::cast_slice::<E, u8>(values), self.stream()?)
+        }
+        .map_err(driver("copying to the device"))
     }
 
     fn read<E: Element>(&self, buffer: &CudaBuffer<E>) -> Result<Vec<E>, Error> {
@@ -191,7 +197,13 @@ impl Memory for CudaDevice {
         }
         let from = buffer.address(self)?;
         // SAFETY: both have `len` elements, any bits are an `Element`, and `values` lives until the stream is done.
-        let copied = unsafe { memcpy_dtoh_async(&mut values, from.pointer, self.stream()?) };
+        let copied = unsafe {
+            memcpy_dtoh_async(
+                bytemuck::cast_slice_mut::<E, u8>(&mut values),
+                from.pointer,
+                self.stream()?,
+            )
+        };
         // In any case: the copy may be under way.
         let done = self.gpu.stream().synchronize();
         copied.map_err(driver("copying from the device"))?;
@@ -202,21 +214,22 @@ impl Memory for CudaDevice {
     fn copy(
         &self,
         from: &CudaBuffer<f32>,
+        part: Range<usize>,
         to: &mut CudaBuffer<f32>,
         at: usize,
     ) -> Result<(), Error> {
-        let part = at..at.saturating_add(from.len);
-        to.check_part("copy", &part)?;
+        from.check_part("copy", &part)?;
+        to.check_part("copy", &(at..at.saturating_add(part.len())))?;
         if part.is_empty() {
             return Ok(());
         }
+        let size = size_of::<f32>();
         let (from, to) = (from.address(self)?, to.address(self)?);
-        let to = to.pointer + (at * size_of::<f32>()) as u64;
-        // SAFETY: the part has as many elements as `from`, and lies in another buffer.
-        unsafe {
-            memcpy_dtod_async(to, from.pointer, part.len() * size_of::<f32>(), self.stream()?)
-        }
-        .map_err(driver("copying on the device"))
+        let (from, to) =
+            (from.pointer + (part.start * size) as u64, to.pointer + (at * size) as u64);
+        // SAFETY: both parts lie in their buffers, which are two.
+        unsafe { memcpy_dtod_async(to, from, part.len() * size, self.stream()?) }
+            .map_err(driver("copying on the device"))
     }
 
     fn clear<E: Element>(&self, buffer: &mut CudaBuffer<E>) -> Result<(), Error> {
@@ -226,18 +239,6 @@ impl Memory for CudaDevice {
         let address = buffer.address(self)?.pointer;
         // SAFETY: the buffer has so many bytes, and zeros are an `Element`.
         unsafe { memset_d8_async(address, 0, buffer.len * size_of::<E>(), self.stream()?) }
-            .map_err(driver("clearing memory"))
-    }
-
-    fn clear_part(&self, buffer: &mut CudaBuffer<f32>, part: Range<usize>) -> Result<(), Error> {
-        buffer.check_part("clear_part", &part)?;
-        if part.is_empty() {
-            return Ok(());
-        }
-        let size = size_of::<f32>();
-        let address = buffer.address(self)?.pointer + (part.start * size) as u64;
-        // SAFETY: the buffer has this part.
-        unsafe { memset_d8_async(address, 0, part.len() * size, self.stream()?) }
             .map_err(driver("clearing memory"))
     }
 
@@ -251,11 +252,11 @@ impl Memory for CudaDevice {
         let (graph, used) = captured?;
         let nothing = || Error::argument("graph", "work", "a training step", "nothing");
         let graph = graph.ok_or_else(nothing)?;
-        Ok(Some(StepGraph { graph, stream: stream.clone(), _used: used }))
+        Ok(Some(StepGraph { graph, gpu: self.gpu.clone(), _used: used }))
     }
 
     fn replay(&self, graph: &StepGraph) -> Result<(), Error> {
-        if !Arc::ptr_eq(&graph.stream, self.gpu.stream()) {
+        if !Arc::ptr_eq(graph.gpu.stream(), self.gpu.stream()) {
             return Err(Error::argument(
                 "graph",
                 "device",
@@ -314,13 +315,14 @@ impl Memory for CudaDevice {
 /// thread waits for the capture's end.
 pub struct StepGraph {
     graph: CudaGraph,
-    stream: Arc<CudaStream>,
+    /// Whose scratch memory the graph uses.
+    gpu: Gpu,
     _used: Used,
 }
 
 impl Drop for StepGraph {
     /// Waits for the last replay. An error will be back in the next call.
     fn drop(&mut self) {
-        _ = self.stream.synchronize();
+        _ = self.gpu.stream().synchronize();
     }
 }

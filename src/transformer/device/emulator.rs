@@ -1,15 +1,16 @@
 //! The emulator as a device with memory: the host's, and matrix products by the crate `gemm`.
 
-use super::Memory;
+use super::Runtime;
 use crate::dtype::Dtype;
 use crate::emulator::Emulator;
 use crate::error::Error;
 use crate::transformer::CpuBackend;
-use crate::transformer::backend::{Backend, Element, Layout, MatMul};
+use crate::transformer::backend::{Backend, Element};
+use crate::transformer::matmul::{Layout, MatMul};
 use std::convert::Infallible;
 use std::ops::Range;
 
-impl Memory for Emulator {
+impl Runtime for Emulator {
     type Buffer<E: Element> = Vec<E>;
     type Graph = Infallible;
 
@@ -33,16 +34,18 @@ impl Memory for Emulator {
         CpuBackend::new().read(buffer)
     }
 
-    fn copy(&self, from: &Vec<f32>, to: &mut Vec<f32>, at: usize) -> Result<(), Error> {
-        CpuBackend::new().copy(from, to, at)
+    fn copy(
+        &self,
+        from: &Vec<f32>,
+        part: Range<usize>,
+        to: &mut Vec<f32>,
+        at: usize,
+    ) -> Result<(), Error> {
+        CpuBackend::new().copy(from, part, to, at)
     }
 
     fn clear<E: Element>(&self, buffer: &mut Vec<E>) -> Result<(), Error> {
         CpuBackend::new().clear(buffer)
-    }
-
-    fn clear_part(&self, buffer: &mut Vec<f32>, part: Range<usize>) -> Result<(), Error> {
-        CpuBackend::new().clear_part(buffer, part)
     }
 
     fn matmul<T: Dtype + Element, C: Dtype + Element>(

@@ -1,9 +1,10 @@
 //! The transformer's own kernels (`kernels/transformer/`) as launches, for every [`Device`].
 
-use crate::device::{Address, Device, Kernel, Readable, Writable, aligned, kernel, launch};
+use crate::device::{Address, Device, Kernel, aligned, kernel, launch};
 use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
 use crate::ops::{Shape, check_len};
+use crate::tensor::{Readable, Writable};
 use crate::transformer::backend::ADAMW_NUMBERS;
 
 /// Elements of a block that takes them one by one: `ELEMENTS_A_BLOCK` in `kernels/transformer/elements.cuh`.
@@ -41,28 +42,25 @@ struct CrossEntropyLossParams {
 }
 const _: () = assert!(size_of::<CrossEntropyLossParams>() == 32);
 
-/// [`Backend::cross_entropy`](crate::transformer::Backend::cross_entropy) with `losses`, scratch memory of one
-/// f32 a row.
+/// [`Backend::cross_entropy`](crate::transformer::Backend::cross_entropy).
 pub(super) fn cross_entropy<T: Dtype, D: Device>(
     device: &D,
     shape: Shape,
     factor: &dyn Readable<f32, D>,
     labels: &dyn Readable<i32, D>,
     logits: &mut dyn Writable<T, D>,
-    losses: &mut dyn Writable<f32, D>,
     loss: &mut dyn Writable<f32, D>,
 ) -> Result<(), Error> {
     const NAME: &str = "cross_entropy";
     check_len(NAME, "logits", shape.elements(NAME)?, logits.elements())?;
     check_len(NAME, "factor", 1, factor.elements())?;
     check_len(NAME, "labels", shape.rows, labels.elements())?;
-    check_len(NAME, "losses", shape.rows, losses.elements())?;
     check_len(NAME, "loss", 1, loss.elements())?;
     let rows = u32::try_from(shape.rows)
         .map_err(|_| Error::argument(NAME, "rows", "fewer than 2^32 rows", shape.rows))?;
     let (factor, labels) = (factor.read(device)?, labels.read(device)?);
-    let (logits, losses, loss) =
-        (logits.write(device)?, losses.write(device)?, loss.write(device)?);
+    let (logits, loss) = (logits.write(device)?, loss.write(device)?);
+    let losses = device.workspace(shape.rows)?;
     let aligned = aligned(shape.cols, &[logits.pointer]);
     let (kernel, rows_a_block) = match (shape.cols <= WARP_COLS, aligned) {
         (true, true) => (kernel!(NAME, "cross_entropy_warp", T), 8),
@@ -140,25 +138,22 @@ struct NormParams {
 }
 const _: () = assert!(size_of::<NormParams>() == 32);
 
-/// f32 elements of scratch memory that [`gradient_norm`] needs.
-pub(super) fn norm_parts<D: Device>(grads: &[impl Readable<f32, D>]) -> usize {
+/// Blocks of the first kernel, each of which leaves a part of the sum.
+fn norm_parts<D: Device>(grads: &[impl Readable<f32, D>]) -> usize {
     grads.iter().map(|grad| grad.elements().div_ceil(PART_ELEMENTS)).sum()
 }
 
-/// [`Backend::gradient_norm`](crate::transformer::Backend::gradient_norm) with `parts`, scratch memory of
-/// [`norm_parts`] f32.
+/// [`Backend::gradient_norm`](crate::transformer::Backend::gradient_norm).
 pub(super) fn gradient_norm<D: Device>(
     device: &D,
     grads: &[impl Readable<f32, D>],
     max_norm: f32,
-    parts: &mut dyn Writable<f32, D>,
     norm: &mut dyn Writable<f32, D>,
 ) -> Result<(), Error> {
     const NAME: &str = "gradient_norm";
     let count = norm_parts(grads);
-    check_len(NAME, "parts", count, parts.elements())?;
     check_len(NAME, "norm", 2, norm.elements())?;
-    let (parts, norm) = (parts.write(device)?, norm.write(device)?);
+    let (parts, norm) = (device.workspace(count)?, norm.write(device)?);
     let mut next = parts.pointer;
     for grads in grads.chunks(TENSORS) {
         let elements = grads.iter().map(|grad| grad.elements());

@@ -1,0 +1,261 @@
+//! One application of dropout: which mask, and what is done with it.
+
+use crate::error::Error;
+use crate::mask::{Groups, Key, OCTET, Place, Probability, RowMap};
+use crate::ops::{Shape, check_len};
+use crate::pass::Backend;
+use crate::tensor::{Host, In, Memory};
+use std::fmt;
+
+/// Whether dropout acts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Elements are dropped.
+    #[default]
+    Training,
+    /// Nothing is dropped; the result is deterministic and equals the training result on average.
+    Inference,
+}
+
+/// On which side the scale stands that makes both modes agree on average.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Scaling {
+    /// Training multiplies kept values by `1 / (1 - p)`, inference is the identity. The usual one.
+    #[default]
+    Inverted,
+    /// Training leaves kept values as they are, inference multiplies by `1 - p` (Srivastava et al.,
+    /// JMLR 2014). At p = 1 inference gives zeros.
+    Classic,
+}
+
+/// One application of dropout: with which mask, and what is done with it.
+///
+/// `M` is the memory of the parts of the key that are read when a kernel runs; [`Host`]: the caller gives all of it.
+///
+/// ```
+/// use fused_dropout::{Dropout, Key, Mode, Place, Probability, RowMap};
+/// let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
+/// // The same application on a shard that starts at column 1024 and row 64 of the whole tensor:
+/// let shard = drop.at(Place { first_col: 1024, rows: RowMap::Contiguous { first: 64 } });
+/// let evaluation = drop.mode(Mode::Inference);
+/// # let _ = (shard, evaluation);
+/// # Ok::<(), fused_dropout::Error>(())
+/// ```
+#[non_exhaustive]
+pub struct Dropout<'a, M: Memory = Host> {
+    /// Which mask. Where the stream number is resident, 0 stands here for it.
+    pub key: Key,
+    /// Probability of dropping.
+    pub p: Probability,
+    /// Training (the default) or inference.
+    pub mode: Mode,
+    /// Inverted (the default) or classic scaling.
+    pub scaling: Scaling,
+    /// Where the local tensor lies in the whole one; by default it is the whole one.
+    pub place: Place<'a>,
+    /// Which elements share a decision; by default none do.
+    pub groups: Groups,
+    stream: Option<In<'a, u64, M>>,
+    row_list: Option<In<'a, u32, M>>,
+}
+
+impl Dropout<'static> {
+    /// Dropout in training, inverted scaling, on a tensor that is not sharded.
+    pub fn new(key: Key, p: Probability) -> Self {
+        Self::of(key, p, None)
+    }
+}
+
+// SAFETY: only `resident` and `row_list` put tensors in, and `Host` is no `Backend`: there is none here.
+unsafe impl Send for Dropout<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Dropout<'_> {}
+
+impl<'a, M: Memory> Dropout<'a, M> {
+    fn of(key: Key, p: Probability, stream: Option<In<'a, u64, M>>) -> Self {
+        Self {
+            key,
+            p,
+            mode: Mode::Training,
+            scaling: Scaling::Inverted,
+            place: Place::WHOLE,
+            groups: Groups::EACH,
+            stream,
+            row_list: None,
+        }
+    }
+
+    /// As [`new`](Dropout::new), with a key whose stream number, one u64, is read from memory when the operator runs.
+    ///
+    /// A captured CUDA graph replays its parameters as they were captured. With a resident stream number each replay
+    /// draws a fresh mask.
+    pub fn resident(seed: u64, stream: In<'a, u64, M>, p: Probability) -> Self
+    where
+        M: Backend,
+    {
+        Self::of(Key::new(seed, 0), p, Some(stream))
+    }
+
+    /// The same in another mode.
+    pub fn mode(self, mode: Mode) -> Self {
+        Self { mode, ..self }
+    }
+
+    /// The same with another scaling.
+    pub fn scaling(self, scaling: Scaling) -> Self {
+        Self { scaling, ..self }
+    }
+
+    /// The same on a shard.
+    pub fn at(self, place: Place<'a>) -> Self {
+        Self { place, ..self }
+    }
+
+    /// The same with decisions that several elements share.
+    pub fn groups(self, groups: Groups) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// The logical row of each local row (one u32 a row) from a backend's memory: the explicit row map, for devices. The
+    /// place's rows stay [`RowMap::WHOLE`].
+    pub fn row_list<N: Backend>(self, list: In<'a, u32, N>) -> Dropout<'a, N>
+    where
+        Self: Into<Dropout<'a, N>>,
+    {
+        Dropout { row_list: Some(list), ..self.into() }
+    }
+
+    /// Takes the parts of the key that are not the host's from their memory.
+    pub(crate) fn resident_parts<'m>(
+        &'m self,
+        operator: &'static str,
+        rows: usize,
+        memory: &'m M,
+    ) -> Result<Resident<'m, M>, Error> {
+        if let Some(stream) = self.stream {
+            check_len(operator, "stream", 1, stream.elements())?;
+        }
+        if let Some(list) = self.row_list {
+            check_len(operator, "row_list", rows, list.elements())?;
+            if self.place.rows != RowMap::WHOLE {
+                let expected = "no other row map beside a row list";
+                return Err(Error::argument(
+                    operator,
+                    "rows",
+                    expected,
+                    format!("{:?}", self.place.rows),
+                ));
+            }
+        }
+        Ok(Resident {
+            stream: self.stream.map(|stream| stream.read(memory)).transpose()?,
+            row_list: self.row_list.map(|list| list.read(memory)).transpose()?,
+        })
+    }
+
+    /// Checks the place against `shape`, and resolves mode and scaling.
+    pub(crate) fn draw(&self, operator: &'static str, shape: Shape) -> Result<Draw<'a>, Error> {
+        self.place.check(operator, shape.rows, shape.cols)?;
+        self.groups.check(operator)?;
+        let (p, scale) = match (self.mode, self.scaling) {
+            (Mode::Training, Scaling::Inverted) => (self.p, self.p.scale()),
+            (Mode::Training, Scaling::Classic) => (self.p, 1.0),
+            (Mode::Inference, Scaling::Inverted) => (Probability::ZERO, 1.0),
+            // Selected to be zero, like everything that is dropped: 0 * NaN would not be zero.
+            (Mode::Inference, Scaling::Classic) if self.p == Probability::ONE => (self.p, 0.0),
+            (Mode::Inference, Scaling::Classic) => (Probability::ZERO, self.p.keep()),
+        };
+        Ok(Draw {
+            key: self.key,
+            threshold: p.threshold(),
+            scale,
+            // Below 2^32: the place was checked against 2^35 columns. The one first column that is
+            // not, 2^35 itself, belongs to a tensor without columns, which draws nothing.
+            first_octet: (self.place.first_col / OCTET as u64) as u32,
+            rows: self.place.rows,
+            groups: self.groups,
+        })
+    }
+}
+
+impl<M: Memory> Clone for Dropout<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Memory> Copy for Dropout<'_, M> {}
+
+impl<M: Memory> fmt::Debug for Dropout<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dropout")
+            .field("key", &self.key)
+            .field("p", &self.p)
+            .field("mode", &self.mode)
+            .field("scaling", &self.scaling)
+            .field("place", &self.place)
+            .field("groups", &self.groups)
+            .field("resident_stream", &self.stream.is_some())
+            .field("resident_row_list", &self.row_list.is_some())
+            .finish()
+    }
+}
+
+impl<'a, M: Backend> From<Dropout<'a>> for Dropout<'a, M> {
+    fn from(host: Dropout<'a>) -> Self {
+        let Dropout { key, p, mode, scaling, place, groups, .. } = host;
+        Self { key, p, mode, scaling, place, groups, stream: None, row_list: None }
+    }
+}
+
+/// What tells [`Backend::run`] which mask to draw: a [`Dropout`] of the host's numbers on every backend, one with resident
+/// numbers on the backend in whose memory they lie.
+pub trait Draws<M: Memory> {
+    /// The application, as one of this memory.
+    fn of_memory(&self) -> Dropout<'_, M>;
+}
+
+impl<M: Backend> Draws<M> for Dropout<'_> {
+    fn of_memory(&self) -> Dropout<'_, M> {
+        Dropout::from(*self)
+    }
+}
+
+impl<M: Backend> Draws<M> for Dropout<'_, M> {
+    fn of_memory(&self) -> Dropout<'_, M> {
+        *self
+    }
+}
+
+/// The parts of a key that lie in a backend's memory, held for one call.
+pub(crate) struct Resident<'a, M: Memory + 'a> {
+    pub stream: Option<M::In<'a, u64>>,
+    pub row_list: Option<M::In<'a, u32>>,
+}
+
+/// A checked application of dropout, reduced to what every backend computes from: an element is kept
+/// where its lane is at least `threshold`, and a kept value is multiplied by `scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Draw<'a> {
+    pub key: Key,
+    /// 0 (nothing is dropped: no random numbers are needed) ..= 65536 (everything is: none either).
+    pub threshold: u32,
+    pub scale: f32,
+    /// Octet of local column 0.
+    pub first_octet: u32,
+    pub rows: RowMap<'a>,
+    pub groups: Groups,
+}
+
+impl Draw<'_> {
+    /// The row whose lanes decide about local row `local`.
+    pub fn row(&self, local: usize) -> u32 {
+        self.rows.logical(local) / self.groups.rows
+    }
+
+    /// The octet whose lanes decide about local octet `local`; all of them are lane 0 where columns are
+    /// together.
+    pub fn octet(&self, local: usize) -> u32 {
+        if self.groups.columns_together { 0 } else { self.first_octet + local as u32 }
+    }
+}
