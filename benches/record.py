@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The record of results on GPUs, in benches/record/<device>/<date>.json, and the README's section that shows it.
+"""The record of results on GPUs, in benches/record/<device>/<date>.json, and the section of benches/README.md that shows it.
 
     python3 benches/record.py add DIR   takes check.json, bench.json, peers.json, train.json and the SVG files of DIR,
                                         those that are there, into the record
-    python3 benches/record.py readme    writes the README's section from the newest record
-    python3 benches/record.py check     fails where the README is not what `readme` would write
+    python3 benches/record.py readme    writes the section of benches/README.md from the newest record
+    python3 benches/record.py check     fails where that is not what `readme` would write
 
 Standard library only. A record is never changed: a second run on a date gets the next number.
 """
@@ -20,12 +20,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = ("check", "bench", "peers", "train")
 BEGIN, END = "<!-- record:begin -->", "<!-- record:end -->"
 NOTHING = "No record yet: the kernels have not run on a GPU."
-# The point that the README shows.
+# The point that the page shows.
 SHOWN = {"dtype": "bf16", "rows": 1 << 14, "cols": 1 << 10}
 
 
 class Refused(Exception):
-    """Why a folder is no record, or a README cannot be written."""
+    """Why a folder is no record, or the page cannot be written."""
 
 
 # Adding.
@@ -127,7 +127,7 @@ def table(header, lines):
 
 
 def shown(rows):
-    """{(operator, pass): {peer: row}} of the point that the README shows; rows without a peer are ours."""
+    """{(operator, pass): {peer: row}} of the point that the page shows; rows without a peer are ours."""
     found = {}
     for row in rows:
         if "seconds" in row and all(row[key] == value for key, value in SHOWN.items()):
@@ -230,16 +230,16 @@ def clocks(record):
 
 
 def section(root):
-    """What stands between the README's marks."""
+    """What stands between the page's marks."""
     path = newest(root)
     if path is None:
         return NOTHING
     record = json.loads(path.read_text())
-    device, home = record["device"], path.parent.relative_to(root)
+    device, home = record["device"], path.parent.relative_to(page(root).parent)
     driver = f", driver {device['driver']}" if device.get("driver") else ""
     lines = [
         f"{device['device']}{driver}, {path.stem[:10]}, commit {device['commit'][:12]}{clocks(record)}. The whole of it is in",
-        f"[{path.relative_to(root)}]({path.relative_to(root)}).",
+        f"[{path.name}]({home / path.name}).",
         "",
     ]
     for part in (operators, targets, checks, training):
@@ -248,13 +248,17 @@ def section(root):
     return "\n".join(lines + commands(record)).rstrip()
 
 
+def page(root):
+    return root / "benches" / "README.md"
+
+
 def readme_text(root):
-    """(the README, what it should be)."""
-    text = (root / "README.md").read_text()
+    """(the page, what it should be)."""
+    text = page(root).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise Refused(f"README.md lacks {BEGIN} or {END}")
+        raise Refused(f"benches/README.md lacks {BEGIN} or {END}")
     return text, f"{before}{BEGIN}\n{section(root)}\n{END}{after}"
 
 
@@ -277,10 +281,10 @@ def main():
         print(f"refused: {why}", file=sys.stderr)
         return 1
     if chosen.action == "readme":
-        (ROOT / "README.md").write_text(wanted)
+        page(ROOT).write_text(wanted)
     elif text != wanted:
         print(
-            "README.md is not of the newest record: python3 benches/record.py readme",
+            "benches/README.md is not of the newest record: python3 benches/record.py readme",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,4 @@
-"""python3 -m unittest discover -s benches: what becomes a record, and what the README then says."""
+"""python3 -m unittest discover -s benches: what becomes a record, and what the page then says."""
 
 import json
 import pathlib
@@ -56,7 +56,8 @@ class Record(unittest.TestCase):
 
     def write_readme(self, inside):
         text = f"# Title\n\n{record.BEGIN}\n{inside}\n{record.END}\n\nThe end.\n"
-        (self.root / "README.md").write_text(text)
+        record.page(self.root).parent.mkdir(exist_ok=True)
+        record.page(self.root).write_text(text)
 
     def add(self, **files):
         for path in self.run.glob("*.json"):
@@ -68,7 +69,7 @@ class Record(unittest.TestCase):
     def refused(self, words, **files):
         with self.assertRaisesRegex(record.Refused, words):
             self.add(**files)
-        self.assertFalse((self.root / "benches").exists(), "something was written all the same")
+        self.assertFalse((self.root / "benches" / "record").exists(), "something was written all the same")
 
     def lines(self):
         return record.section(self.root).splitlines()
@@ -136,7 +137,7 @@ class Record(unittest.TestCase):
             "| conformance | 812 | 1 | 3 |",
             "- conformance: one is odd",
             "| 0.2 | ours | 12.35 | 1.4712 |",
-            "![2026-12-01-peers.svg](benches/record/nvidia-h200/2026-12-01-peers.svg)",
+            "![2026-12-01-peers.svg](record/nvidia-h200/2026-12-01-peers.svg)",
             "    operators.py --ours PROGRAM",
         ):
             self.assertIn(line, self.lines())
@@ -155,12 +156,12 @@ class Record(unittest.TestCase):
         self.assertNotEqual(text, wanted)
         self.assertTrue(wanted.startswith(f"# Title\n\n{record.BEGIN}\nNVIDIA H200"))
         self.assertTrue(wanted.endswith(f"\n{record.END}\n\nThe end.\n"))
-        (self.root / "README.md").write_text(wanted)
+        record.page(self.root).write_text(wanted)
         text, wanted = record.readme_text(self.root)
         self.assertEqual(text, wanted)
 
     def test_a_readme_without_marks_is_refused(self):
-        (self.root / "README.md").write_text("no marks")
+        record.page(self.root).write_text("no marks")
         with self.assertRaises(record.Refused):
             record.readme_text(self.root)
 

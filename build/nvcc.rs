@@ -10,6 +10,8 @@ use std::env::consts::EXE_SUFFIX;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 use std::{env, fs, io, thread};
 
 /// Machine code for Ampere and Ada (8.x), Hopper (9.0) and both Blackwells (10.x, 12.x): a chip runs
@@ -79,17 +81,58 @@ fn compile_into(out: &Path) -> Result<(), String> {
         );
     }
     let sources = sources(&kernels)?;
+    let keys: Vec<String> =
+        sources.iter().map(|source| key(&nvcc, &flags, source)).collect::<Result<_, _>>()?;
+    let changed: Vec<usize> =
+        (0..sources.len()).filter(|&i| !is_current(out, &sources[i], &keys[i])).collect();
     let jobs: usize = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    flags.push(format!("--threads={}", (jobs / sources.len().max(1)).max(1)));
+    flags.push(format!("--threads={}", (jobs / changed.len().max(1)).max(1)));
+    let next = AtomicUsize::new(0);
+    // `cargo build -vv` shows a line a kernel.
+    let work = || {
+        while let Some(&i) = changed.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let start = Instant::now();
+            compile_one(&nvcc.path, &flags, &sources[i], out)?;
+            let done = out.join(name(&sources[i])).with_extension("key");
+            fs::write(&done, &keys[i]).map_err(|error| format!("{}: {error}", done.display()))?;
+            eprintln!("compiled {}.cu, {:.0} s", name(&sources[i]), start.elapsed().as_secs_f32());
+        }
+        Ok::<(), String>(())
+    };
     thread::scope(|scope| {
-        let (nvcc, flags) = (&nvcc.path, &flags);
-        let compile = |source| scope.spawn(move || compile_one(nvcc, flags, source, out));
-        let running: Vec<_> = sources.iter().map(compile).collect();
-        running.into_iter().try_for_each(|one| one.join().expect("compile_one does not panic"))
+        let running: Vec<_> = (0..jobs.max(1)).map(|_| scope.spawn(work)).collect();
+        running.into_iter().try_for_each(|one| one.join().expect("`work` does not panic"))
     })?;
     let (major, minor) = nvcc.version;
     write_list(out, &format!("{major}.{minor}"), &archs, &sources);
     Ok(())
+}
+
+/// Everything that a kernel's code follows from: the compiler, its flags, the source and the headers that it includes.
+fn key(nvcc: &Nvcc, flags: &[String], source: &Path) -> Result<String, String> {
+    let mut files = vec![source.to_owned()];
+    let mut text = format!("{} {:?}\n{}\n", nvcc.path.display(), nvcc.version, flags.join(" "));
+    let mut at = 0;
+    while let Some(file) = files.get(at).cloned() {
+        let content =
+            fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+        for line in content.lines().filter_map(|line| line.strip_prefix("#include \"")) {
+            let header = file.with_file_name(line.trim_end().trim_end_matches('"'));
+            if !files.contains(&header) {
+                files.push(header);
+            }
+        }
+        text += &content;
+        at += 1;
+    }
+    Ok(text)
+}
+
+/// Whether the fatbin of an earlier build is what this one would compile.
+fn is_current(out: &Path, source: &Path, key: &str) -> bool {
+    let built = out.join(name(source));
+    let known = fs::read_to_string(built.with_extension("key"));
+    built.with_extension("fatbin").is_file() && known.is_ok_and(|known| known == key)
 }
 
 /// `kernels/*.cu`, and the transformer's where it is asked for, in the order of their names.

@@ -1,7 +1,7 @@
-//! Dropout for transformers, fused with what stands around it, that stores no mask.
+//! Dropout for transformers as fused CUDA kernels and a SIMD CPU backend, without a mask in memory.
 //!
 //! Which elements are dropped is a published function of (seed, stream, row, column): the *mask
-//! contract*, `CONTRACT.md` in the repository. Forward pass, backward pass, recomputation, CPU, CUDA,
+//! [contract](guide::contract)*. Forward pass, backward pass, recomputation, CPU, CUDA,
 //! every storage type, every launch shape and every shard draw the same mask, so none is ever stored.
 //!
 //! | operator | forward | backward |
@@ -44,6 +44,18 @@
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```
 //!
+//! | what a call takes | |
+//! | --- | --- |
+//! | [`Dropout`] | one application of dropout: the [`Key`] (seed, stream), the [`Probability`] of dropping, and what follows |
+//! | [`Mode`], [`Scaling`] | training or inference; inverted or classic scaling |
+//! | [`Place`], [`RowMap`], [`Groups`] | where a shard lies in the whole tensor; elements that share a decision |
+//! | [`Shape`], [`Scores`] | rows and columns; batch, heads, queries and keys of attention scores |
+//! | [`Activation`], [`Norm`] | GELU, ReLU, SiLU, tanh; LayerNorm, RMSNorm |
+//! | [`Source`], [`Gradient`] | a tensor of its own or in place; a parameter's gradient, written or added |
+//! | [`Readable`], [`Writable`] | what a backend takes as a tensor |
+//!
+//! How a trainer numbers its streams is [a page](guide::streams).
+//!
 //! # One description, every backend
 //!
 //! A pass is a structure of [`ops`] with its tensors by name, and `run` of a backend does it. The same description runs on
@@ -76,6 +88,7 @@ mod dtype;
 #[cfg(feature = "emulator")]
 pub mod emulator;
 mod error;
+pub mod guide;
 mod mask;
 pub mod ops;
 mod pass;
@@ -92,3 +105,8 @@ pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{Draws, Dropout, Mode, Scaling, Shape};
 pub use pass::{Backend, Pass};
 pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Writable};
+
+/// The examples of the README are tested.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct Readme;

@@ -459,6 +459,7 @@ impl Bert {
         add_bias(cx.backend, wide, logits, &cx.params[bias])
     }
 
+    #[expect(clippy::too_many_arguments)] // the tensors of a head and its gradients
     fn predict_backward<B: Backend>(
         &self,
         cx: &Context<'_, B>,

@@ -93,6 +93,7 @@ impl Linear {
     }
 
     /// dW = xᵀ · dy, written or added, and dx = dy · Wᵀ or dx += dy · Wᵀ.
+    #[expect(clippy::too_many_arguments)] // the tensors of a product and its gradients
     pub fn backward<B: Backend>(
         &self,
         backend: &B,

@@ -136,6 +136,7 @@ pub struct NormBackward {
 /// - h xhat: two roundings and |h| e_xhat;
 /// - sums over n rows: their terms' errors, and 64 u for each level of the tree; u for the addition to
 ///   what was there.
+#[allow(clippy::too_many_arguments)] // an operator's tensors
 pub fn embedding_norm_backward<T: Dtype>(
     dropout: &Dropout<'_>,
     norm: &Norm,

@@ -218,6 +218,7 @@ extern "C" fn cublasSetWorkspace_v2(handle: Option<&Handle>, workspace: u64, byt
 
 /// What both functions take, checked as cuBLAS does.
 #[allow(clippy::type_complexity)]
+#[expect(clippy::too_many_arguments)] // cuBLAS's
 fn product(
     handle: Option<&Handle>,
     operations: [c_uint; 2],
