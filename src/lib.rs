@@ -12,6 +12,7 @@
 //! | [`dropout_add_norm`](ops::dropout_add_norm) | s = residual + D(x + bias), y = LayerNorm or RMSNorm of s | dresidual, dx, dbias, dweight, dnorm_bias |
 //! | [`embedding_dropout`](ops::embedding_dropout) | y = D(token + position + segment) | the tables' gradients |
 //! | [`softmax_dropout`](ops::softmax_dropout) | y = D(softmax(scale · x + mask)) | dx from x and dy |
+//! | [`swiglu_dropout`](ops::swiglu_dropout) | y = D(silu(gate) · up) | dgate, dup |
 //! | [`keep_mask`](ops::keep_mask) | the mask as bits or bytes | |
 //!
 //! ```

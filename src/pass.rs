@@ -91,6 +91,8 @@ passes! {
     keep_mask: Bytes, bytes;
     softmax_dropout: Forward<T>, forward;
     softmax_dropout: Backward<T>, backward;
+    swiglu_dropout: Forward<T>, forward;
+    swiglu_dropout: Backward<T>, backward;
 }
 
 impl Backend for Cpu {

@@ -176,6 +176,14 @@ fn silu_slope(x: f32) -> f32 {
     (x * s).mul_add(rest, s)
 }
 
+/// silu(x) and silu'(x) from one logistic function: the bits of [`silu`] and [`silu_slope`].
+#[inline(always)]
+pub(super) fn silu_and_slope(x: f32) -> (f32, f32) {
+    let near = limited(x, LOGISTIC);
+    let (s, rest) = logistic(near);
+    (at_least(x, LOGISTIC) * s, (near * s).mul_add(rest, s))
+}
+
 /// Replaces each value by `function` of it.
 #[inline(always)]
 fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
@@ -245,6 +253,25 @@ mod tests {
         assert!(
             [gelu_slope, gelu_tanh_slope, silu_slope].iter().all(|slope| slope(f32::NAN).is_nan())
         );
+    }
+
+    #[test]
+    fn silu_and_its_slope_are_those_of_the_activation() {
+        for i in -30_000..=30_000 {
+            let x = i as f32 * 0.007;
+            let both = silu_and_slope(x);
+            assert_eq!(
+                (silu(x).to_bits(), silu_slope(x).to_bits()),
+                (both.0.to_bits(), both.1.to_bits()),
+                "{x}"
+            );
+        }
+        let infinity = f32::INFINITY;
+        assert_eq!(
+            [-infinity, f32::MIN, f32::MAX, infinity].map(silu_and_slope),
+            [(0.0, 0.0), (0.0, 0.0), (f32::MAX, 1.0), (infinity, 1.0),]
+        );
+        assert!(silu_and_slope(f32::NAN).0.is_nan() && silu_and_slope(f32::NAN).1.is_nan());
     }
 
     #[test]

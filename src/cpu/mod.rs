@@ -23,5 +23,6 @@ pub(crate) mod dropout_add_norm;
 pub(crate) mod embedding_dropout;
 pub(crate) mod keep_mask;
 pub(crate) mod softmax_dropout;
+pub(crate) mod swiglu_dropout;
 
 pub use level::{Cpu, Level};

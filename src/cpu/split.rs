@@ -13,13 +13,31 @@ const MIN_PIECE: usize = 8192;
 /// past them: the line is not read before it is written, which saves a third of a copy's traffic.
 const STREAMING_BYTES: usize = 8 << 20;
 
+/// One output, or two of the same shape, which are split at the same elements.
+pub(super) trait Outputs: Send + Sized {
+    fn split(self, at: usize) -> (Self, Self);
+}
+
+impl<T: Send> Outputs for &mut [T] {
+    fn split(self, at: usize) -> (Self, Self) {
+        self.split_at_mut(at)
+    }
+}
+
+impl<T: Send> Outputs for [&mut [T]; 2] {
+    fn split(self, at: usize) -> (Self, Self) {
+        let [(a, behind_a), (b, behind_b)] = self.map(|output| output.split_at_mut(at));
+        ([a, b], [behind_a, behind_b])
+    }
+}
+
 /// Splits a tensor into pieces of whole octets and gives each, with its part of `out`, to a thread.
 /// `before(octet)` elements of `out` lie before octet `octet`.
-pub(super) fn pieces<T: Send>(
+pub(super) fn pieces<O: Outputs>(
     shape: Shape,
-    out: &mut [T],
+    out: O,
     before: impl Fn(usize) -> usize,
-    each: impl Fn(Range<usize>, &mut [T]) + Sync,
+    each: impl Fn(Range<usize>, O) + Sync,
 ) {
     let total = octets::count(shape);
     let piece = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_PIECE);
@@ -33,7 +51,7 @@ pub(super) fn pieces<T: Send>(
     let mut work = Vec::with_capacity(total.div_ceil(piece));
     for start in (0..total).step_by(piece) {
         let end = (start + piece).min(total);
-        let (part, behind) = rest.split_at_mut(before(end) - before(start));
+        let (part, behind) = rest.split(before(end) - before(start));
         rest = behind;
         work.push((start..end, part));
     }

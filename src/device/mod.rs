@@ -25,6 +25,7 @@ pub(crate) mod keep_mask;
 mod rows;
 pub(crate) mod softmax_dropout;
 mod sum_rows;
+pub(crate) mod swiglu_dropout;
 
 /// A kernel: its name, and the operator whose file (`kernels/<operator>.cu`) it stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -15,6 +15,7 @@ pub mod keep_mask;
 pub mod norm;
 pub mod softmax_dropout;
 pub mod sum_rows;
+pub mod swiglu_dropout;
 
 pub(crate) use application::{Draw, Resident};
 pub use application::{Draws, Dropout, Mode, Scaling};

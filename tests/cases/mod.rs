@@ -10,6 +10,7 @@ pub mod embedding_dropout;
 pub mod keep_mask;
 pub mod lab;
 pub mod softmax_dropout;
+pub mod swiglu_dropout;
 pub mod trials;
 
 use crate::oracle::Bounded;

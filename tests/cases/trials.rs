@@ -57,7 +57,7 @@ pub fn checks<L: Lab>() -> Vec<(&'static str, &'static str, Check<L>)> {
     checks
 }
 
-fn typed<T: Dtype, L: Lab>() -> [(&'static str, &'static str, Check<L>); 6] {
+fn typed<T: Dtype, L: Lab>() -> [(&'static str, &'static str, Check<L>); 7] {
     [
         ("bias_act_dropout", T::NAME, bias_act_dropout::check::<T, L>),
         ("dropout", T::NAME, dropout::check::<T, L>),
@@ -65,5 +65,6 @@ fn typed<T: Dtype, L: Lab>() -> [(&'static str, &'static str, Check<L>); 6] {
         ("dropout_add_norm", T::NAME, dropout_add_norm::check::<T, L>),
         ("embedding_dropout", T::NAME, embedding_dropout::check::<T, L>),
         ("softmax_dropout", T::NAME, softmax_dropout::check::<T, L>),
+        ("swiglu_dropout", T::NAME, swiglu_dropout::check::<T, L>),
     ]
 }

@@ -22,10 +22,10 @@
 use super::*;
 use fused_dropout::Activation;
 
-const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+pub(super) const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
 
 /// act(x); at -∞ its limit.
-fn activation(activation: Activation, x: f64) -> Bounded {
+pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
     let curve = matches!(activation, Activation::Gelu | Activation::GeluTanh | Activation::Silu);
     let x = if curve && x == f64::NEG_INFINITY { f64::from(f32::MIN) } else { x };
     let error = match activation {
@@ -53,7 +53,7 @@ fn activation(activation: Activation, x: f64) -> Bounded {
 }
 
 /// act'(x); at ±∞ its limit.
-fn slope(activation: Activation, x: f64) -> Bounded {
+pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
     let x = x.clamp(f64::from(f32::MIN), f64::from(f32::MAX));
     // s + x s (1 - s) dv, and its errors.
     let logistic = |v: f64, dv: f64, slope: f64, slope_error: f64| {

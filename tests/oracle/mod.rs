@@ -10,6 +10,7 @@ mod dropout_add_norm;
 mod embedding_dropout;
 mod norm;
 mod softmax_dropout;
+mod swiglu_dropout;
 
 pub use bias_act_dropout::{bias_act_dropout, bias_act_dropout_backward};
 pub use dropout::dropout;
@@ -20,6 +21,7 @@ pub use embedding_dropout::{
 };
 pub use norm::Affine;
 pub use softmax_dropout::{AttentionMask, softmax_dropout, softmax_dropout_backward};
+pub use swiglu_dropout::{swiglu_dropout, swiglu_dropout_backward};
 
 use fused_dropout::{Dropout, Dtype, DtypeId, Mode, RowMap, Scaling, Shape};
 use rand_philox::Philox;

@@ -1,0 +1,140 @@
+// swiglu_dropout: y = D(silu(gate) * up), and its gradients.
+//
+//     y[r, c]     = kept(r, c) ? round((silu(gate[r, c]) * up[r, c]) * scale) : +0
+//     dgate[r, c] = kept(r, c) ? round(((dy[r, c] * scale) * up[r, c]) * silu'(gate[r, c])) : +0
+//     dup[r, c]   = kept(r, c) ? round((dy[r, c] * scale) * silu(gate[r, c])) : +0
+//
+// silu is computed again from gate in the backward pass: nothing is saved. Value and slope share an exponential.
+//
+// Bytes an element: forward two read, one written (6 in 16-bit storage); backward three read, two written (10).
+// In place: y may be gate or up; dup may be dy.
+
+#include "activation.cuh"
+#include "kernel.cuh"
+
+/// silu(x) and silu'(x).
+struct Silu {
+    float value;
+    float slope;
+
+    __device__ __forceinline__ explicit Silu(float x) {
+        const float near = limited(x, LOGISTIC);
+        const Logistic s(near);
+        value = __fmul_rn(at_least(x, LOGISTIC), s.value);
+        slope = __fmaf_rn(__fmul_rn(near, s.value), s.rest, s.value);
+    }
+};
+
+template <typename T>
+struct SwigluParams {
+    Mask mask;
+    Octets octets;
+    In<T> gate;
+    In<T> up;
+    Out<T> y;
+};
+static_assert(sizeof(SwigluParams<float>) == 232, "swiglu_dropout.rs: ForwardParams");
+
+template <typename T, bool aligned>
+struct Swiglu {
+    using Params = SwigluParams<T>;
+    struct Loaded {
+        Octet<T> gate;
+        Octet<T> up;
+    };
+
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
+        const Position position(p.octets, index);
+        const unsigned long long element = element_of<aligned>(p.octets, index, position);
+        const unsigned count = position.count(p.octets);
+        Loaded loaded;
+        loaded.gate = p.gate.template streaming<aligned>(element, count);
+        loaded.up = p.up.template streaming<aligned>(element, count);
+        return loaded;
+    }
+
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float scale, const Loaded& loaded) {
+        const Values gate = unpack(loaded.gate);
+        const Values up = unpack(loaded.up);
+        Values y = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float product = __fmul_rn(Silu(gate.at[j]).value, up.at[j]);
+            if (keep.at[j]) y.at[j] = __fmul_rn(product, scale);
+        }
+        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
+                                     position.count(p.octets), pack<T>(y));
+    }
+};
+
+FD_KERNEL(swiglu_dropout_f32, SwigluParams<float>, THREADS, stream<Swiglu<float, true>>)
+FD_KERNEL(swiglu_dropout_f16, SwigluParams<f16>, THREADS, stream<Swiglu<f16, true>>)
+FD_KERNEL(swiglu_dropout_bf16, SwigluParams<bf16>, THREADS, stream<Swiglu<bf16, true>>)
+FD_KERNEL(swiglu_dropout_any_f32, SwigluParams<float>, THREADS, stream_any<Swiglu<float, false>>)
+FD_KERNEL(swiglu_dropout_any_f16, SwigluParams<f16>, THREADS, stream_any<Swiglu<f16, false>>)
+FD_KERNEL(swiglu_dropout_any_bf16, SwigluParams<bf16>, THREADS, stream_any<Swiglu<bf16, false>>)
+
+template <typename T>
+struct SwigluGradParams {
+    Mask mask;
+    Octets octets;
+    In<T> gate;
+    In<T> up;
+    In<T> dy;
+    Out<T> dgate;
+    Out<T> dup;
+};
+static_assert(sizeof(SwigluGradParams<float>) == 248, "swiglu_dropout.rs: GradParams");
+
+template <typename T, bool aligned>
+struct SwigluGrad {
+    using Params = SwigluGradParams<T>;
+    struct Loaded {
+        Octet<T> gate;
+        Octet<T> up;
+        Octet<T> dy;
+    };
+
+    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
+        const Position position(p.octets, index);
+        const unsigned long long element = element_of<aligned>(p.octets, index, position);
+        const unsigned count = position.count(p.octets);
+        Loaded loaded;
+        loaded.gate = p.gate.template streaming<aligned>(element, count);
+        loaded.up = p.up.template streaming<aligned>(element, count);
+        loaded.dy = p.dy.template streaming<aligned>(element, count);
+        return loaded;
+    }
+
+    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+                                                  const Kept& keep, float scale, const Loaded& loaded) {
+        const Values gate = unpack(loaded.gate);
+        const Values up = unpack(loaded.up);
+        const Values dy = unpack(loaded.dy);
+        Values dgate = {};
+        Values dup = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const Silu silu(gate.at[j]);
+            const float g = __fmul_rn(dy.at[j], scale);
+            if (!keep.at[j]) continue;
+            dgate.at[j] = __fmul_rn(__fmul_rn(g, up.at[j]), silu.slope);
+            dup.at[j] = __fmul_rn(g, silu.value);
+        }
+        const unsigned long long element = element_of<aligned>(p.octets, index, position);
+        const unsigned count = position.count(p.octets);
+        p.dgate.template cached<aligned>(element, count, pack<T>(dgate));
+        p.dup.template cached<aligned>(element, count, pack<T>(dup));
+    }
+};
+
+FD_KERNEL(swiglu_dropout_grad_f32, SwigluGradParams<float>, THREADS, stream<SwigluGrad<float, true>>)
+FD_KERNEL(swiglu_dropout_grad_f16, SwigluGradParams<f16>, THREADS, stream<SwigluGrad<f16, true>>)
+FD_KERNEL(swiglu_dropout_grad_bf16, SwigluGradParams<bf16>, THREADS, stream<SwigluGrad<bf16, true>>)
+FD_KERNEL(swiglu_dropout_grad_any_f32, SwigluGradParams<float>, THREADS,
+          stream_any<SwigluGrad<float, false>>)
+FD_KERNEL(swiglu_dropout_grad_any_f16, SwigluGradParams<f16>, THREADS,
+          stream_any<SwigluGrad<f16, false>>)
+FD_KERNEL(swiglu_dropout_grad_any_bf16, SwigluGradParams<bf16>, THREADS,
+          stream_any<SwigluGrad<bf16, false>>)
