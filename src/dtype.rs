@@ -11,6 +11,7 @@ mod sealed {
 
 /// A storage type, as a value: what a type parameter `T: Dtype` says at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum DtypeId {
     /// IEEE 754 binary32.
     F32,

@@ -37,8 +37,7 @@ pub enum Error {
         /// The driver's name and text for it.
         message: String,
     },
-    /// A model's configuration has a setting that is unknown, missing, or does not fit the others.
-    #[cfg(feature = "transformer")]
+    /// A configuration has a setting that is unknown, missing, or does not fit the others.
     #[error("setting {name}: expected {expected}, got {given}")]
     Setting {
         /// The setting, as the file names it.
@@ -48,8 +47,7 @@ pub enum Error {
         /// What was found.
         given: String,
     },
-    /// A file of weights lacks a tensor, has one too many, or one of another shape.
-    #[cfg(feature = "transformer")]
+    /// A file lacks a tensor, has one too many, or one of another shape.
     #[error("tensor {name}: expected {expected}, got {given}")]
     Tensor {
         /// The tensor, as the file names it.
@@ -60,7 +58,6 @@ pub enum Error {
         given: String,
     },
     /// A file cannot be read or written, or is not of its format.
-    #[cfg(feature = "transformer")]
     #[error("{path}: {reason}")]
     File {
         /// The file, or what it was to hold.
@@ -77,46 +74,17 @@ pub enum Error {
         /// The first thing it did wrong, with block and thread.
         fault: String,
     },
-    /// cuBLAS returned an error.
-    #[cfg(all(feature = "cuda", feature = "transformer"))]
-    #[error("{operation}: {status}")]
-    Blas {
-        /// What the crate asked cuBLAS to do.
+    /// Another library returned an error.
+    #[error("{operation}: {message}")]
+    Library {
+        /// What the crate asked it to do.
         operation: &'static str,
-        /// cuBLAS's own name for the error, a `cublasStatus_t`.
-        status: String,
+        /// Its own name for the error.
+        message: String,
     },
 }
 
 impl Error {
-    /// An [`Error::Setting`].
-    #[cfg(feature = "transformer")]
-    pub(crate) fn setting(
-        name: impl ToString,
-        expected: impl ToString,
-        given: impl ToString,
-    ) -> Self {
-        Error::Setting {
-            name: name.to_string(),
-            expected: expected.to_string(),
-            given: given.to_string(),
-        }
-    }
-
-    /// An [`Error::Tensor`].
-    #[cfg(feature = "transformer")]
-    pub(crate) fn tensor(
-        name: impl ToString,
-        expected: impl ToString,
-        given: impl ToString,
-    ) -> Self {
-        Error::Tensor {
-            name: name.to_string(),
-            expected: expected.to_string(),
-            given: given.to_string(),
-        }
-    }
-
     /// An [`Error::Argument`]; `expected` and `given` in words.
     pub(crate) fn argument(
         operator: &'static str,

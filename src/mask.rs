@@ -158,6 +158,7 @@ impl Key {
 
 /// Which logical row of the whole tensor a local row is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum RowMap<'a> {
     /// `first + r`: the whole tensor, or a slice of its leading dimension.
     Contiguous {

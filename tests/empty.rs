@@ -6,7 +6,7 @@ use fused_dropout::ops::dropout_add_norm::Saved;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
-    softmax_dropout,
+    softmax_dropout, swiglu_dropout,
 };
 use fused_dropout::{
     Activation, AttentionMask, Backend, Dropout, Gradient, Key, Norm, Pass, Probability, Readable,
@@ -67,6 +67,10 @@ where
         dx: &mut a,
         dbias: None,
     };
+    is_ok(backend, shape, backward);
+    is_ok(backend, shape, swiglu_dropout::Forward { shape, gate: x(), up: &none, y: &mut a });
+    let (gate, dgate, dup) = (&none, &mut a, &mut b);
+    let backward = swiglu_dropout::Backward { shape, gate, up: &none, dy: x(), dgate, dup };
     is_ok(backend, shape, backward);
     // One head; its rows are queries.
     let scores = Scores { batch: 1, heads: 1, queries: shape.rows, keys: shape.cols, scale: 1.0 };

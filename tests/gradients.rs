@@ -6,6 +6,7 @@ use fused_dropout::ops::dropout_add_norm::Saved;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
+    swiglu_dropout,
 };
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Gradient, In, Key, Norm, NormKind, Probability, Scores,
@@ -194,6 +195,28 @@ fn bias_act_dropout() {
     }
 }
 
+#[test]
+fn swiglu_dropout() {
+    let (gate, up, weight) = (values(0.0), values(3.0), values(5.0));
+    let (shape, cpu) = (Shape::new(6, 11), Cpu::new());
+    let forward = |gate: &[f64], up: &[f64]| {
+        let product = gate.iter().zip(up).map(|(&gate, up)| act(Activation::Silu, gate) * up);
+        dropped(&product.collect::<Vec<_>>(), 11)
+    };
+    let (mut dgate, mut dup) = (vec![0.0; N], vec![0.0; N]);
+    let pass = swiglu_dropout::Backward {
+        shape,
+        gate: &narrow(&gate),
+        up: &narrow(&up),
+        dy: Source::Tensor(&narrow(&weight)),
+        dgate: &mut dgate,
+        dup: &mut dup,
+    };
+    cpu.run(&drop(), pass).unwrap();
+    compare(&|gate| forward(gate, &up), &gate, &weight, &dgate);
+    compare(&|up| forward(&gate, up), &up, &weight, &dup);
+}
+
 fn act(activation: Activation, x: f64) -> f64 {
     let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
     match activation {
@@ -203,6 +226,7 @@ fn act(activation: Activation, x: f64) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Tanh => x.tanh(),
         Activation::Identity => x,
+        other => unreachable!("{other:?} has no formula here"),
     }
 }
 

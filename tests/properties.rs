@@ -9,7 +9,7 @@ use fused_dropout::ops::dropout_add_norm::Saved;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
-    softmax_dropout,
+    softmax_dropout, swiglu_dropout,
 };
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Gradient, Groups, Key, Norm, Place, Probability, RowMap,
@@ -156,6 +156,15 @@ fn every_operator_and_pass_draws_the_mask_of_the_key() {
     // g - sum P g of a row with kept and dropped elements: above 0 where g is the scale, below where it is 0.
     let signs: Vec<f32> = out.iter().map(|dx| dx.max(0.0)).collect();
     same("softmax_dropout backward", &signs, 0.0);
+    let forward = swiglu_dropout::Forward { shape, gate: x(), up: &ones, y: &mut out };
+    cpu.run(&d, forward).unwrap();
+    same("swiglu_dropout", &out, 0.0);
+    let (gate, dy) = (&ones, x());
+    let backward =
+        swiglu_dropout::Backward { shape, gate, up: &ones, dy, dgate: &mut y, dup: &mut out };
+    cpu.run(&d, backward).unwrap();
+    same("swiglu_dropout's dgate", &y, 0.0);
+    same("swiglu_dropout's dup", &out, 0.0);
     for activation in Activation::ALL {
         // Every activation of 1 is above 0, and so is its slope.
         let forward =

@@ -8,6 +8,7 @@ use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tab
 use fused_dropout::ops::softmax_dropout::STATISTICS;
 use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
+    swiglu_dropout,
 };
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Gradient, In, Key, Norm, Pass, Probability, Scores, Shape,
@@ -65,6 +66,19 @@ fn streaming_operators() {
             bias_act_dropout::Backward { shape, activation, x, bias: None, dy, dx, dbias: None };
         moves(4, 2, 0, backward);
     }
+}
+
+#[test]
+fn gated() {
+    let (gate, up, dy) = (tensor(), tensor(), tensor());
+    let (mut a, mut b) = (tensor(), tensor());
+    let (gate, up, dy) = (&&gate.0[..], &&up.0[..], &&dy.0[..]);
+    let (a, b) = (&mut &mut a.0[..], &mut &mut b.0[..]);
+    let shape = SHAPE;
+    let forward = swiglu_dropout::Forward { shape, gate: Source::Tensor(gate), up, y: a };
+    moves(4, 2, 0, forward);
+    let dy = Source::Tensor(dy as _);
+    moves(6, 4, 0, swiglu_dropout::Backward { shape, gate, up, dy, dgate: a, dup: b });
 }
 
 #[test]

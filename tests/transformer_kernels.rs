@@ -40,6 +40,7 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F32 => (U, 2f64.powi(-150)),
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
+        other => unreachable!("{other:?} has no bound here"),
     }
 }
 

@@ -6,6 +6,7 @@ use crate::pass::{Backend, Pass};
 
 /// An instruction set that the backend is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Level {
     /// What every machine of the target has (SSE2 on x86-64, NEON on AArch64).
     Portable,

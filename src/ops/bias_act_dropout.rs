@@ -15,6 +15,7 @@ pub(crate) const NAME: &str = "bias_act_dropout";
 /// Computed in f32 with a relative error of a few roundings, also far out on the negative side; the bounds
 /// are in CONTRACT.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Activation {
     /// x Φ(x), Φ the standard normal distribution function: the exact GELU (Hendrycks and Gimpel, 2016);
     /// BERT's.

@@ -18,6 +18,7 @@ use crate::error::Error;
 
 /// Which normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum NormKind {
     /// LayerNorm: the row less its mean, over its standard deviation (biased).
     Layer,

@@ -12,6 +12,7 @@ use super::check::{check_below, check_size, check_tokens, mean_factor};
 use super::config::BertConfig;
 use super::matmul::{Layout, MatMul};
 use super::params::{Grads, Id, Init, Params, Part, Specs};
+use super::refuse;
 use super::stack::Stack;
 use super::streams::{Drops, Pass, Site};
 use crate::dtype::Dtype;
@@ -685,10 +686,10 @@ fn sequences<B: Backend>(
 fn check_loss(config: &BertConfig) -> Result<(), Error> {
     const LOSS: &str = "single_label_classification";
     if let Some(other) = config.problem_type.as_ref().filter(|&problem| problem != LOSS) {
-        return Err(Error::setting("problem_type", format!("null or {LOSS}"), other));
+        return Err(refuse::setting("problem_type", format!("null or {LOSS}"), other));
     }
     match config.num_labels {
-        1 => Err(Error::setting("num_labels", "at least 2 classes", 1)),
+        1 => Err(refuse::setting("num_labels", "at least 2 classes", 1)),
         _ => Ok(()),
     }
 }

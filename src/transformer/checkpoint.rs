@@ -3,6 +3,7 @@
 
 use super::optim::OptimizerState;
 use super::params::{Specs, not_safetensors};
+use super::refuse;
 use crate::error::Error;
 use safetensors::tensor::{SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -56,7 +57,7 @@ impl Checkpoint {
         let file = SafeTensors::deserialize(bytes).map_err(not_safetensors)?;
         let known = |name: &str| [WEIGHTS, MEANS, SQUARES].iter().any(|p| name.starts_with(p));
         if let Some((name, _)) = file.iter().find(|(name, _)| !known(name)) {
-            return Err(Error::tensor(name, "a tensor of a checkpoint", "an unknown one"));
+            return Err(refuse::tensor(name, "a tensor of a checkpoint", "an unknown one"));
         }
         let (m, v) = (part(specs, &file, MEANS)?, part(specs, &file, SQUARES)?);
         let weights = part(specs, &file, WEIGHTS)?;

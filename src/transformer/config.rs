@@ -1,5 +1,6 @@
 //! Configurations of models, from Hugging Face's `config.json`.
 
+use super::refuse;
 use super::streams::MAX_LAYERS;
 use crate::error::Error;
 use crate::mask::Probability;
@@ -398,7 +399,7 @@ impl Settings {
     }
 
     fn required<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Error> {
-        let value = self.0.remove(name).ok_or_else(|| Error::setting(name, "a value", "none"))?;
+        let value = self.0.remove(name).ok_or_else(|| refuse::setting(name, "a value", "none"))?;
         read(name, value)
     }
 
@@ -430,7 +431,7 @@ impl Settings {
         for count in counts {
             let (name, Some(count)) = count? else { continue };
             if let Some(labels) = labels.filter(|&labels| labels != count) {
-                return Err(Error::setting(name, format!("the {labels} of the others"), count));
+                return Err(refuse::setting(name, format!("the {labels} of the others"), count));
             }
             labels = Some(count);
         }
@@ -452,7 +453,7 @@ impl Settings {
         let Some(value) = self.0.remove(other) else { return Ok(()) };
         match self.0.get(name) {
             Some(known) if *known != value => {
-                Err(Error::setting(other, format!("{known}, as {name}"), value))
+                Err(refuse::setting(other, format!("{known}, as {name}"), value))
             }
             _ => {
                 self.0.insert(name.to_owned(), value);
@@ -464,7 +465,7 @@ impl Settings {
     /// A setting that these models have in one form only.
     fn only(&mut self, name: &str, expected: Value) -> Result<(), Error> {
         match self.0.remove(name) {
-            Some(given) if given != expected => Err(Error::setting(name, expected, given)),
+            Some(given) if given != expected => Err(refuse::setting(name, expected, given)),
             _ => Ok(()),
         }
     }
@@ -474,7 +475,7 @@ impl Settings {
         let nothing = [json!(false), json!({}), json!([])];
         match self.0.remove(name).filter(|given| !nothing.contains(given)) {
             Some(given) if !given.is_null() => {
-                Err(Error::setting(name, "false, null or nothing", given))
+                Err(refuse::setting(name, "false, null or nothing", given))
             }
             _ => Ok(()),
         }
@@ -489,7 +490,7 @@ impl Settings {
         self.ignore(OF_GENERATION);
         // What is null has not been set.
         match self.0.into_iter().find(|(_, given)| !given.is_null()) {
-            Some((name, given)) => Err(Error::setting(name, "a setting that is known", given)),
+            Some((name, given)) => Err(refuse::setting(name, "a setting that is known", given)),
             None => Ok(()),
         }
     }
@@ -497,12 +498,12 @@ impl Settings {
 
 fn read<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, Error> {
     let given = value.to_string();
-    serde_json::from_value(value).map_err(|error| Error::setting(name, error, given))
+    serde_json::from_value(value).map_err(|error| refuse::setting(name, error, given))
 }
 
 fn probability(name: &str, p: f64) -> Result<Probability, Error> {
     Probability::nonvanishing(p).map_err(|error| match error {
-        Error::Argument { expected, .. } => Error::setting(name, expected, p),
+        Error::Argument { expected, .. } => refuse::setting(name, expected, p),
         other => other,
     })
 }
@@ -530,7 +531,7 @@ fn activation(setting: &str, name: &str) -> Result<Activation, Error> {
         .map(|&(_, activation)| activation)
         .ok_or_else(|| {
             let known: Vec<_> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
-            Error::setting(setting, format!("one of {}", known.join(", ")), name)
+            refuse::setting(setting, format!("one of {}", known.join(", ")), name)
         })
 }
 
@@ -550,12 +551,12 @@ fn short(value: f32) -> f64 {
 }
 
 fn positive(name: &str, value: usize) -> Result<(), Error> {
-    if value > 0 { Ok(()) } else { Err(Error::setting(name, "at least 1", value)) }
+    if value > 0 { Ok(()) } else { Err(refuse::setting(name, "at least 1", value)) }
 }
 
 fn token(name: &str, token: Option<usize>, vocab_size: usize) -> Result<(), Error> {
     match token.filter(|&token| token >= vocab_size) {
-        Some(token) => Err(Error::setting(name, format!("null, or below {vocab_size}"), token)),
+        Some(token) => Err(refuse::setting(name, format!("null, or below {vocab_size}"), token)),
         None => Ok(()),
     }
 }
@@ -566,14 +567,14 @@ fn layers(name: &str, value: usize) -> Result<(), Error> {
     if (1..=most).contains(&value) {
         return Ok(());
     }
-    Err(Error::setting(name, format!("1 to {most}"), value))
+    Err(refuse::setting(name, format!("1 to {most}"), value))
 }
 
 fn heads(name: &str, width: usize, heads: usize) -> Result<(), Error> {
     if heads > 0 && width > 0 && width.is_multiple_of(heads) {
         return Ok(());
     }
-    Err(Error::setting(name, format!("a multiple of the {heads} heads"), width))
+    Err(refuse::setting(name, format!("a multiple of the {heads} heads"), width))
 }
 
 /// Refuses sizes whose matrices, `[size, width]` so many times a layer, hold more f32 than memory has addresses, by the
@@ -588,7 +589,7 @@ fn weights_fit<const N: usize>(
         let elements = (size as u128).saturating_mul(width as u128);
         let elements = elements.saturating_mul(matrices as u128).saturating_mul(layers as u128);
         if elements > most {
-            return Err(Error::setting(name, "a size whose weights fit in memory", size));
+            return Err(refuse::setting(name, "a size whose weights fit in memory", size));
         }
     }
     Ok(())
@@ -598,5 +599,5 @@ fn finite(name: &str, value: f32) -> Result<(), Error> {
     if value.is_finite() && value >= 0.0 {
         return Ok(());
     }
-    Err(Error::setting(name, "a finite number, at least 0", value))
+    Err(refuse::setting(name, "a finite number, at least 0", value))
 }

@@ -2,6 +2,7 @@
 //! either name, in any float type, in one file or in several, and with the heads of other models.
 
 use super::params::{Part, Specs, not_safetensors};
+use super::refuse;
 use crate::error::Error;
 use safetensors::tensor::{Dtype as FileDtype, SafeTensors, TensorView};
 use serde::Deserialize;
@@ -181,7 +182,7 @@ fn agreed(part: &Part, mut copies: Vec<Stored<'_>>) -> Result<Vec<f32>, Error> {
         let (more, other) = (to_f32(part, copy)?, copy.view.dtype());
         if !values.iter().zip(&more).all(|(&a, &b)| is_same(a, dtype, b, other)) {
             let expected = format!("the values of {}", first.name);
-            return Err(Error::tensor(copy.name, expected, "others"));
+            return Err(refuse::tensor(copy.name, expected, "others"));
         }
         if other.bitsize() > dtype.bitsize() {
             (values, dtype) = (more, other);
@@ -206,7 +207,7 @@ fn rounded(value: f32, dtype: FileDtype) -> f32 {
 
 fn to_f32(part: &Part, Stored { name, view }: &Stored<'_>) -> Result<Vec<f32>, Error> {
     if part.shape != view.shape() {
-        return Err(Error::tensor(
+        return Err(refuse::tensor(
             name,
             format!("{:?}", part.shape),
             format!("{:?}", view.shape()),
@@ -224,7 +225,7 @@ fn to_f32(part: &Part, Stored { name, view }: &Stored<'_>) -> Result<Vec<f32>, E
             let wide = bytes.as_chunks::<8>().0.iter().copied().map(f64::from_le_bytes);
             Ok(wide.map(|value| value as f32).collect())
         }
-        other => Err(Error::tensor(name, "F16, BF16, F32 or F64", format!("{other:?}"))),
+        other => Err(refuse::tensor(name, "F16, BF16, F32 or F64", format!("{other:?}"))),
     }
 }
 
@@ -268,7 +269,7 @@ fn read_files(path: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>, Error> {
         let has = SafeTensors::deserialize(&bytes).map_err(|error| not_read(&shard, error))?;
         match tensors.into_iter().find(|tensor| has.tensor(tensor).is_err()) {
             Some(tensor) => {
-                Err(Error::tensor(tensor, format!("a tensor of {}", shard.display()), "none"))
+                Err(refuse::tensor(tensor, format!("a tensor of {}", shard.display()), "none"))
             }
             None => Ok((shard, bytes)),
         }
@@ -285,9 +286,9 @@ fn not_read(path: &Path, reason: impl ToString) -> Error {
 }
 
 fn missing(name: &str) -> Error {
-    Error::tensor(name, "a tensor", "none")
+    refuse::tensor(name, "a tensor", "none")
 }
 
 fn unknown(name: &str) -> Error {
-    Error::tensor(name, "a tensor of this model", "an unknown one")
+    refuse::tensor(name, "a tensor of this model", "an unknown one")
 }

@@ -70,6 +70,7 @@ mod load;
 pub mod matmul;
 mod optim;
 mod params;
+mod refuse;
 mod stack;
 pub mod streams;
 

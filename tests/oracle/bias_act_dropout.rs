@@ -40,6 +40,7 @@ pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
         Activation::Silu => x.abs() * sigma(x) * (sigma_error(x, 0.0) + U),
         Activation::Tanh => 10.0 * U * x.tanh().abs(),
         Activation::Relu | Activation::Identity => 0.0,
+        other => unreachable!("{other:?} has no bound here"),
     };
     let value = match activation {
         Activation::Gelu => x * Normal::new(x).below,
@@ -48,6 +49,7 @@ pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
         Activation::Relu | Activation::Identity => x,
         Activation::Silu => x * sigma(x),
         Activation::Tanh => x.tanh(),
+        other => unreachable!("{other:?} has no value here"),
     };
     bounded(value, error, x)
 }
@@ -83,6 +85,7 @@ pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
         }
         Activation::Relu => bounded(if x <= 0.0 { 0.0 } else { 1.0 }, 0.0, 0.0),
         Activation::Identity => bounded(1.0, 0.0, 0.0),
+        other => unreachable!("{other:?} has no slope here"),
     }
 }
 

@@ -40,6 +40,7 @@ pub fn logical(map: &RowMap<'_>, r: u64) -> u64 {
             u64::from(first) + b * u64::from(batch_stride) + h * u64::from(head_stride) + q
         }
         RowMap::Explicit(list) => u64::from(list[r as usize]),
+        ref other => unreachable!("{other:?} has no formula here"),
     }
 }
 
@@ -137,6 +138,7 @@ fn rounding<T: Dtype>() -> (f64, f64) {
         DtypeId::F32 => (U, 2f64.powi(-150)),
         DtypeId::F16 => (2f64.powi(-11), 2f64.powi(-25)),
         DtypeId::Bf16 => (2f64.powi(-8), 2f64.powi(-134)),
+        other => unreachable!("{other:?} has no bound here"),
     }
 }
 

@@ -116,6 +116,7 @@ pub fn row_gradient(norm: &Norm, row: &[f64], mean: f32, g: &[f64], roundings: f
     let (centre, centre_error) = match norm.kind {
         NormKind::Layer => (mean(&|k| g[k]), levels * U * mean(&|k| g[k].abs())),
         NormKind::Rms => (0.0, 0.0),
+        other => unreachable!("{other:?} has no gradient here"),
     };
     let slope = mean(&|k| g[k] * xhat[k].value);
     let slope_error = mean(&|k| g[k].abs() * (xhat[k].error + levels * U * xhat[k].value.abs()));

@@ -204,5 +204,5 @@ fn stored<T: Dtype>() -> sys::cudaDataType {
 }
 
 fn blas(operation: &'static str) -> impl FnOnce(CublasError) -> Error {
-    move |error| Error::Blas { operation, status: format!("{:?}", error.0) }
+    move |error| Error::Library { operation, message: format!("{:?}", error.0) }
 }
