@@ -202,7 +202,7 @@ def measure_loads(code):
     for kernel, lines in code.items():
         names = [name for _, name, _ in lines]
         wide, every = COLUMNS["LDG128"](names), COLUMNS["LDG"](names)
-        if wide and "_any_" not in kernel:
+        if wide and "_unaligned_" not in kernel:
             loads[kernel] = loads_in_flight(lines), wide, every - wide
     return loads
 

@@ -8,7 +8,7 @@ mod probability;
 use clap::Parser;
 use fused_dropout::cpu::Cpu;
 use fused_dropout::ops::keep_mask::Bytes;
-use fused_dropout::{Dropout, Error, Groups, Key, Place, Probability, RowMap, Shape};
+use fused_dropout::{Dropout, Error, Groups, Key, Probability, RowMap, Shape, Shard};
 use probability::probability;
 use sha2::{Digest, Sha256};
 use std::fmt::Display;
@@ -122,7 +122,7 @@ fn part<'a>(a: &Arguments, row: u64, col: u64) -> Result<Dropout<'a>, Error> {
     let rows = RowMap::Contiguous { first: a.origin_row + row as u32 };
     let dropout = Dropout::new(Key::new(a.seed, a.stream), Probability::new(a.p)?);
     let groups = Groups { rows: a.group_rows, columns_together: a.columns_together };
-    Ok(dropout.at(Place { first_col: a.origin_col + col, rows }).groups(groups))
+    Ok(dropout.shard(Shard { first_col: a.origin_col + col, rows }).groups(groups))
 }
 
 /// Refuses what the library would refuse, before the first line is printed.

@@ -31,7 +31,7 @@ __device__ __forceinline__ float limited(float x, float limit) {
 
 /// The standard normal distribution.
 struct Normal {
-    float below;    // Phi(x)
+    float cdf;    // Phi(x)
     float density;  // phi(x)
 
     /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) A(z) / B(z); both are 0 beyond 14.5.
@@ -50,7 +50,7 @@ struct Normal {
         b = __fmaf_rn(b, z, 1.6744742f);
         b = __fmaf_rn(b, z, 1.0f);
         const float tail = __fmul_rn(e, __fdividef(a, b));
-        below = x < 0.0f ? tail : __fsub_rn(1.0f, tail);
+        cdf = x < 0.0f ? tail : __fsub_rn(1.0f, tail);
         density = __fmul_rn(e, 0.3989423f);
     }
 };
@@ -108,7 +108,7 @@ struct TwiceU {
 template <Activation activation>
 __device__ __forceinline__ float activate(float x) {
     switch (activation) {
-        case Activation::gelu: return __fmul_rn(at_least(x, NORMAL), Normal(x).below);
+        case Activation::gelu: return __fmul_rn(at_least(x, NORMAL), Normal(x).cdf);
         case Activation::gelu_tanh: {
             const float low = at_least(x, CUBE);
             return __fmul_rn(low, Logistic(TwiceU(fminf(low, CUBE)).value).value);
@@ -127,7 +127,7 @@ __device__ __forceinline__ float slope(float x) {
         case Activation::gelu: {
             x = limited(x, NORMAL);
             const Normal normal(x);
-            return __fmaf_rn(x, normal.density, normal.below);
+            return __fmaf_rn(x, normal.density, normal.cdf);
         }
         case Activation::gelu_tanh: {
             x = limited(x, CUBE);

@@ -76,10 +76,10 @@ struct BiasAct {
 FD_KERNEL(bias_act_dropout_f32, BiasActParams<float>, THREADS, stream<BiasAct<float, true>>)
 FD_KERNEL(bias_act_dropout_f16, BiasActParams<f16>, THREADS, stream<BiasAct<f16, true>>)
 FD_KERNEL(bias_act_dropout_bf16, BiasActParams<bf16>, THREADS, stream<BiasAct<bf16, true>>)
-FD_KERNEL(bias_act_dropout_any_f32, BiasActParams<float>, THREADS,
-          stream_any<BiasAct<float, false>>)
-FD_KERNEL(bias_act_dropout_any_f16, BiasActParams<f16>, THREADS, stream_any<BiasAct<f16, false>>)
-FD_KERNEL(bias_act_dropout_any_bf16, BiasActParams<bf16>, THREADS, stream_any<BiasAct<bf16, false>>)
+FD_KERNEL(bias_act_dropout_unaligned_f32, BiasActParams<float>, THREADS,
+          stream_unaligned<BiasAct<float, false>>)
+FD_KERNEL(bias_act_dropout_unaligned_f16, BiasActParams<f16>, THREADS, stream_unaligned<BiasAct<f16, false>>)
+FD_KERNEL(bias_act_dropout_unaligned_bf16, BiasActParams<bf16>, THREADS, stream_unaligned<BiasAct<bf16, false>>)
 
 /// Tensors of a backward call.
 template <typename T>
@@ -168,21 +168,21 @@ FD_KERNEL(bias_act_dropout_grad_f32, BiasActGradParams<float>, THREADS,
 FD_KERNEL(bias_act_dropout_grad_f16, BiasActGradParams<f16>, THREADS, stream<BiasActDx<f16, true>>)
 FD_KERNEL(bias_act_dropout_grad_bf16, BiasActGradParams<bf16>, THREADS,
           stream<BiasActDx<bf16, true>>)
-FD_KERNEL(bias_act_dropout_grad_any_f32, BiasActGradParams<float>, THREADS,
-          stream_any<BiasActDx<float, false>>)
-FD_KERNEL(bias_act_dropout_grad_any_f16, BiasActGradParams<f16>, THREADS,
-          stream_any<BiasActDx<f16, false>>)
-FD_KERNEL(bias_act_dropout_grad_any_bf16, BiasActGradParams<bf16>, THREADS,
-          stream_any<BiasActDx<bf16, false>>)
+FD_KERNEL(bias_act_dropout_grad_unaligned_f32, BiasActGradParams<float>, THREADS,
+          stream_unaligned<BiasActDx<float, false>>)
+FD_KERNEL(bias_act_dropout_grad_unaligned_f16, BiasActGradParams<f16>, THREADS,
+          stream_unaligned<BiasActDx<f16, false>>)
+FD_KERNEL(bias_act_dropout_grad_unaligned_bf16, BiasActGradParams<bf16>, THREADS,
+          stream_unaligned<BiasActDx<bf16, false>>)
 FD_KERNEL(bias_act_dropout_bias_grad_f32, BiasActBiasGradParams<float>, THREADS,
           sum_tile<BiasActDbias<float, true>>)
 FD_KERNEL(bias_act_dropout_bias_grad_f16, BiasActBiasGradParams<f16>, THREADS,
           sum_tile<BiasActDbias<f16, true>>)
 FD_KERNEL(bias_act_dropout_bias_grad_bf16, BiasActBiasGradParams<bf16>, THREADS,
           sum_tile<BiasActDbias<bf16, true>>)
-FD_KERNEL(bias_act_dropout_bias_grad_any_f32, BiasActBiasGradParams<float>, THREADS,
+FD_KERNEL(bias_act_dropout_bias_grad_unaligned_f32, BiasActBiasGradParams<float>, THREADS,
           sum_tile<BiasActDbias<float, false>>)
-FD_KERNEL(bias_act_dropout_bias_grad_any_f16, BiasActBiasGradParams<f16>, THREADS,
+FD_KERNEL(bias_act_dropout_bias_grad_unaligned_f16, BiasActBiasGradParams<f16>, THREADS,
           sum_tile<BiasActDbias<f16, false>>)
-FD_KERNEL(bias_act_dropout_bias_grad_any_bf16, BiasActBiasGradParams<bf16>, THREADS,
+FD_KERNEL(bias_act_dropout_bias_grad_unaligned_bf16, BiasActBiasGradParams<bf16>, THREADS,
           sum_tile<BiasActDbias<bf16, false>>)

@@ -78,23 +78,23 @@ struct DropoutAdd {
 FD_KERNEL(dropout_add_f32, DropoutAddParams<float>, THREADS, stream<DropoutAdd<float, false, true>>)
 FD_KERNEL(dropout_add_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, false, true>>)
 FD_KERNEL(dropout_add_bf16, DropoutAddParams<bf16>, THREADS, stream<DropoutAdd<bf16, false, true>>)
-FD_KERNEL(dropout_add_any_f32, DropoutAddParams<float>, THREADS,
-          stream_any<DropoutAdd<float, false, false>>)
-FD_KERNEL(dropout_add_any_f16, DropoutAddParams<f16>, THREADS,
-          stream_any<DropoutAdd<f16, false, false>>)
-FD_KERNEL(dropout_add_any_bf16, DropoutAddParams<bf16>, THREADS,
-          stream_any<DropoutAdd<bf16, false, false>>)
+FD_KERNEL(dropout_add_unaligned_f32, DropoutAddParams<float>, THREADS,
+          stream_unaligned<DropoutAdd<float, false, false>>)
+FD_KERNEL(dropout_add_unaligned_f16, DropoutAddParams<f16>, THREADS,
+          stream_unaligned<DropoutAdd<f16, false, false>>)
+FD_KERNEL(dropout_add_unaligned_bf16, DropoutAddParams<bf16>, THREADS,
+          stream_unaligned<DropoutAdd<bf16, false, false>>)
 FD_KERNEL(dropout_add_bias_f32, DropoutAddParams<float>, THREADS,
           stream<DropoutAdd<float, true, true>>)
 FD_KERNEL(dropout_add_bias_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, true, true>>)
 FD_KERNEL(dropout_add_bias_bf16, DropoutAddParams<bf16>, THREADS,
           stream<DropoutAdd<bf16, true, true>>)
-FD_KERNEL(dropout_add_bias_any_f32, DropoutAddParams<float>, THREADS,
-          stream_any<DropoutAdd<float, true, false>>)
-FD_KERNEL(dropout_add_bias_any_f16, DropoutAddParams<f16>, THREADS,
-          stream_any<DropoutAdd<f16, true, false>>)
-FD_KERNEL(dropout_add_bias_any_bf16, DropoutAddParams<bf16>, THREADS,
-          stream_any<DropoutAdd<bf16, true, false>>)
+FD_KERNEL(dropout_add_bias_unaligned_f32, DropoutAddParams<float>, THREADS,
+          stream_unaligned<DropoutAdd<float, true, false>>)
+FD_KERNEL(dropout_add_bias_unaligned_f16, DropoutAddParams<f16>, THREADS,
+          stream_unaligned<DropoutAdd<f16, true, false>>)
+FD_KERNEL(dropout_add_bias_unaligned_bf16, DropoutAddParams<bf16>, THREADS,
+          stream_unaligned<DropoutAdd<bf16, true, false>>)
 
 template <typename T>
 struct BiasGradParams {
@@ -136,6 +136,6 @@ struct BiasGrad {
 FD_KERNEL(dropout_add_bias_grad_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, true>>)
 FD_KERNEL(dropout_add_bias_grad_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, true>>)
 FD_KERNEL(dropout_add_bias_grad_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, true>>)
-FD_KERNEL(dropout_add_bias_grad_any_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, false>>)
-FD_KERNEL(dropout_add_bias_grad_any_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, false>>)
-FD_KERNEL(dropout_add_bias_grad_any_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, false>>)
+FD_KERNEL(dropout_add_bias_grad_unaligned_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, false>>)
+FD_KERNEL(dropout_add_bias_grad_unaligned_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, false>>)
+FD_KERNEL(dropout_add_bias_grad_unaligned_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, false>>)

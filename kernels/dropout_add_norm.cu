@@ -89,7 +89,7 @@ struct Terms {
 template <typename T, bool aligned>
 struct SumRow {
     const SumOf<T>& of;
-    const Draws<false> draws;
+    const MaskReader<false> draws;
     unsigned logical;
     unsigned long long first;  // index of the row's first element
 
@@ -351,11 +351,11 @@ using WideWalk = Walk<BlockTeam, false, aligned>;
 #define FD_NORM_KERNELS(form, walk, T, type)                                                       \
     FD_KERNEL(dropout_add_norm_forward_##form##_##type, NormForwardParams<T>, THREADS,             \
               norm_forward<T, walk<true>>)                                                      \
-    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_any_##type, NormForwardParams<T>, THREADS,  \
+    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_unaligned_##type, NormForwardParams<T>, THREADS,  \
                      2, norm_forward<T, walk<false>>)                                              \
     FD_KERNEL(dropout_add_norm_backward_##form##_##type, NormBackwardParams<T>, THREADS,           \
               norm_backward<T, walk<true>>)                                                     \
-    FD_KERNEL(dropout_add_norm_backward_##form##_any_##type, NormBackwardParams<T>, THREADS,       \
+    FD_KERNEL(dropout_add_norm_backward_##form##_unaligned_##type, NormBackwardParams<T>, THREADS,       \
               norm_backward<T, walk<false>>)
 
 FD_NORM_KERNELS(warp, WarpWalk, float, f32)
@@ -370,6 +370,6 @@ FD_NORM_KERNELS(wide, WideWalk, bf16, bf16)
 FD_KERNEL(dropout_add_norm_tile_f32, NormBackwardParams<float>, THREADS, norm_tile<float, true>)
 FD_KERNEL(dropout_add_norm_tile_f16, NormBackwardParams<f16>, THREADS, norm_tile<f16, true>)
 FD_KERNEL(dropout_add_norm_tile_bf16, NormBackwardParams<bf16>, THREADS, norm_tile<bf16, true>)
-FD_KERNEL(dropout_add_norm_tile_any_f32, NormBackwardParams<float>, THREADS, norm_tile<float, false>)
-FD_KERNEL(dropout_add_norm_tile_any_f16, NormBackwardParams<f16>, THREADS, norm_tile<f16, false>)
-FD_KERNEL(dropout_add_norm_tile_any_bf16, NormBackwardParams<bf16>, THREADS, norm_tile<bf16, false>)
+FD_KERNEL(dropout_add_norm_tile_unaligned_f32, NormBackwardParams<float>, THREADS, norm_tile<float, false>)
+FD_KERNEL(dropout_add_norm_tile_unaligned_f16, NormBackwardParams<f16>, THREADS, norm_tile<f16, false>)
+FD_KERNEL(dropout_add_norm_tile_unaligned_bf16, NormBackwardParams<bf16>, THREADS, norm_tile<bf16, false>)

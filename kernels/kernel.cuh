@@ -38,7 +38,7 @@ template <typename Op, bool plain>
 __device__ __forceinline__ void finish_both(const typename Op::Params& params, Index first,
                                             const typename Op::Loaded& a, Index second,
                                             const typename Op::Loaded& b) {
-    const Draws<plain> draws(params.mask);
+    const MaskReader<plain> draws(params.mask);
     const Position at(params.octets, first);
     const Position beyond(params.octets, second);
     // Both Philox blocks before the rest: their rounds alternate and share each pair of round keys.
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_both(const typename Op::Params& params, I
 template <typename Op>
 __device__ __forceinline__ void load_and_finish(const typename Op::Params& params, Index index) {
     if (index.sum() >= params.octets.count) return;
-    const Draws<false> draws(params.mask);
+    const MaskReader<false> draws(params.mask);
     const Position at(params.octets, index);
     const typename Op::Loaded loaded = Op::load(params, index);
     const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_and_finish(const typename Op::Params& param
 /// A streaming kernel, an octet after the other: for tensors that are not aligned, where an octet alone
 /// is enough loads, and both at once are more registers than ptxas grants without a spill.
 template <typename Op>
-__device__ __forceinline__ void stream_any(const typename Op::Params& params) {
+__device__ __forceinline__ void stream_unaligned(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK + threadIdx.x;
     load_and_finish<Op>(params, {start, 0});
     load_and_finish<Op>(params, {start, THREADS});
@@ -76,7 +76,7 @@ template <typename Op>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
     // The last block, where it is not full: no collective there.
-    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_any<Op>(params);
+    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_unaligned<Op>(params);
     const Index first = {start + threadIdx.x, 0};
     const Index second = {start + threadIdx.x, THREADS};
     const typename Op::Loaded a = Op::load(params, first);

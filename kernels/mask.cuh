@@ -174,13 +174,13 @@ using Lanes = uint4;
 /// (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels have a
 /// path of their own that asks nothing.
 template <bool plain>
-struct Draws {
+struct MaskReader {
     const Mask& mask;
     uint2 stream;  // stream number, low word first
     unsigned high_threshold;
     float scale;
 
-    __device__ __forceinline__ explicit Draws(const Mask& mask)
+    __device__ __forceinline__ explicit MaskReader(const Mask& mask)
         : mask(mask),
           stream(plain ? make_uint2(mask.stream[0], mask.stream[1]) : stream_number(mask)),
           high_threshold(mask.high_threshold),

@@ -41,7 +41,7 @@ struct TileOctet {
 };
 
 template <bool plain>
-__device__ __forceinline__ Lanes lanes_of(const Draws<plain>& draws, const TileOctet& at) {
+__device__ __forceinline__ Lanes lanes_of(const MaskReader<plain>& draws, const TileOctet& at) {
     return draws.lanes(draws.logical(static_cast<unsigned>(at.row)), at.octet);
 }
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_tile(const typename Op::Params& p, const 
                                             const typename Op::Loaded& loaded_a, Values& terms_a,
                                             const TileOctet& b, const typename Op::Loaded& loaded_b,
                                             Values& terms_b) {
-    const Draws<plain> draws(p.mask);
+    const MaskReader<plain> draws(p.mask);
     const Lanes lanes_a = lanes_of(draws, a);
     const Lanes lanes_b = lanes_of(draws, b);
     terms_a = Op::finish_at(p, a.element, a.count, draws.kept(lanes_a), draws.scale, loaded_a);
@@ -64,7 +64,7 @@ template <typename Op>
 __device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params& p,
                                                        const TileOctet& at) {
     if (at.count == 0) return {};
-    const Draws<false> draws(p.mask);
+    const MaskReader<false> draws(p.mask);
     const typename Op::Loaded loaded = Op::load_at(p, at.element, at.octet, at.count);
     return Op::finish_at(p, at.element, at.count, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
 }

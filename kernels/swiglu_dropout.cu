@@ -71,9 +71,9 @@ struct Swiglu {
 FD_KERNEL(swiglu_dropout_f32, SwigluParams<float>, THREADS, stream<Swiglu<float, true>>)
 FD_KERNEL(swiglu_dropout_f16, SwigluParams<f16>, THREADS, stream<Swiglu<f16, true>>)
 FD_KERNEL(swiglu_dropout_bf16, SwigluParams<bf16>, THREADS, stream<Swiglu<bf16, true>>)
-FD_KERNEL(swiglu_dropout_any_f32, SwigluParams<float>, THREADS, stream_any<Swiglu<float, false>>)
-FD_KERNEL(swiglu_dropout_any_f16, SwigluParams<f16>, THREADS, stream_any<Swiglu<f16, false>>)
-FD_KERNEL(swiglu_dropout_any_bf16, SwigluParams<bf16>, THREADS, stream_any<Swiglu<bf16, false>>)
+FD_KERNEL(swiglu_dropout_unaligned_f32, SwigluParams<float>, THREADS, stream_unaligned<Swiglu<float, false>>)
+FD_KERNEL(swiglu_dropout_unaligned_f16, SwigluParams<f16>, THREADS, stream_unaligned<Swiglu<f16, false>>)
+FD_KERNEL(swiglu_dropout_unaligned_bf16, SwigluParams<bf16>, THREADS, stream_unaligned<Swiglu<bf16, false>>)
 
 template <typename T>
 struct SwigluGradParams {
@@ -132,9 +132,10 @@ struct SwigluGrad {
 FD_KERNEL(swiglu_dropout_grad_f32, SwigluGradParams<float>, THREADS, stream<SwigluGrad<float, true>>)
 FD_KERNEL(swiglu_dropout_grad_f16, SwigluGradParams<f16>, THREADS, stream<SwigluGrad<f16, true>>)
 FD_KERNEL(swiglu_dropout_grad_bf16, SwigluGradParams<bf16>, THREADS, stream<SwigluGrad<bf16, true>>)
-FD_KERNEL(swiglu_dropout_grad_any_f32, SwigluGradParams<float>, THREADS,
-          stream_any<SwigluGrad<float, false>>)
-FD_KERNEL(swiglu_dropout_grad_any_f16, SwigluGradParams<f16>, THREADS,
-          stream_any<SwigluGrad<f16, false>>)
-FD_KERNEL(swiglu_dropout_grad_any_bf16, SwigluGradParams<bf16>, THREADS,
-          stream_any<SwigluGrad<bf16, false>>)
+// Four blocks: on its own, ptxas takes 32 registers in the f16 kernel for sm_80, and spills.
+FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_f32, SwigluGradParams<float>, THREADS, 4,
+                 stream_unaligned<SwigluGrad<float, false>>)
+FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_f16, SwigluGradParams<f16>, THREADS, 4,
+                 stream_unaligned<SwigluGrad<f16, false>>)
+FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_bf16, SwigluGradParams<bf16>, THREADS, 4,
+                 stream_unaligned<SwigluGrad<bf16, false>>)

@@ -49,7 +49,7 @@
 //! | --- | --- |
 //! | [`Dropout`] | one application of dropout: the [`Key`] (seed, stream), the [`Probability`] of dropping, and what follows |
 //! | [`Mode`], [`Scaling`] | training or inference; inverted or classic scaling |
-//! | [`Place`], [`RowMap`], [`Groups`] | where a shard lies in the whole tensor; elements that share a decision |
+//! | [`Shard`], [`RowMap`], [`Groups`] | where a shard lies in the whole tensor; elements that share a decision |
 //! | [`Shape`], [`Scores`] | rows and columns; batch, heads, queries and keys of attention scores |
 //! | [`Activation`], [`Norm`] | GELU, ReLU, SiLU, tanh; LayerNorm, RMSNorm |
 //! | [`Source`], [`Gradient`] | a tensor of its own or in place; a parameter's gradient, written or added |
@@ -99,11 +99,11 @@ pub mod transformer;
 
 pub use dtype::{Dtype, DtypeId};
 pub use error::Error;
-pub use mask::{CONTRACT_VERSION, Groups, Key, MAX_COLS, OCTET, Place, Probability, RowMap};
+pub use mask::{CONTRACT_VERSION, Groups, Key, MAX_COLS, OCTET, Probability, RowMap, Shard};
 pub use ops::bias_act_dropout::Activation;
 pub use ops::norm::{Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
-pub use ops::{Draws, Dropout, Mode, Scaling, Shape};
+pub use ops::{AsDropout, Dropout, Mode, Scaling, Shape};
 pub use pass::{Backend, Pass};
 pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Writable};
 

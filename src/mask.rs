@@ -270,20 +270,20 @@ impl RowMap<'_> {
     }
 }
 
-/// Where a local tensor lies in the whole one: the place of a shard.
+/// A shard: where a local tensor lies in the whole one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Place<'a> {
+pub struct Shard<'a> {
     /// Logical column of local column 0, a multiple of 8.
     pub first_col: u64,
     /// Logical rows of the local rows.
     pub rows: RowMap<'a>,
 }
 
-impl Place<'_> {
+impl Shard<'_> {
     /// The tensor is not sharded.
-    pub const WHOLE: Place<'static> = Place { first_col: 0, rows: RowMap::WHOLE };
+    pub const WHOLE: Shard<'static> = Shard { first_col: 0, rows: RowMap::WHOLE };
 
-    /// Refuses a place that `rows` x `cols` elements cannot have.
+    /// Refuses a shard that `rows` x `cols` elements cannot have.
     pub(crate) fn check(
         &self,
         operator: &'static str,
@@ -328,7 +328,7 @@ pub struct Groups {
 
 impl Groups {
     /// A decision for each element.
-    pub const EACH: Self = Self { rows: 1, columns_together: false };
+    pub const NONE: Self = Self { rows: 1, columns_together: false };
 
     /// One decision for every `rows` rows, all their columns together: stochastic depth (Huang et al.,
     /// ECCV 2016), also named DropPath, with the rows of a sample; LayerDrop (Fan et al., ICLR 2020) with

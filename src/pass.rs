@@ -7,7 +7,7 @@ use crate::cpu::{self, Cpu};
 use crate::device::{self, Device, Launch};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::{self, Draw, Draws, Shape};
+use crate::ops::{self, AsDropout, MaskParams, Shape};
 use crate::tensor::Memory;
 
 /// Where operators run: the CPU, or a [`Device`].
@@ -17,7 +17,11 @@ pub trait Backend: Memory + Sized {
     /// # Errors
     /// [`Error::Argument`] where the arguments do not fit each other: it names the operator and the field, and nothing
     /// is written then. Otherwise what a device says.
-    fn run<'a, P: Pass<'a, Self>>(&self, dropout: &impl Draws<Self>, pass: P) -> Result<(), Error>
+    fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl AsDropout<Self>,
+        pass: P,
+    ) -> Result<(), Error>
     where
         Self: 'a;
 }
@@ -42,7 +46,7 @@ mod sealed {
         fn on(self) -> Self::On<M>;
         /// Refuses tensors that do not fit each other, and answers the shape of the mask.
         fn check(&self) -> Result<Shape, Error>;
-        fn on_cpu(pass: Self::On<Cpu>, cpu: &Cpu, draw: &Draw<'_>) -> Result<(), Error>;
+        fn on_cpu(pass: Self::On<Cpu>, cpu: &Cpu, draw: &MaskParams<'_>) -> Result<(), Error>;
         fn on_device<D: Device>(pass: Self::On<D>, to: Launch<'_, D>) -> Result<(), Error>;
     }
 }
@@ -63,7 +67,7 @@ macro_rules! passes {
                 self.check()
             }
 
-            fn on_cpu(pass: Self::On<Cpu>, cpu: &Cpu, draw: &Draw<'_>) -> Result<(), Error> {
+            fn on_cpu(pass: Self::On<Cpu>, cpu: &Cpu, draw: &MaskParams<'_>) -> Result<(), Error> {
                 cpu::$operator::$function(pass, cpu, draw)
             }
 
@@ -96,10 +100,14 @@ passes! {
 }
 
 impl Backend for Cpu {
-    fn run<'a, P: Pass<'a, Self>>(&self, dropout: &impl Draws<Self>, pass: P) -> Result<(), Error> {
+    fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl AsDropout<Self>,
+        pass: P,
+    ) -> Result<(), Error> {
         let (shape, dropout) = (pass.check()?, dropout.of_memory());
         let resident = dropout.resident_parts(P::OPERATOR, shape.rows, self)?;
-        let mut draw = dropout.draw(P::OPERATOR, shape)?;
+        let mut draw = dropout.mask_params(P::OPERATOR, shape)?;
         if let Some(stream) = resident.stream {
             draw.key.stream = stream[0];
         }
@@ -111,12 +119,16 @@ impl Backend for Cpu {
 }
 
 impl<D: Device> Backend for D {
-    fn run<'a, P: Pass<'a, Self>>(&self, dropout: &impl Draws<Self>, pass: P) -> Result<(), Error>
+    fn run<'a, P: Pass<'a, Self>>(
+        &self,
+        dropout: &impl AsDropout<Self>,
+        pass: P,
+    ) -> Result<(), Error>
     where
         Self: 'a,
     {
         let (shape, dropout) = (pass.check()?, dropout.of_memory());
-        let draw = dropout.draw(P::OPERATOR, shape)?;
+        let draw = dropout.mask_params(P::OPERATOR, shape)?;
         let key = dropout.resident_parts(P::OPERATOR, shape.rows, self)?;
         P::on_device(pass.on(), Launch::new(self, P::OPERATOR, &draw, &key)?)
     }

@@ -7,8 +7,8 @@ use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
 };
 use fused_dropout::{
-    Activation, AttentionMask, Dropout, Error, Gradient, Groups, In, Key, Mode, Norm, Pass, Place,
-    Probability, RowMap, Scaling, Scores, Shape, Source,
+    Activation, AttentionMask, Dropout, Error, Gradient, Groups, In, Key, Mode, Norm, Pass,
+    Probability, RowMap, Scaling, Scores, Shape, Shard, Source,
 };
 use proptest::prelude::*;
 
@@ -65,7 +65,7 @@ fn dropouts() -> impl Strategy<Value = Dropout<'static>> {
             Dropout::new(Key::new(seed, stream), Probability::new(p).unwrap())
                 .mode(if inference { Mode::Inference } else { Mode::Training })
                 .scaling(if classic { Scaling::Classic } else { Scaling::Inverted })
-                .at(Place { first_col, rows })
+                .shard(Shard { first_col, rows })
                 .groups(groups)
         },
     )
@@ -404,7 +404,7 @@ fn errors_say_what_was_expected_and_what_was_given() {
         error
     };
     assert_eq!(forward(&drop(), &[1.0; 5]), "dropout: x: expected 6 elements, got 5");
-    let shard = drop().at(Place { first_col: 4, ..Place::WHOLE });
+    let shard = drop().shard(Shard { first_col: 4, ..Shard::WHOLE });
     let error = forward(&shard, &[1.0; 6]);
     assert_eq!(error, "dropout: first_col: expected a multiple of 8, got 4");
     let [(error, _), _] = norm_calls(&drop(), Norm::rms(-1.0), shape, 6, None, true);
@@ -454,7 +454,7 @@ fn keys_in_memory_that_do_not_fit_are_refused() {
     let (numbers, list) = ([1u64, 2], [5u32, 9]);
     let error = refused(&Dropout::resident(1, &numbers, Probability::ZERO));
     assert_eq!(error, "dropout: stream: expected 1 elements, got 2");
-    let elsewhere = drop().at(Place { rows: RowMap::Contiguous { first: 1 }, ..Place::WHOLE });
+    let elsewhere = drop().shard(Shard { rows: RowMap::Contiguous { first: 1 }, ..Shard::WHOLE });
     let error = refused(&elsewhere.row_list(&list));
     assert!(error.starts_with("dropout: rows: expected no other row map beside a row list"));
     let short = &list[1..];

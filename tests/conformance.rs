@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 #[cfg(feature = "emulator")]
 fn emulators(cases: &[Call]) -> Vec<Trial> {
-    use cases::lab::Emulated;
+    use cases::backend::Emulated;
     use fused_dropout::emulator::Emulator;
     // Ascending through every other row of the table, which meets each shape, probability, place, row map,
     // group and offset; a random order through every sixth, of the others. The CPU's levels run all of it.

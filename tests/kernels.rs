@@ -11,8 +11,8 @@ use fused_dropout::ops::embedding_dropout::{
 };
 use fused_dropout::ops::softmax_dropout;
 use fused_dropout::{
-    AttentionMask, Backend, Dropout, Gradient, In, Key, Mode, Norm, Place, Probability, RowMap,
-    Scaling, Scores, Shape, Source,
+    AttentionMask, Backend, Dropout, Gradient, In, Key, Mode, Norm, Probability, RowMap, Scaling,
+    Scores, Shape, Shard, Source,
 };
 
 /// Ordinary values that depend on their index.
@@ -31,7 +31,7 @@ fn assert_same(got: &[f32], expected: &[f32], what: &str) {
 }
 
 /// y = D(x) of 6 rows of 40.
-fn dropped<B: Backend>(backend: &B, drop: &impl fused_dropout::Draws<B>, x: &[f32]) -> Vec<f32>
+fn dropped<B: Backend>(backend: &B, drop: &impl fused_dropout::AsDropout<B>, x: &[f32]) -> Vec<f32>
 where
     Vec<f32>: fused_dropout::Writable<f32, B>,
 {
@@ -46,13 +46,13 @@ fn a_key_in_memory_draws_what_the_same_key_on_the_host_does() {
     let (emulator, x) = (Emulator::new(), values(240, 1));
     let p = Probability::new(0.5).unwrap();
     let (stream, list) = ([u64::MAX - 4], [9u32, 1, u32::MAX, 1, 0, 77]);
-    let place = Place { first_col: 16, rows: RowMap::Explicit(&list) };
-    let host = Dropout::new(Key::new(3, stream[0]), p).at(place);
+    let shard = Shard { first_col: 16, rows: RowMap::Explicit(&list) };
+    let host = Dropout::new(Key::new(3, stream[0]), p).shard(shard);
     let expected = dropped(&Cpu::new(), &host, &x);
-    let columns = Place { rows: RowMap::WHOLE, ..place };
-    let resident = Dropout::<Emulator>::resident(3, &stream, p).at(columns).row_list(&list);
+    let columns = Shard { rows: RowMap::WHOLE, ..shard };
+    let resident = Dropout::<Emulator>::resident(3, &stream, p).shard(columns).row_list(&list);
     assert_same(&dropped(&emulator, &resident, &x), &expected, "the emulator");
-    let resident = Dropout::<Cpu>::resident(3, &stream, p).at(columns).row_list(&list);
+    let resident = Dropout::<Cpu>::resident(3, &stream, p).shard(columns).row_list(&list);
     assert_same(&dropped(&Cpu::new(), &resident, &x), &expected, "the CPU");
     // A list on the host is refused on a device, and nothing is written.
     let mut y = x.clone();

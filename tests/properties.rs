@@ -12,8 +12,8 @@ use fused_dropout::ops::{
     softmax_dropout, swiglu_dropout,
 };
 use fused_dropout::{
-    Activation, AttentionMask, Dropout, Gradient, Groups, Key, Norm, Place, Probability, RowMap,
-    Scores, Shape, Source,
+    Activation, AttentionMask, Dropout, Gradient, Groups, Key, Norm, Probability, RowMap, Scores,
+    Shape, Shard, Source,
 };
 
 fn drop(seed: u64, stream: u64, p: f64) -> Dropout<'static> {
@@ -218,7 +218,7 @@ fn shards_of_any_split_give_the_whole_mask() {
             let width = width.min(cols - first_col);
             for (first, count) in [(0, 24), (5, 9), (23, 1)] {
                 let rows = RowMap::Contiguous { first: first as u32 };
-                let shard = d.at(Place { first_col: first_col as u64, rows });
+                let shard = d.shard(Shard { first_col: first_col as u64, rows });
                 let part = mask(&shard, Shape::new(count, width));
                 for (i, keep) in part.into_iter().enumerate() {
                     assert_eq!(keep, at(first + i / width, first_col + i % width));
@@ -238,7 +238,7 @@ fn shards_of_any_split_give_the_whole_mask() {
         (explicit, vec![7, 0, 23, 7]),
     ];
     for (rows, logical) in maps {
-        let part = mask(&d.at(Place { first_col: 0, rows }), Shape::new(logical.len(), cols));
+        let part = mask(&d.shard(Shard { first_col: 0, rows }), Shape::new(logical.len(), cols));
         for (i, keep) in part.into_iter().enumerate() {
             assert_eq!(keep, at(logical[i / cols], i % cols), "{rows:?}");
         }

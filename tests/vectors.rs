@@ -2,7 +2,7 @@
 //! state the contract, the CPU at each SIMD level, and the kernels on the host.
 
 use fused_dropout::ops::keep_mask::Bytes;
-use fused_dropout::{Dropout, Groups, Key, Place, Probability, RowMap, Shape, cpu};
+use fused_dropout::{Dropout, Groups, Key, Probability, RowMap, Shape, Shard, cpu};
 use sha2::{Digest, Sha256};
 
 const VECTORS: &str = include_str!("vectors/contract.txt");
@@ -101,14 +101,14 @@ fn masks() -> Vec<Mask> {
     let mask = |fields: &[&'static str], groups: Groups, map: &[&str]| {
         let n = numbers(&fields[..6]);
         let p = Probability::new(f64::from_bits(n[2])).unwrap();
-        let place = Place { first_col: n[3], rows: row_map(map) };
+        let shard = Shard { first_col: n[3], rows: row_map(map) };
         Mask {
-            dropout: Dropout::new(Key::new(n[0], n[1]), p).at(place).groups(groups),
+            dropout: Dropout::new(Key::new(n[0], n[1]), p).shard(shard).groups(groups),
             shape: Shape::new(n[4] as usize, n[5] as usize),
             sha256: fields[6],
         }
     };
-    let whole = |entry: Vec<_>| mask(&entry, Groups::EACH, &entry[7..]);
+    let whole = |entry: Vec<_>| mask(&entry, Groups::NONE, &entry[7..]);
     let grouped = |entry: Vec<_>| {
         let n = numbers(&entry[7..9]);
         mask(&entry, Groups { rows: n[0] as u32, columns_together: n[1] == 1 }, &entry[9..])
@@ -139,7 +139,7 @@ fn holds(name: &str, keep_mask: impl Fn(&Dropout<'_>, Shape) -> Vec<u8>) {
 #[test]
 fn masks_an_element_at_a_time() {
     holds("Key::keeps", |dropout, shape| {
-        let Place { first_col, rows } = dropout.place;
+        let Shard { first_col, rows } = dropout.shard;
         let Groups { rows: a_group, columns_together } = dropout.groups;
         let keep = |r, c| {
             let col = if columns_together { 0 } else { first_col + c as u64 };
@@ -169,10 +169,10 @@ fn masks_of_the_kernels_on_the_host() {
     holds("emulator", |dropout, shape| {
         let mut out = vec![2; shape.rows * shape.cols];
         let bytes = Bytes { shape, out: &mut out };
-        match dropout.place.rows {
+        match dropout.shard.rows {
             // On a device, a list lies in device memory.
             RowMap::Explicit(list) => {
-                let columns = dropout.at(Place { rows: RowMap::WHOLE, ..dropout.place });
+                let columns = dropout.shard(Shard { rows: RowMap::WHOLE, ..dropout.shard });
                 let listed: Dropout<'_, Emulator> = columns.row_list(&list);
                 emulator.run(&listed, bytes).unwrap();
             }

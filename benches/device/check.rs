@@ -1,8 +1,8 @@
 //! Before the clock starts: every operator gives the oracle's values on this device.
 
+use crate::backend::GpuBackend;
 use crate::cases::trials::checks;
 use crate::cases::{Call, Tally};
-use crate::lab::Lab;
 use anyhow::{Result, ensure};
 use fused_dropout::cuda::Gpu;
 use fused_dropout::ops::dropout::Forward;
@@ -20,7 +20,7 @@ pub fn check(gpu: &Gpu) -> Result<()> {
             let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
-                check(&Lab::on(gpu.clone(), ()), &call, &mut tally);
+                check(&GpuBackend::on(gpu.clone(), ()), &call, &mut tally);
             }
             ensure!(tally.failures.is_empty(), "{}", tally.failures.join("\n"));
         }

@@ -9,11 +9,11 @@
 //! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON. Without a GPU the exit status is 3.
 
 mod about;
+#[path = "../../tests/device/backend.rs"]
+mod backend;
 #[path = "../../tests/cases/mod.rs"]
 mod cases;
 mod check;
-#[path = "../../tests/device/lab.rs"]
-mod lab;
 #[allow(dead_code)] // the tests use the rest
 mod operators;
 #[path = "../../tests/oracle/mod.rs"]

@@ -12,7 +12,7 @@ use fused_dropout::ops::{
     softmax_dropout,
 };
 use fused_dropout::{
-    Activation, AttentionMask, Draws, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape,
+    Activation, AsDropout, AttentionMask, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape,
     Source,
 };
 use half::{bf16, f16};
@@ -428,7 +428,7 @@ fn many<S>(
 }
 
 impl<T: Stored> Tensors<T> {
-    fn run(&mut self, gpu: &Gpu, set: usize, drop: &impl Draws<Gpu>) -> Result<(), Error> {
+    fn run(&mut self, gpu: &Gpu, set: usize, drop: &impl AsDropout<Gpu>) -> Result<(), Error> {
         let case = self.case;
         let (shape, scores) = (case.shape(), case.scores());
         let (activation, norm) = (Activation::GeluTanh, Norm::layer(1e-5));

@@ -97,7 +97,7 @@ using BlockWalk = Walk<BlockTeam, false, aligned>;
 #define FD_CROSS_ENTROPY(form, walk, T, type)                                                     \
     FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, THREADS,                      \
               cross_entropy<T, walk<true>>)                                                       \
-    FD_KERNEL(cross_entropy_##form##_any_##type, CrossEntropyParams<T>, THREADS,                  \
+    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, THREADS,                  \
               cross_entropy<T, walk<false>>)
 
 FD_CROSS_ENTROPY(warp, WarpWalk, float, f32)

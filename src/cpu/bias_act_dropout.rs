@@ -7,13 +7,13 @@ use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::bias_act_dropout::{Activation, Backward, Forward};
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 
 /// y = D(act(x + bias)).
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, activation, x, bias, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
     let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
@@ -25,7 +25,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, activation, x, bias, dy, dx, dbias }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
     let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
@@ -38,7 +38,7 @@ pub(crate) fn backward<T: Dtype>(
 /// A checked call.
 struct Task<'a, T> {
     cpu: Cpu,
-    draw: &'a Draw<'a>,
+    draw: &'a MaskParams<'a>,
     shape: Shape,
     activation: Activation,
     bias: Option<&'a [T]>,
@@ -98,7 +98,7 @@ impl<T: Dtype> Task<'_, T> {
             *dx = (*dx * self.draw.scale) * slope;
         }
         // Selected last: a slope that is not finite does not revive a dropped element.
-        dropout::select(&Draw { scale: 1.0, ..*self.draw }, lanes, dx);
+        dropout::select(&MaskParams { scale: 1.0, ..*self.draw }, lanes, dx);
     }
 
     /// x + bias in f32, from column `col` on.

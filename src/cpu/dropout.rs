@@ -5,13 +5,13 @@ use super::{Cpu, convert};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout::{Backward, Forward};
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 
 /// y = D(x).
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, x, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
     apply(*cpu, draw, shape, x, y.write(cpu)?);
@@ -22,7 +22,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, dy, dx }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     forward(Forward { shape, x: dy, y: dx }, cpu, draw)
 }
@@ -30,7 +30,7 @@ pub(crate) fn backward<T: Dtype>(
 /// y = D(x), x = y where it is not given.
 pub(super) fn apply<T: Dtype>(
     cpu: Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     x: Option<&[T]>,
     y: &mut [T],
@@ -48,7 +48,7 @@ pub(super) fn apply<T: Dtype>(
 
 /// Scales what is kept, and makes +0 of the rest.
 #[inline(always)]
-pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
+pub(super) fn select(draw: &MaskParams<'_>, lanes: &[u16], values: &mut [f32]) {
     select_of(
         draw,
         lanes,
@@ -61,7 +61,7 @@ pub(super) fn select(draw: &Draw<'_>, lanes: &[u16], values: &mut [f32]) {
 /// Scales `function` of what is kept, and makes +0 of the rest.
 #[inline(always)]
 pub(super) fn select_of(
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     lanes: &[u16],
     values: &mut [f32],
     function: impl Fn(f32) -> f32,

@@ -6,13 +6,13 @@ use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward};
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, x, bias, residual, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
     let residual = residual.tensor().map(|residual| residual.read(cpu)).transpose()?;
@@ -24,7 +24,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, dy, dx, dbias }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
     let dx = dx.map(|dx| dx.write(cpu)).transpose()?;
@@ -41,7 +41,7 @@ pub(crate) fn backward<T: Dtype>(
 /// y = residual + D(x + bias), residual = y where it is not given.
 fn add<T: Dtype>(
     cpu: Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     x: &[T],
     bias: Option<&[T]>,
@@ -65,7 +65,7 @@ fn add<T: Dtype>(
 /// `residual`, plus x + bias, scaled, where it is kept.
 #[inline(always)]
 pub(super) fn select_add<T: Dtype>(
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     lanes: &[u16],
     x: &[T],
     bias: Option<&[T]>,
@@ -94,13 +94,13 @@ pub(super) fn select_add<T: Dtype>(
 /// dx = D(dy), dy = dx where it is not given, and dbias.
 fn gradients<T: Dtype>(
     cpu: Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     dy: Option<&[T]>,
     dx: Option<&mut [T]>,
     dbias: Sum<'_>,
 ) {
-    let unscaled = Draw { scale: 1.0, ..*draw };
+    let unscaled = MaskParams { scale: 1.0, ..*draw };
     let stream = Stream { cpu, draw, shape, inputs: [dy, None], in_place: dy.is_none() };
     stream.run_and_sum(
         dx,

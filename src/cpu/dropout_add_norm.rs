@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::ops::dropout_add_norm::{Backward, Forward, Saved};
 use crate::ops::norm::Norm;
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ use std::ops::Range;
 pub(crate) fn forward<T: Dtype>(
     pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let add = Add {
         x: pass.x.read(cpu)?,
@@ -42,7 +42,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let add = match pass.saved {
         Saved::Sum(s) => Recomputed::Not(s.read(cpu)?),
@@ -100,7 +100,7 @@ struct Given<'a, T> {
 /// A checked call.
 struct Task<'a> {
     cpu: Cpu,
-    draw: &'a Draw<'a>,
+    draw: &'a MaskParams<'a>,
     norm: Norm,
     shape: Shape,
 }
@@ -233,10 +233,10 @@ impl Task<'_> {
         &self,
         rows: Range<usize>,
         prefetch: impl Fn(Range<usize>),
-        each: impl FnMut(Segment, &[u16]),
+        body: impl FnMut(Segment, &[u16]),
     ) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
-        octets::walk(self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, each);
+        octets::walk(self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, body);
     }
 
     fn backward<T: Dtype>(
@@ -338,7 +338,7 @@ impl Task<'_> {
         streaming: Option<Line>,
     ) {
         let base = rows.start * self.shape.cols;
-        let unscaled = Draw { scale: 1.0, ..*self.draw };
+        let unscaled = MaskParams { scale: 1.0, ..*self.draw };
         self.walk(
             rows,
             |_| {},

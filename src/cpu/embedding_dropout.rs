@@ -12,7 +12,7 @@ use crate::ops::embedding_dropout::{
     check_ids,
 };
 use crate::ops::norm::Norm;
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use crate::tensor::{Gradient, In};
 use rayon::prelude::*;
 
@@ -20,7 +20,7 @@ use rayon::prelude::*;
 pub(crate) fn forward<T: Dtype>(
     pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let lookups = ids(&pass.lookups, cpu)?;
     let sum = Sum::new(pass.shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
@@ -32,7 +32,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let lookups = ids(&pass.lookups, cpu)?;
     table_gradients(cpu, draw, pass.shape, &lookups, pass.dy.read(cpu)?, pass.gradients)
@@ -42,7 +42,7 @@ pub(crate) fn backward<T: Dtype>(
 pub(crate) fn forward_norm<T: Dtype>(
     pass: ForwardNorm<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
     let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
@@ -58,7 +58,7 @@ pub(crate) fn forward_norm<T: Dtype>(
 pub(crate) fn backward_norm<T: Dtype>(
     pass: BackwardNorm<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
     let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
@@ -70,7 +70,7 @@ pub(crate) fn backward_norm<T: Dtype>(
         _ => rows.backward(weight, stats, dy, pass.dweight.is_some()),
     };
     // Everything is kept of what is a gradient already.
-    let kept = &Draw { threshold: 0, scale: 1.0, ..*draw };
+    let kept = &MaskParams { threshold: 0, scale: 1.0, ..*draw };
     table_gradients(cpu, kept, shape, &lookups, &ds, pass.gradients)?;
     // A parameter is an entry that every row takes.
     let all = Lookup { entries: 1, ids: Ids::Sequence(1) };
@@ -127,7 +127,7 @@ impl<'a, T: Dtype> Sum<'a, T> {
 }
 
 /// y = D(sum).
-fn embed<T: Dtype>(cpu: Cpu, draw: &Draw<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
+fn embed<T: Dtype>(cpu: Cpu, draw: &MaskParams<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
     let stream = Stream { cpu, draw, shape, inputs: [None; 2], in_place: false };
     stream.run(
         y,
@@ -142,7 +142,7 @@ fn embed<T: Dtype>(cpu: Cpu, draw: &Draw<'_>, shape: Shape, sum: &Sum<'_, T>, y:
 /// A checked call of the normalised form. A thread takes a row at a time, which stays in its caches in f32.
 struct NormRows<'a, T> {
     cpu: Cpu,
-    draw: &'a Draw<'a>,
+    draw: &'a MaskParams<'a>,
     norm: Norm,
     shape: Shape,
     sum: Sum<'a, T>,
@@ -244,7 +244,7 @@ impl<T: Dtype> NormRows<'_, T> {
 /// D(dy) as the gradients of the tables.
 fn table_gradients<T: Dtype>(
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     lookups: &Lookups<&[u32]>,
     dy: &[T],
@@ -261,7 +261,7 @@ fn table_gradients<T: Dtype>(
 /// D(dy) as the gradient of one table.
 fn table_gradient<T: Dtype>(
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     lookup: &Lookup<&[u32]>,
     dy: &[T],
@@ -282,7 +282,7 @@ fn table_gradient<T: Dtype>(
 /// rows that took it; so nothing depends on who does it.
 fn add_gradient<T: Dtype>(
     cpu: Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     lookup: &Lookup<&[u32]>,
     dy: &[T],
@@ -332,7 +332,7 @@ fn columns_a_thread(shape: Shape, entries: usize) -> usize {
 /// D(dy) of a row, from column `col` on: at most a block of octets.
 #[inline(always)]
 fn load_dropped<T: Dtype>(
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     dy: &[T],
     row: usize,

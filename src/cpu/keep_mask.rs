@@ -5,14 +5,14 @@ use super::{Cpu, split};
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::keep_mask::{Bits, Bytes};
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use std::ops::Range;
 
 /// The mask as bits.
 pub(crate) fn bits(
     Bits { shape, out }: Bits<'_, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     split::pieces(
         shape,
@@ -45,7 +45,7 @@ pub(crate) fn bits(
 pub(crate) fn bytes(
     Bytes { shape, out }: Bytes<'_, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let before = |octet| octets::first_element(shape, octet);
     split::pieces(shape, out.write(cpu)?, before, |range, out| {
@@ -65,13 +65,13 @@ pub(crate) fn bytes(
     Ok(())
 }
 
-/// Gives the mask of every piece of a row to `each`, a byte an element.
+/// Gives the mask of every piece of a row to `body`, a byte an element.
 fn walk(
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     range: Range<usize>,
-    mut each: impl FnMut(Segment, &[u8]),
+    mut body: impl FnMut(Segment, &[u8]),
 ) {
     let mut keep = [0u8; octets::ELEMENTS];
     cpu.vectorised(
@@ -89,7 +89,7 @@ fn walk(
                         // At threshold 0 the lanes mean nothing, and each of them is kept.
                         *keep = u8::from(u32::from(lane) >= draw.threshold);
                     }
-                    each(segment, keep);
+                    body(segment, keep);
                 },
             );
         },

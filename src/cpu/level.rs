@@ -1,7 +1,7 @@
 //! Instruction sets, and the one place that enters code compiled for one.
 
 use crate::error::Error;
-use crate::ops::Draws;
+use crate::ops::AsDropout;
 use crate::pass::{Backend, Pass};
 
 /// An instruction set that the backend is compiled for.
@@ -58,7 +58,7 @@ impl Cpu {
     /// As [`Backend::run`].
     pub fn run<'a, P: Pass<'a, Self>>(
         &self,
-        dropout: &impl Draws<Self>,
+        dropout: &impl AsDropout<Self>,
         pass: P,
     ) -> Result<(), Error> {
         Backend::run(self, dropout, pass)

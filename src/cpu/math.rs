@@ -4,7 +4,7 @@
 //! A factor that is 0 beyond some x meets a limited x: at an infinity a product is the limit, and not NaN.
 
 use super::dropout::select_of;
-use crate::ops::Draw;
+use crate::ops::MaskParams;
 use crate::ops::bias_act_dropout::Activation;
 
 /// e^x for x <= 0 (and up to 44), within 1.5 ulp; a NaN stays one.
@@ -135,8 +135,8 @@ fn gelu(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_slope(x: f32) -> f32 {
     let x = limited(x, NORMAL);
-    let (below, density) = normal(x);
-    x.mul_add(density, below)
+    let (cdf, density) = normal(x);
+    x.mul_add(density, cdf)
 }
 
 #[inline(always)]
@@ -193,7 +193,7 @@ fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
 impl Activation {
     /// D(act(x)) in place of x.
     #[inline(always)]
-    pub(super) fn select(self, draw: &Draw<'_>, lanes: &[u16], x: &mut [f32]) {
+    pub(super) fn select(self, draw: &MaskParams<'_>, lanes: &[u16], x: &mut [f32]) {
         match self {
             Self::Gelu => select_of(draw, lanes, x, gelu),
             Self::GeluTanh => select_of(draw, lanes, x, gelu_tanh),

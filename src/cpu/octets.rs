@@ -1,7 +1,7 @@
 //! Random lanes, several octets at a time, and the walk over a tensor octet by octet.
 
 use crate::mask::OCTET;
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use std::ops::Range;
 
 /// Lanes are drawn for a multiple of so many octets, which every vector width divides: the loop over them has
@@ -80,14 +80,14 @@ impl Lanes {
 
     /// Counters `at` are those of a row's octets from `octet` on.
     #[inline(always)]
-    fn count(&mut self, draw: &Draw<'_>, row: usize, octet: usize, at: Range<usize>) {
+    fn count(&mut self, draw: &MaskParams<'_>, row: usize, octet: usize, at: Range<usize>) {
         self.rows[at.clone()].fill(draw.row(row));
         self.octets[at].iter_mut().zip(octet..).for_each(|(c, octet)| *c = draw.octet(octet));
     }
 
-    /// Draws the lanes of the first `count` counters.
+    /// AsDropout the lanes of the first `count` counters.
     #[inline(always)]
-    fn draw(&mut self, draw: &Draw<'_>, count: usize) {
+    fn draw(&mut self, draw: &MaskParams<'_>, count: usize) {
         let key = draw.key.philox_key();
         let stream = draw.key.stream;
         let count = count.next_multiple_of(LANES);
@@ -123,9 +123,14 @@ impl RowLanes {
         (BLOCK / shape.cols.div_ceil(OCTET).max(1)).max(1)
     }
 
-    /// Draws `cols(row)` lanes of every one of `rows`, at most as many as [`rows`](Self::rows) says.
+    /// AsDropout `cols(row)` lanes of every one of `rows`, at most as many as [`rows`](Self::rows) says.
     #[inline(always)]
-    pub fn draw(&mut self, draw: &Draw<'_>, rows: Range<usize>, cols: impl Fn(usize) -> usize) {
+    pub fn draw(
+        &mut self,
+        draw: &MaskParams<'_>,
+        rows: Range<usize>,
+        cols: impl Fn(usize) -> usize,
+    ) {
         self.first_row = rows.start;
         let mut count = 0;
         for (row, start) in rows.zip(&mut self.starts) {
@@ -146,16 +151,16 @@ impl RowLanes {
     }
 }
 
-/// Walks octets `range` of a tensor, a block at a time, and gives `each` every row's piece of a block
+/// Walks octets `range` of a tensor, a block at a time, and gives `body` every row's piece of a block
 /// with its lanes. `prefetch` is told the elements of a block before its lanes are drawn. Where nothing
 /// random is asked for, the lanes are not drawn and mean nothing.
 #[inline(always)]
 pub(super) fn walk(
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
     shape: Shape,
     range: Range<usize>,
     prefetch: impl Fn(Range<usize>),
-    mut each: impl FnMut(Segment, &[u16]),
+    mut body: impl FnMut(Segment, &[u16]),
 ) {
     let a_row = shape.cols.div_ceil(OCTET);
     let random = draw.threshold != 0 && draw.threshold != 65536;
@@ -184,7 +189,7 @@ pub(super) fn walk(
             let end = (col + octets * OCTET).min(shape.cols);
             let elements = row * shape.cols + col..row * shape.cols + end;
             let segment = Segment { elements, col, last: done + octets == count };
-            each(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
+            body(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
             done += octets;
             octet += octets;
             if octet == a_row {

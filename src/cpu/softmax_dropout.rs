@@ -14,14 +14,14 @@ use crate::mask::OCTET;
 use crate::ops::softmax_dropout::{
     AttentionMask, Backward, Forward, Mask, STATISTICS, Scores, visible,
 };
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use rayon::prelude::*;
 
 /// y = D(softmax(scale · x + mask)), and the rows' statistics.
 pub(crate) fn forward<T: Dtype>(
     Forward { scores, mask, x, y, statistics }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
     let statistics = statistics.map(|statistics| statistics.write(cpu)).transpose()?;
@@ -33,7 +33,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { scores, mask, x, statistics, dy, dx }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let statistics = statistics.map(|statistics| statistics.read(cpu)).transpose()?;
     let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
@@ -45,7 +45,7 @@ pub(crate) fn backward<T: Dtype>(
 /// A checked call.
 struct Task<'a, T> {
     cpu: Cpu,
-    draw: &'a Draw<'a>,
+    draw: &'a MaskParams<'a>,
     scores: Scores,
     mask: AttentionMask<&'a [u32], &'a [T]>,
     shape: Shape,
@@ -61,7 +61,7 @@ struct Scratch {
 impl<'a, T: Dtype> Task<'a, T> {
     fn new(
         cpu: &'a Cpu,
-        draw: &'a Draw<'a>,
+        draw: &'a MaskParams<'a>,
         scores: Scores,
         mask: &Mask<'a, T, Cpu>,
     ) -> Result<Self, Error> {
@@ -160,7 +160,7 @@ impl<'a, T: Dtype> Task<'a, T> {
         g.iter_mut().zip(p).for_each(|(g, &p)| *g = of(p, *g));
     }
 
-    /// Draws the lanes of `rows` rows from `first` on, where rows are drawn together.
+    /// AsDropout the lanes of `rows` rows from `first` on, where rows are drawn together.
     #[inline(always)]
     fn draw(&self, lanes: &mut RowLanes, first: usize, rows: usize) {
         if RowLanes::rows(self.shape) > 1 {

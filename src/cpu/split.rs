@@ -37,13 +37,13 @@ pub(super) fn pieces<O: Outputs>(
     shape: Shape,
     out: O,
     before: impl Fn(usize) -> usize,
-    each: impl Fn(Range<usize>, O) + Sync,
+    body: impl Fn(Range<usize>, O) + Sync,
 ) {
     let total = octets::count(shape);
     let piece = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_PIECE);
     if total <= piece {
         if total > 0 {
-            each(0..total, out);
+            body(0..total, out);
         }
         return;
     }
@@ -55,7 +55,7 @@ pub(super) fn pieces<O: Outputs>(
         rest = behind;
         work.push((start..end, part));
     }
-    work.into_par_iter().for_each(|(range, part)| each(range, part));
+    work.into_par_iter().for_each(|(range, part)| body(range, part));
 }
 
 /// The `count` chunks of `len` elements of an output, nothing `count` times where there is no output.

@@ -7,14 +7,14 @@ use super::sum_rows::Sum;
 use super::{Cpu, split};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// One pass over tensors of a shape.
 pub(super) struct Stream<'a, T> {
     pub cpu: Cpu,
-    pub draw: &'a Draw<'a>,
+    pub draw: &'a MaskParams<'a>,
     pub shape: Shape,
     /// What is read beside the output: asked for ahead of its use.
     pub inputs: [Option<&'a [T]>; 2],
@@ -34,10 +34,10 @@ impl Block {
 }
 
 impl<T: Dtype> Stream<'_, T> {
-    /// Gives every piece of a row, with its lanes and what `out` holds there, to `each`, and rounds the
-    /// values that it computes into `out`. `each` must be `#[inline(always)]`, and so compiled for the
+    /// Gives every piece of a row, with its lanes and what `out` holds there, to `body`, and rounds the
+    /// values that it computes into `out`. `body` must be `#[inline(always)]`, and so compiled for the
     /// level.
-    pub fn run(&self, out: &mut [T], each: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync) {
+    pub fn run(&self, out: &mut [T], body: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync) {
         let before = |octet| octets::first_element(self.shape, octet);
         let streaming = self.streaming(out);
         split::pieces(self.shape, out, before, |range, out| {
@@ -46,19 +46,19 @@ impl<T: Dtype> Stream<'_, T> {
                 Some(out),
                 streaming,
                 #[inline(always)]
-                |segment, lanes, out, values| each(segment, lanes, out, values),
+                |segment, lanes, out, values| body(segment, lanes, out, values),
             );
         });
     }
 
-    /// [`run`](Self::run), where there is an output, and the sum over the rows of what `each` adds to the columns of
+    /// [`run`](Self::run), where there is an output, and the sum over the rows of what `body` adds to the columns of
     /// its segment (its last argument), times `factor`, in the order of [`crate::ops::sum_rows`].
     pub fn run_and_sum(
         &self,
         out: Option<&mut [T]>,
         sum: Sum<'_>,
         factor: f32,
-        each: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
+        body: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
     ) {
         let cols = self.shape.cols;
         if cols == 0 {
@@ -79,7 +79,7 @@ impl<T: Dtype> Stream<'_, T> {
                 #[inline(always)]
                 |segment, lanes, out, values| {
                     let sums = &mut sums[segment.col..segment.col + values.len()];
-                    each(segment, lanes, out, values, sums);
+                    body(segment, lanes, out, values, sums);
                 },
             );
         });
@@ -93,7 +93,7 @@ impl<T: Dtype> Stream<'_, T> {
         range: Range<usize>,
         mut out: Option<&mut [T]>,
         streaming: Option<Line>,
-        mut each: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
+        mut body: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
         let base = octets::first_element(self.shape, range.start);
         self.cpu.vectorised(
@@ -114,7 +114,7 @@ impl<T: Dtype> Stream<'_, T> {
                         let values = &mut block.0[filled..filled + lanes.len()];
                         let elements = segment.elements.start - base..segment.elements.end - base;
                         let before = out.as_deref().map_or(&[][..], |out| &out[elements.clone()]);
-                        each(&segment, lanes, before, values);
+                        body(&segment, lanes, before, values);
                         filled += lanes.len();
                         // Not each segment: a line that two of them share is read before it is written.
                         if segment.last {

@@ -5,14 +5,14 @@ use super::stream::{Block, Stream};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
-use crate::ops::Draw;
+use crate::ops::MaskParams;
 use crate::ops::swiglu_dropout::{Backward, Forward};
 
 /// y = D(silu(gate) · up).
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, gate, up, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let gate = gate.tensor().map(|gate| gate.read(cpu)).transpose()?;
     let up = up.read(cpu)?;
@@ -37,7 +37,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, gate, up, dy, dgate, dup }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &Draw<'_>,
+    draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (gate, up) = (gate.read(cpu)?, up.read(cpu)?);
     let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
@@ -74,7 +74,7 @@ pub(crate) fn backward<T: Dtype>(
                             (*gate, *g) = ((scaled * convert::widen(up)) * slope, scaled * silu);
                         }
                         // Selected last: a factor that is not finite does not revive a dropped element.
-                        let unscaled = Draw { scale: 1.0, ..*draw };
+                        let unscaled = MaskParams { scale: 1.0, ..*draw };
                         dropout::select(&unscaled, lanes, of_gate);
                         dropout::select(&unscaled, lanes, g);
                         split::emit(of_gate, &mut dgate[local.clone()], streaming);

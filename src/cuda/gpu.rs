@@ -4,7 +4,7 @@ use super::context::driver;
 use super::kernels::Kernels;
 use crate::device::{Address, Device, Kernel};
 use crate::error::Error;
-use crate::ops::Draws;
+use crate::ops::AsDropout;
 use crate::pass::{Backend, Pass};
 use crate::tensor::{Readable, Writable};
 use cudarc::driver::sys::{CUstream, CUstreamCaptureStatus};
@@ -56,7 +56,7 @@ impl Gpu {
     /// As [`Backend::run`].
     pub fn run<'a, P: Pass<'a, Self>>(
         &self,
-        dropout: &impl Draws<Self>,
+        dropout: &impl AsDropout<Self>,
         pass: P,
     ) -> Result<(), Error> {
         Backend::run(self, dropout, pass)

@@ -4,7 +4,7 @@
 use crate::error::Error;
 use crate::mask::{Groups, OCTET, RowMap};
 use crate::ops::norm::{Norm, NormKind};
-use crate::ops::{Draw, Shape};
+use crate::ops::{MaskParams, Shape};
 use bytemuck::{Pod, Zeroable};
 
 /// Division by a constant without a division instruction: `(n * multiplier) >> 32 >> shift`, with the
@@ -182,7 +182,7 @@ impl Mask {
     /// The mask of `draw` for the part of the tensor that starts at local row `row` and octet `octet`.
     pub fn new(
         operator: &'static str,
-        draw: &Draw<'_>,
+        draw: &MaskParams<'_>,
         stream_pointer: u64,
         row_list: u64,
     ) -> Result<Self, Error> {
@@ -223,7 +223,7 @@ impl Mask {
             columns_together: u32::from(draw.groups.columns_together),
             contiguous: u32::from(contiguous),
             plain: u32::from(
-                contiguous && random == 1 && draw.groups == Groups::EACH && stream_pointer == 0,
+                contiguous && random == 1 && draw.groups == Groups::NONE && stream_pointer == 0,
             ),
         })
     }

@@ -30,7 +30,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let (x, bias, y) = (x.as_ref().unwrap_or(&y).pointer, pointer(&bias), y.pointer);
     let kernel = match aligned(shape.cols, &[x, bias, y]) {
         true => kernel!(NAME, "bias_act_dropout", T),
-        false => kernel!(NAME, "bias_act_dropout_any", T),
+        false => kernel!(NAME, "bias_act_dropout_unaligned", T),
     };
     let size = size_of::<T>() as u64;
     for part in parts(shape) {
@@ -96,7 +96,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     };
     let kernel = match aligned(shape.cols, &tensors) {
         true => kernel!(NAME, "bias_act_dropout_bias_grad", T),
-        false => kernel!(NAME, "bias_act_dropout_bias_grad_any", T),
+        false => kernel!(NAME, "bias_act_dropout_bias_grad_unaligned", T),
     };
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
@@ -119,7 +119,7 @@ unsafe fn without_sums<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let kernel = match aligned(shape.cols, &grad.tensors) {
         true => kernel!(NAME, "bias_act_dropout_grad", T),
-        false => kernel!(NAME, "bias_act_dropout_grad_any", T),
+        false => kernel!(NAME, "bias_act_dropout_grad_unaligned", T),
     };
     let size = size_of::<T>() as u64;
     for part in parts(shape) {

@@ -51,7 +51,7 @@ pub(super) unsafe fn apply<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let kernel = match aligned(shape.cols, &[x, y]) {
         true => kernel!(NAME, "dropout", T),
-        false => kernel!(NAME, "dropout_any", T),
+        false => kernel!(NAME, "dropout_unaligned", T),
     };
     for part in parts(shape) {
         let bytes = part.first_element * size_of::<T>() as u64;

@@ -34,9 +34,9 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let (x, bias, y) = (x.pointer, pointer(&bias), y.pointer);
     let kernel = match (bias != 0, aligned(shape.cols, &[x, bias, residual, y])) {
         (false, true) => kernel!(NAME, "dropout_add", T),
-        (false, false) => kernel!(NAME, "dropout_add_any", T),
+        (false, false) => kernel!(NAME, "dropout_add_unaligned", T),
         (true, true) => kernel!(NAME, "dropout_add_bias", T),
-        (true, false) => kernel!(NAME, "dropout_add_bias_any", T),
+        (true, false) => kernel!(NAME, "dropout_add_bias_unaligned", T),
     };
     let size = size_of::<T>() as u64;
     for part in parts(shape) {
@@ -88,7 +88,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let (tiles, blocks) = tree.by_tiles();
     let kernel = match aligned(shape.cols, &[dy, dx]) {
         true => kernel!(NAME, "dropout_add_bias_grad", T),
-        false => kernel!(NAME, "dropout_add_bias_grad_any", T),
+        false => kernel!(NAME, "dropout_add_bias_grad_unaligned", T),
     };
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.
     unsafe {

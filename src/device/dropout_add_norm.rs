@@ -234,7 +234,7 @@ unsafe fn launch_tiles<T: Dtype, D: Device>(
     };
     let kernel = match aligned(shape.cols, &tensors(&params)) {
         true => kernel!(NAME, "dropout_add_norm_tile", T),
-        false => kernel!(NAME, "dropout_add_norm_tile_any", T),
+        false => kernel!(NAME, "dropout_add_norm_tile_unaligned", T),
     };
     // SAFETY: the caller's promise.
     unsafe { launch(device, kernel, blocks, &params) }

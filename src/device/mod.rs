@@ -8,7 +8,7 @@
 
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::{Draw, Resident};
+use crate::ops::{MaskParams, Resident};
 use crate::tensor::{Gradient, In, Memory, Readable, Source, Writable};
 use abi::Mask;
 use std::ffi::c_void;
@@ -143,7 +143,7 @@ impl<'a, D: Device> Launch<'a, D> {
     pub fn new(
         device: &'a D,
         operator: &'static str,
-        draw: &Draw<'_>,
+        draw: &MaskParams<'_>,
         key: &Resident<'_, D>,
     ) -> Result<Self, Error> {
         let (stream, row_list) = (pointer(&key.stream), pointer(&key.row_list));
@@ -215,7 +215,7 @@ pub(crate) unsafe fn launch<D: Device, P>(
 }
 
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
-/// choice between the aligned kernels and the `any` ones is made. An absent tensor (0) is aligned.
+/// choice between the aligned kernels and the `unaligned` ones is made. An absent tensor (0) is aligned.
 pub(crate) fn aligned(cols: usize, addresses: &[u64]) -> bool {
     cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }

@@ -22,9 +22,9 @@ macro_rules! forms {
             $crate::device::kernel!($operator, $name "_warp", $T),
             $crate::device::kernel!($operator, $name "_block", $T),
             $crate::device::kernel!($operator, $name "_wide", $T),
-            $crate::device::kernel!($operator, $name "_warp_any", $T),
-            $crate::device::kernel!($operator, $name "_block_any", $T),
-            $crate::device::kernel!($operator, $name "_wide_any", $T),
+            $crate::device::kernel!($operator, $name "_warp_unaligned", $T),
+            $crate::device::kernel!($operator, $name "_block_unaligned", $T),
+            $crate::device::kernel!($operator, $name "_wide_unaligned", $T),
         ]
     };
 }

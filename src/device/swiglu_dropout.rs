@@ -26,7 +26,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let (gate, up, y) = (gate.as_ref().unwrap_or(&y).pointer, up.pointer, y.pointer);
     let kernel = match aligned(shape.cols, &[gate, up, y]) {
         true => kernel!(NAME, "swiglu_dropout", T),
-        false => kernel!(NAME, "swiglu_dropout_any", T),
+        false => kernel!(NAME, "swiglu_dropout_unaligned", T),
     };
     for part in parts(shape) {
         let bytes = part.first_element * size_of::<T>() as u64;
@@ -69,7 +69,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let (gate, up, dgate, dup) = (gate.pointer, up.pointer, dgate.pointer, dup.pointer);
     let kernel = match aligned(shape.cols, &[gate, up, dy, dgate, dup]) {
         true => kernel!(NAME, "swiglu_dropout_grad", T),
-        false => kernel!(NAME, "swiglu_dropout_grad_any", T),
+        false => kernel!(NAME, "swiglu_dropout_grad_unaligned", T),
     };
     for part in parts(shape) {
         let bytes = part.first_element * size_of::<T>() as u64;

@@ -24,7 +24,7 @@
 
 use crate::device::{Address, Device, Kernel};
 use crate::error::Error;
-use crate::ops::Draws;
+use crate::ops::AsDropout;
 use crate::pass::{Backend, Pass};
 use crate::tensor::{Readable, Writable};
 use std::ffi::c_void;
@@ -119,7 +119,7 @@ impl Emulator {
     /// As [`Backend::run`]; [`Error::Fault`] where a kernel does what no kernel may do.
     pub fn run<'a, P: Pass<'a, Self>>(
         &self,
-        dropout: &impl Draws<Self>,
+        dropout: &impl AsDropout<Self>,
         pass: P,
     ) -> Result<(), Error> {
         Backend::run(self, dropout, pass)

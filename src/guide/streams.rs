@@ -37,14 +37,14 @@
 //! one mask:
 //!
 //! ```
-//! use fused_dropout::{Dropout, Key, Place, Probability, RowMap};
+//! use fused_dropout::{Dropout, Key, Shard, Probability, RowMap};
 //! let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
 //! let sequence = 512;
 //! // The third micro-batch of four sequences; a row is a token.
 //! let first = 3 * 4 * sequence;
-//! let micro = drop.at(Place { rows: RowMap::Contiguous { first }, ..Place::WHOLE });
+//! let micro = drop.shard(Shard { rows: RowMap::Contiguous { first }, ..Shard::WHOLE });
 //! // The second half of the columns of a tensor-parallel layer of 4096.
-//! let shard = drop.at(Place { first_col: 2048, ..Place::WHOLE });
+//! let shard = drop.shard(Shard { first_col: 2048, ..Shard::WHOLE });
 //! # let _ = (micro, shard);
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```

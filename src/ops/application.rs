@@ -1,7 +1,7 @@
 //! One application of dropout: which mask, and what is done with it.
 
 use crate::error::Error;
-use crate::mask::{Groups, Key, OCTET, Place, Probability, RowMap};
+use crate::mask::{Groups, Key, OCTET, Probability, RowMap, Shard};
 use crate::ops::{Shape, check_len};
 use crate::pass::Backend;
 use crate::tensor::{Host, In, Memory};
@@ -33,10 +33,10 @@ pub enum Scaling {
 /// `M` is the memory of the parts of the key that are read when a kernel runs; [`Host`]: the caller gives all of it.
 ///
 /// ```
-/// use fused_dropout::{Dropout, Key, Mode, Place, Probability, RowMap};
+/// use fused_dropout::{Dropout, Key, Mode, Shard, Probability, RowMap};
 /// let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
 /// // The same application on a shard that starts at column 1024 and row 64 of the whole tensor:
-/// let shard = drop.at(Place { first_col: 1024, rows: RowMap::Contiguous { first: 64 } });
+/// let shard = drop.shard(Shard { first_col: 1024, rows: RowMap::Contiguous { first: 64 } });
 /// let evaluation = drop.mode(Mode::Inference);
 /// # let _ = (shard, evaluation);
 /// # Ok::<(), fused_dropout::Error>(())
@@ -52,7 +52,7 @@ pub struct Dropout<'a, M: Memory = Host> {
     /// Inverted (the default) or classic scaling.
     pub scaling: Scaling,
     /// Where the local tensor lies in the whole one; by default it is the whole one.
-    pub place: Place<'a>,
+    pub shard: Shard<'a>,
     /// Which elements share a decision; by default none do.
     pub groups: Groups,
     stream: Option<In<'a, u64, M>>,
@@ -78,8 +78,8 @@ impl<'a, M: Memory> Dropout<'a, M> {
             p,
             mode: Mode::Training,
             scaling: Scaling::Inverted,
-            place: Place::WHOLE,
-            groups: Groups::EACH,
+            shard: Shard::WHOLE,
+            groups: Groups::NONE,
             stream,
             row_list: None,
         }
@@ -107,8 +107,8 @@ impl<'a, M: Memory> Dropout<'a, M> {
     }
 
     /// The same on a shard.
-    pub fn at(self, place: Place<'a>) -> Self {
-        Self { place, ..self }
+    pub fn shard(self, shard: Shard<'a>) -> Self {
+        Self { shard, ..self }
     }
 
     /// The same with decisions that several elements share.
@@ -117,7 +117,7 @@ impl<'a, M: Memory> Dropout<'a, M> {
     }
 
     /// The logical row of each local row (one u32 a row) from a backend's memory: the explicit row map, for devices. The
-    /// place's rows stay [`RowMap::WHOLE`].
+    /// shard's rows stay [`RowMap::WHOLE`].
     pub fn row_list<N: Backend>(self, list: In<'a, u32, N>) -> Dropout<'a, N>
     where
         Self: Into<Dropout<'a, N>>,
@@ -137,13 +137,13 @@ impl<'a, M: Memory> Dropout<'a, M> {
         }
         if let Some(list) = self.row_list {
             check_len(operator, "row_list", rows, list.elements())?;
-            if self.place.rows != RowMap::WHOLE {
+            if self.shard.rows != RowMap::WHOLE {
                 let expected = "no other row map beside a row list";
                 return Err(Error::argument(
                     operator,
                     "rows",
                     expected,
-                    format!("{:?}", self.place.rows),
+                    format!("{:?}", self.shard.rows),
                 ));
             }
         }
@@ -153,9 +153,13 @@ impl<'a, M: Memory> Dropout<'a, M> {
         })
     }
 
-    /// Checks the place against `shape`, and resolves mode and scaling.
-    pub(crate) fn draw(&self, operator: &'static str, shape: Shape) -> Result<Draw<'a>, Error> {
-        self.place.check(operator, shape.rows, shape.cols)?;
+    /// Checks the shard against `shape`, and resolves mode and scaling.
+    pub(crate) fn mask_params(
+        &self,
+        operator: &'static str,
+        shape: Shape,
+    ) -> Result<MaskParams<'a>, Error> {
+        self.shard.check(operator, shape.rows, shape.cols)?;
         self.groups.check(operator)?;
         let (p, scale) = match (self.mode, self.scaling) {
             (Mode::Training, Scaling::Inverted) => (self.p, self.p.scale()),
@@ -165,14 +169,14 @@ impl<'a, M: Memory> Dropout<'a, M> {
             (Mode::Inference, Scaling::Classic) if self.p == Probability::ONE => (self.p, 0.0),
             (Mode::Inference, Scaling::Classic) => (Probability::ZERO, self.p.keep()),
         };
-        Ok(Draw {
+        Ok(MaskParams {
             key: self.key,
             threshold: p.threshold(),
             scale,
-            // Below 2^32: the place was checked against 2^35 columns. The one first column that is
+            // Below 2^32: the shard was checked against 2^35 columns. The one first column that is
             // not, 2^35 itself, belongs to a tensor without columns, which draws nothing.
-            first_octet: (self.place.first_col / OCTET as u64) as u32,
-            rows: self.place.rows,
+            first_octet: (self.shard.first_col / OCTET as u64) as u32,
+            rows: self.shard.rows,
             groups: self.groups,
         })
     }
@@ -193,7 +197,7 @@ impl<M: Memory> fmt::Debug for Dropout<'_, M> {
             .field("p", &self.p)
             .field("mode", &self.mode)
             .field("scaling", &self.scaling)
-            .field("place", &self.place)
+            .field("shard", &self.shard)
             .field("groups", &self.groups)
             .field("resident_stream", &self.stream.is_some())
             .field("resident_row_list", &self.row_list.is_some())
@@ -203,25 +207,25 @@ impl<M: Memory> fmt::Debug for Dropout<'_, M> {
 
 impl<'a, M: Backend> From<Dropout<'a>> for Dropout<'a, M> {
     fn from(host: Dropout<'a>) -> Self {
-        let Dropout { key, p, mode, scaling, place, groups, .. } = host;
-        Self { key, p, mode, scaling, place, groups, stream: None, row_list: None }
+        let Dropout { key, p, mode, scaling, shard, groups, .. } = host;
+        Self { key, p, mode, scaling, shard, groups, stream: None, row_list: None }
     }
 }
 
 /// What tells [`Backend::run`] which mask to draw: a [`Dropout`] of the host's numbers on every backend, one with resident
 /// numbers on the backend in whose memory they lie.
-pub trait Draws<M: Memory> {
+pub trait AsDropout<M: Memory> {
     /// The application, as one of this memory.
     fn of_memory(&self) -> Dropout<'_, M>;
 }
 
-impl<M: Backend> Draws<M> for Dropout<'_> {
+impl<M: Backend> AsDropout<M> for Dropout<'_> {
     fn of_memory(&self) -> Dropout<'_, M> {
         Dropout::from(*self)
     }
 }
 
-impl<M: Backend> Draws<M> for Dropout<'_, M> {
+impl<M: Backend> AsDropout<M> for Dropout<'_, M> {
     fn of_memory(&self) -> Dropout<'_, M> {
         *self
     }
@@ -236,7 +240,7 @@ pub(crate) struct Resident<'a, M: Memory + 'a> {
 /// A checked application of dropout, reduced to what every backend computes from: an element is kept
 /// where its lane is at least `threshold`, and a kept value is multiplied by `scale`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Draw<'a> {
+pub(crate) struct MaskParams<'a> {
     pub key: Key,
     /// 0 (nothing is dropped: no random numbers are needed) ..= 65536 (everything is: none either).
     pub threshold: u32,
@@ -247,7 +251,7 @@ pub(crate) struct Draw<'a> {
     pub groups: Groups,
 }
 
-impl Draw<'_> {
+impl MaskParams<'_> {
     /// The row whose lanes decide about local row `local`.
     pub fn row(&self, local: usize) -> u32 {
         self.rows.logical(local) / self.groups.rows

@@ -17,8 +17,8 @@ pub mod softmax_dropout;
 pub mod sum_rows;
 pub mod swiglu_dropout;
 
-pub(crate) use application::{Draw, Resident};
-pub use application::{Draws, Dropout, Mode, Scaling};
+pub use application::{AsDropout, Dropout, Mode, Scaling};
+pub(crate) use application::{MaskParams, Resident};
 
 /// The shape of a row-major tensor without gaps, all leading dimensions counted into `rows`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

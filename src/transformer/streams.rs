@@ -1,7 +1,7 @@
 //! Which stream of random numbers each application of dropout takes.
 
 use crate::error::Error;
-use crate::mask::{Key, Place, Probability, RowMap};
+use crate::mask::{Key, Probability, RowMap, Shard};
 use crate::ops::{Dropout, Mode};
 
 /// A place in a layer where a model drops.
@@ -128,22 +128,22 @@ impl Drops {
             }
             Drops::At { pass: Pass::Train { seed, step, .. }, layer, site, p, .. } => {
                 let key = Key::new(seed, stream(step, layer, site)?);
-                Ok(Dropout::new(key, p).at(self.place()?))
+                Ok(Dropout::new(key, p).shard(self.shard()?))
             }
         }
     }
 
     /// Where the rows lie in those of the whole step.
-    pub(crate) fn place(self) -> Result<Place<'static>, Error> {
+    pub(crate) fn shard(self) -> Result<Shard<'static>, Error> {
         let Drops::At { pass: Pass::Train { first_sequence, .. }, rows, .. } = self else {
-            return Ok(Place::WHOLE);
+            return Ok(Shard::WHOLE);
         };
         let first = (first_sequence as usize).checked_mul(rows);
         let first = first.and_then(|first| u32::try_from(first).ok()).ok_or_else(|| {
             let expected = "sequences whose rows are below 2^32";
             Error::argument("streams", "first_sequence", expected, first_sequence)
         })?;
-        Ok(Place { first_col: 0, rows: RowMap::Contiguous { first } })
+        Ok(Shard { first_col: 0, rows: RowMap::Contiguous { first } })
     }
 }
 

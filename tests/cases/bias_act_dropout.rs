@@ -5,16 +5,16 @@ use crate::oracle;
 use fused_dropout::Activation;
 use fused_dropout::ops::bias_act_dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
     // Two activations a row, so that neighbours in the table go through all of them.
     let count = Activation::ALL.len();
     let first = call.shape.rows + call.shape.cols + call.dropout.p.threshold() as usize % count;
     for activation in [first, first + 3].map(|i| Activation::ALL[i % count]) {
         let name = |pass: &str| format!("bias_act_dropout {activation:?} {pass}");
-        let result = forward::<T, L>(lab, call, activation);
-        tally.count::<T, L>(lab, &name("y"), call, result);
-        let result = backward::<T, L>(lab, call, activation);
-        tally.count::<T, L>(lab, &name("dx, dbias"), call, result);
+        let result = forward::<T, L>(backend, call, activation);
+        tally.count::<T, L>(backend, &name("y"), call, result);
+        let result = backward::<T, L>(backend, call, activation);
+        tally.count::<T, L>(backend, &name("dx, dbias"), call, result);
     }
 }
 
@@ -24,18 +24,22 @@ fn far_out<T: Dtype>(len: usize, salt: u64, specials: bool) -> Vec<T> {
     values.map(|x| T::from_f32(x.to_f32() * 7.0)).collect()
 }
 
-fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call, activation: Activation) -> Result<(), String> {
+fn forward<T: Dtype, L: TestBackend>(
+    backend: &L,
+    call: &Call,
+    activation: Activation,
+) -> Result<(), String> {
     let shape = call.shape;
     let x = far_out::<T>(elements(call), 10, true);
     let bias = values::<T>(shape.cols, 11, true);
-    let x_there = lab.tensor(&x, call.offset);
+    let x_there = backend.tensor(&x, call.offset);
     for bias in [None, Some(&bias[..])] {
         let expected = oracle::bias_act_dropout(&call.dropout, shape, activation, &x, bias);
-        let bias = bias.map(|bias| lab.tensor(bias, call.offset / 2));
+        let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
         let run = |x, before: &[T]| {
-            let mut y = lab.tensor(before, call.offset);
-            lab.run(call, Forward { shape, activation, x, bias: given(&bias), y: &mut y })?;
-            lab.contents(&y)
+            let mut y = backend.tensor(before, call.offset);
+            backend.run(call, Forward { shape, activation, x, bias: given(&bias), y: &mut y })?;
+            backend.contents(&y)
         };
         let y = run(Source::Tensor(&x_there), &vec![T::from_f32(5.0); x.len()])?;
         within("y", &y, &expected)?;
@@ -44,7 +48,11 @@ fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call, activation: Activation) -> Re
     Ok(())
 }
 
-fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, activation: Activation) -> Result<(), String> {
+fn backward<T: Dtype, L: TestBackend>(
+    backend: &L,
+    call: &Call,
+    activation: Activation,
+) -> Result<(), String> {
     let shape = call.shape;
     for specials in [false, true] {
         let x = far_out::<T>(elements(call), 12, specials);
@@ -56,28 +64,29 @@ fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, activation: Activation) -> R
         };
         let (expected, sums) =
             oracle::bias_act_dropout_backward(&call.dropout, shape, activation, &x, bias, &dy);
-        let (x, dy_there) = (lab.tensor(&x, call.offset), lab.tensor(&dy, call.offset));
-        let bias = bias.map(|bias| lab.tensor(bias, call.offset / 2));
+        let (x, dy_there) = (backend.tensor(&x, call.offset), backend.tensor(&dy, call.offset));
+        let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
         let before = dy.clone();
         let run = |dy, mut dbias: Option<Gradient<'_, L::B>>| {
-            let mut dx = lab.tensor(&before, call.offset);
+            let mut dx = backend.tensor(&before, call.offset);
             let (bias, dbias) = (given(&bias), dbias.as_mut().map(Gradient::reborrow));
-            lab.run(call, Backward { shape, activation, x: &x, bias, dy, dx: &mut dx, dbias })?;
-            lab.contents(&dx)
+            backend
+                .run(call, Backward { shape, activation, x: &x, bias, dy, dx: &mut dx, dbias })?;
+            backend.contents(&dx)
         };
         // In place for one of the two.
         let source = if specials { Source::Tensor(&dy_there as _) } else { Source::InPlace };
-        let mut dbias = lab.tensor(&vec![9.0f32; shape.cols], call.offset / 2);
+        let mut dbias = backend.tensor(&vec![9.0f32; shape.cols], call.offset / 2);
         let dx = run(source, Some(Gradient::Write(&mut dbias)))?;
         within("dx", &dx, &expected)?;
-        let dbias = lab.contents(&dbias)?;
+        let dbias = backend.contents(&dbias)?;
         within("dbias", &dbias, &sums)?;
         let alone = run(Source::Tensor(&dy_there), None)?;
         same("dx without dbias, against dx", &alone, &dx)?;
         let before = values::<f32>(shape.cols, 7, false);
-        let mut sum = lab.tensor(&before, 0);
+        let mut sum = backend.tensor(&before, 0);
         run(Source::Tensor(&dy_there), Some(Gradient::Add(&mut sum)))?;
-        same("dbias, added", &lab.contents(&sum)?, &added(&before, &dbias))?;
+        same("dbias, added", &backend.contents(&sum)?, &added(&before, &dbias))?;
     }
     Ok(())
 }

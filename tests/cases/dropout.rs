@@ -4,25 +4,25 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(lab, "dropout", call, dropout::<T, L>(lab, call));
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(backend, "dropout", call, dropout::<T, L>(backend, call));
 }
 
 /// Forward and backward pass are one function: a row takes one of them, apart and in place.
-fn dropout<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn dropout<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let values = values::<T>(elements(call), 1, true);
     let expected = oracle::dropout(&call.dropout, shape, &values);
-    let x = lab.tensor(&values, call.offset);
-    let mut y = lab.tensor(&vec![T::from_f32(5.0); values.len()], call.offset);
-    let mut both = lab.tensor(&values, call.offset);
+    let x = backend.tensor(&values, call.offset);
+    let mut y = backend.tensor(&vec![T::from_f32(5.0); values.len()], call.offset);
+    let mut both = backend.tensor(&values, call.offset);
     if call.offset.is_multiple_of(2) {
-        lab.run(call, Forward { shape, x: Source::Tensor(&x), y: &mut y })?;
-        lab.run(call, Forward { shape, x: Source::InPlace, y: &mut both })?;
+        backend.run(call, Forward { shape, x: Source::Tensor(&x), y: &mut y })?;
+        backend.run(call, Forward { shape, x: Source::InPlace, y: &mut both })?;
     } else {
-        lab.run(call, Backward { shape, dy: Source::Tensor(&x), dx: &mut y })?;
-        lab.run(call, Backward { shape, dy: Source::InPlace, dx: &mut both })?;
+        backend.run(call, Backward { shape, dy: Source::Tensor(&x), dx: &mut y })?;
+        backend.run(call, Backward { shape, dy: Source::InPlace, dx: &mut both })?;
     }
-    same("y", &lab.contents(&y)?, &expected)?;
-    same("y in place", &lab.contents(&both)?, &expected)
+    same("y", &backend.contents(&y)?, &expected)?;
+    same("y in place", &backend.contents(&both)?, &expected)
 }

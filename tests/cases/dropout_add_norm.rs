@@ -5,13 +5,13 @@ use crate::oracle;
 use fused_dropout::ops::dropout_add_norm::{Backward, Forward, Saved};
 use fused_dropout::{DtypeId, Norm, NormKind};
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(lab, "dropout_add_norm s", call, sums::<T, L>(lab, call));
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(backend, "dropout_add_norm s", call, sums::<T, L>(backend, call));
     for kind in [NormKind::Layer, NormKind::Rms] {
         let data = Data::<T>::new(call, kind);
         let name = |pass| format!("dropout_add_norm {kind:?} {pass}");
-        tally.count::<T, L>(lab, &name("y"), call, forward(lab, call, &data));
-        tally.count::<T, L>(lab, &name("gradients"), call, backward(lab, call, &data));
+        tally.count::<T, L>(backend, &name("y"), call, forward(backend, call, &data));
+        tally.count::<T, L>(backend, &name("gradients"), call, backward(backend, call, &data));
     }
 }
 
@@ -95,7 +95,7 @@ fn outliers<T: Dtype>(i: usize, cols: usize) -> f32 {
 }
 
 /// s, whatever the values.
-fn sums<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn sums<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (x, residual) =
         (values::<T>(elements(call), 2, true), values::<T>(elements(call), 4, true));
@@ -103,11 +103,12 @@ fn sums<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     let bias = shape.rows.is_multiple_of(2).then_some(&bias[..]);
     let weight = values::<T>(shape.cols, 24, true);
     let expected = oracle::dropout_add(&call.dropout, shape, &x, bias, &residual);
-    let [x_there, residual_there] = [&x, &residual].map(|tensor| lab.tensor(tensor, call.offset));
-    let bias = bias.map(|bias| lab.tensor(bias, call.offset / 2));
-    let weight = lab.tensor(&weight, call.offset);
+    let [x_there, residual_there] =
+        [&x, &residual].map(|tensor| backend.tensor(tensor, call.offset));
+    let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
+    let weight = backend.tensor(&weight, call.offset);
     let run = |content: &[T], residual| {
-        let [mut s, mut y] = [content, &x].map(|before| lab.tensor(before, call.offset));
+        let [mut s, mut y] = [content, &x].map(|before| backend.tensor(before, call.offset));
         let pass = Forward {
             shape,
             norm: Norm::layer(1e-5),
@@ -120,8 +121,8 @@ fn sums<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
             y: &mut y,
             stats: None,
         };
-        lab.run(call, pass)?;
-        Ok::<_, String>((lab.contents(&s)?, lab.contents(&y)?))
+        backend.run(call, pass)?;
+        Ok::<_, String>((backend.contents(&s)?, backend.contents(&y)?))
     };
     let (s, y) = run(&x, Source::Tensor(&residual_there))?;
     same("s", &s, &expected)?;
@@ -130,15 +131,19 @@ fn sums<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     same("y with s in place, against y", &again, &y)
 }
 
-fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<(), String> {
+fn forward<T: Dtype, L: TestBackend>(
+    backend: &L,
+    call: &Call,
+    data: &Data<T>,
+) -> Result<(), String> {
     let sums = data.s(call);
     let expected = oracle::normalised(&data.norm, call.shape, &sums, &data.affine());
-    let there = |tensor: &[T]| lab.tensor(tensor, call.offset);
+    let there = |tensor: &[T]| backend.tensor(tensor, call.offset);
     let (x, residual, weight) = (there(&data.x), there(&data.residual), there(&data.weight));
-    let bias = data.bias.as_ref().map(|bias| lab.tensor(bias, call.offset / 2));
+    let bias = data.bias.as_ref().map(|bias| backend.tensor(bias, call.offset / 2));
     let norm_bias = data.norm_bias.as_deref().map(there);
     let (mut s, mut y) = (there(&data.dy), there(&data.dy));
-    let mut stats = lab.tensor(&vec![9.0f32; 2 * call.shape.rows], 0);
+    let mut stats = backend.tensor(&vec![9.0f32; 2 * call.shape.rows], 0);
     let pass = Forward {
         shape: call.shape,
         norm: data.norm,
@@ -152,13 +157,17 @@ fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<(),
         y: &mut y,
         stats: Some(&mut stats),
     };
-    lab.run(call, pass)?;
-    close("y", &lab.contents(&y)?, &expected.y)?;
-    close("stats", &lab.contents(&stats)?, &expected.stats)?;
-    same("s", &lab.contents(&s)?, if data.keeps_s { &sums } else { &data.dy })
+    backend.run(call, pass)?;
+    close("y", &backend.contents(&y)?, &expected.y)?;
+    close("stats", &backend.contents(&stats)?, &expected.stats)?;
+    same("s", &backend.contents(&s)?, if data.keeps_s { &sums } else { &data.dy })
 }
 
-fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<(), String> {
+fn backward<T: Dtype, L: TestBackend>(
+    backend: &L,
+    call: &Call,
+    data: &Data<T>,
+) -> Result<(), String> {
     let (shape, sums) = (call.shape, data.s(call));
     let stats = oracle::normalised(&data.norm, shape, &sums, &data.affine()).stats;
     let stats: Vec<f32> = stats.iter().map(|stat| stat.value as f32).collect();
@@ -172,15 +181,15 @@ fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<()
         &data.dy,
         data.ds.as_deref(),
     );
-    let there = |tensor: &[T]| lab.tensor(tensor, call.offset);
+    let there = |tensor: &[T]| backend.tensor(tensor, call.offset);
     let (x, residual, s) = (there(&data.x), there(&data.residual), there(&sums));
-    let (weight, dy, stats) = (there(&data.weight), there(&data.dy), lab.tensor(&stats, 0));
-    let bias = data.bias.as_ref().map(|bias| lab.tensor(bias, call.offset / 2));
+    let (weight, dy, stats) = (there(&data.weight), there(&data.dy), backend.tensor(&stats, 0));
+    let bias = data.bias.as_ref().map(|bias| backend.tensor(bias, call.offset / 2));
     let ds = data.ds.as_deref().map(there);
     let before = values::<f32>(shape.cols, 7, false);
     let run = |add: bool| {
         let (mut dresidual, mut dx) = (there(&data.dy), there(&data.dy));
-        let mut sums = data.grads.map(|_| lab.tensor(&before, 0));
+        let mut sums = data.grads.map(|_| backend.tensor(&before, 0));
         let [dbias, dweight, dnorm_bias] = &mut sums;
         let gradient = |wanted: bool, tensor| match (wanted, add) {
             (false, _) => None,
@@ -204,11 +213,11 @@ fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call, data: &Data<T>) -> Result<()
             dweight: gradient(data.grads[1], dweight),
             dnorm_bias: gradient(data.grads[2], dnorm_bias),
         };
-        lab.run(call, pass)?;
-        let sums = sums.each_ref().map(|sum| lab.contents(sum));
+        backend.run(call, pass)?;
+        let sums = sums.each_ref().map(|sum| backend.contents(sum));
         let [dbias, dweight, dnorm_bias] = sums;
         Ok::<_, String>((
-            [lab.contents(&dresidual)?, lab.contents(&dx)?],
+            [backend.contents(&dresidual)?, backend.contents(&dx)?],
             [dbias?, dweight?, dnorm_bias?],
         ))
     };

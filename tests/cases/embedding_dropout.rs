@@ -8,12 +8,17 @@ use fused_dropout::ops::embedding_dropout::{
     check_report,
 };
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(lab, "embedding_dropout", call, forward::<T, L>(lab, call));
-    tally.count::<T, L>(lab, "embedding_dropout gradients", call, gradients::<T, L>(lab, call));
-    tally.count::<T, L>(lab, "embedding_dropout with norm", call, norm::<T, L>(lab, call));
-    let result = norm_gradients::<T, L>(lab, call);
-    tally.count::<T, L>(lab, "embedding_dropout with norm, gradients", call, result);
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(backend, "embedding_dropout", call, forward::<T, L>(backend, call));
+    tally.count::<T, L>(
+        backend,
+        "embedding_dropout gradients",
+        call,
+        gradients::<T, L>(backend, call),
+    );
+    tally.count::<T, L>(backend, "embedding_dropout with norm", call, norm::<T, L>(backend, call));
+    let result = norm_gradients::<T, L>(backend, call);
+    tally.count::<T, L>(backend, "embedding_dropout with norm, gradients", call, result);
 }
 
 /// The case's rows as tokens: which tables there are, of how many entries, and what each row takes.
@@ -87,20 +92,20 @@ impl<T: Dtype> Data<T> {
 }
 
 /// Ids and tables on a backend.
-struct There<L: Lab, T: Dtype> {
+struct There<L: TestBackend, T: Dtype> {
     ids: [Option<L::Tensor<u32>>; 3],
     tables: [Option<L::Tensor<T>>; 3],
 }
 
-impl<L: Lab, T: Dtype> There<L, T> {
-    fn new(lab: &L, call: &Call, lookups: &Lookups<&[u32]>, data: &Data<T>) -> Self {
+impl<L: TestBackend, T: Dtype> There<L, T> {
+    fn new(backend: &L, call: &Call, lookups: &Lookups<&[u32]>, data: &Data<T>) -> Self {
         let ids = [Some(lookups.token), lookups.position, lookups.segment].map(|lookup| {
             match lookup?.ids {
-                Ids::Given(ids) => Some(lab.tensor(ids, call.offset)),
+                Ids::Given(ids) => Some(backend.tensor(ids, call.offset)),
                 Ids::Sequence(_) => None,
             }
         });
-        let table = |table: &Vec<T>| lab.tensor(table, call.offset);
+        let table = |table: &Vec<T>| backend.tensor(table, call.offset);
         Self { ids, tables: data.0.each_ref().map(|data| data.as_ref().map(table)) }
     }
 
@@ -125,14 +130,14 @@ impl<L: Lab, T: Dtype> There<L, T> {
     }
 }
 
-fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let rows = Rows::new(call);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, call.shape.cols, true);
     let expected = oracle::embedding_dropout(&call.dropout, call.shape, &lookups, &data.tables());
-    let there = There::new(lab, call, &lookups, &data);
-    let mut y = lab.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
-    let mut report = lab.tensor(&[u32::MAX], 0);
+    let there = There::new(backend, call, &lookups, &data);
+    let mut y = backend.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
+    let mut report = backend.tensor(&[u32::MAX], 0);
     let pass = Forward {
         shape: call.shape,
         lookups: there.lookups(&lookups),
@@ -140,9 +145,9 @@ fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
         y: &mut y,
         report: Some(&mut report),
     };
-    lab.run(call, pass)?;
-    check_report(lab.contents(&report)?[0]).map_err(|error| error.to_string())?;
-    same("y", &lab.contents(&y)?, &expected)
+    backend.run(call, pass)?;
+    check_report(backend.contents(&report)?[0]).map_err(|error| error.to_string())?;
+    same("y", &backend.contents(&y)?, &expected)
 }
 
 /// The case's norm; its weight and, for some, its bias.
@@ -167,7 +172,7 @@ impl<T: Dtype> Normed<T> {
     }
 }
 
-fn norm<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn norm<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let (rows, shape) = (Rows::new(call), call.shape);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, shape.cols, false);
@@ -176,13 +181,13 @@ fn norm<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     let tables = data.tables();
     let (expected, expected_stats) =
         oracle::embedding_norm(&call.dropout, &norm, shape, &lookups, &tables, &affine);
-    let there = There::new(lab, call, &lookups, &data);
-    let weight = lab.tensor(&weight, call.offset);
-    let bias = bias.map(|bias| lab.tensor(&bias, call.offset));
+    let there = There::new(backend, call, &lookups, &data);
+    let weight = backend.tensor(&weight, call.offset);
+    let bias = bias.map(|bias| backend.tensor(&bias, call.offset));
     let run = |with_stats: bool| {
-        let mut y = lab.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
-        let mut stats = lab.tensor(&vec![9.0f32; 2 * shape.rows], 0);
-        let mut report = lab.tensor(&[u32::MAX], 0);
+        let mut y = backend.tensor(&vec![T::from_f32(5.0); expected.len()], call.offset);
+        let mut stats = backend.tensor(&vec![9.0f32; 2 * shape.rows], 0);
+        let mut report = backend.tensor(&[u32::MAX], 0);
         let pass = ForwardNorm {
             shape,
             norm,
@@ -195,9 +200,9 @@ fn norm<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
             // One of the two calls does without.
             report: with_stats.then_some(&mut report as _),
         };
-        lab.run(call, pass)?;
-        check_report(lab.contents(&report)?[0]).map_err(|error| error.to_string())?;
-        Ok::<_, String>((lab.contents(&y)?, lab.contents(&stats)?))
+        backend.run(call, pass)?;
+        check_report(backend.contents(&report)?[0]).map_err(|error| error.to_string())?;
+        Ok::<_, String>((backend.contents(&y)?, backend.contents(&stats)?))
     };
     let (y, stats) = run(true)?;
     close("y", &y, &expected)?;
@@ -207,16 +212,18 @@ fn norm<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
 }
 
 /// A gradient that is asked for, on top of what is there.
-fn add<'a, L: Lab>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
+fn add<'a, L: TestBackend>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
     gradient.as_mut().map(|gradient| Gradient::Add(gradient as _))
 }
 
 /// The same, in place of what is there.
-fn write<'a, L: Lab>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
+fn write<'a, L: TestBackend>(
+    gradient: &'a mut Option<L::Tensor<f32>>,
+) -> Option<Gradient<'a, L::B>> {
     gradient.as_mut().map(|gradient| Gradient::Write(gradient as _))
 }
 
-fn norm_gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn norm_gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, shape.cols, false);
@@ -227,9 +234,10 @@ fn norm_gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> 
     let (_, stats) = oracle::embedding_norm(d, &norm, shape, &lookups, &tables, &affine);
     let stats: Vec<f32> = stats.iter().map(|stats| stats.value as f32).collect();
     let before = |len| values::<f32>(len, 15, false);
-    let there = There::new(lab, call, &lookups, &data);
-    let (weight_there, stats_there) = (lab.tensor(&weight, call.offset), lab.tensor(&stats, 0));
-    let dy_there = lab.tensor(&dy, call.offset);
+    let there = There::new(backend, call, &lookups, &data);
+    let (weight_there, stats_there) =
+        (backend.tensor(&weight, call.offset), backend.tensor(&stats, 0));
+    let dy_there = backend.tensor(&dy, call.offset);
     let with_norm = shape.rows % 4 != 3;
     // Added to what is there, and written.
     for adds in [true, false] {
@@ -244,7 +252,7 @@ fn norm_gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> 
             &dy,
             |len| if adds { before(len) } else { vec![0.0; len] },
         );
-        let held = |len| lab.tensor(&before(len), call.offset);
+        let held = |len| backend.tensor(&before(len), call.offset);
         let mut gradients =
             expected.tables.each_ref().map(|table| table.as_ref().map(|table| held(table.len())));
         let mut of_norm =
@@ -264,26 +272,26 @@ fn norm_gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> 
             dweight,
             dnorm_bias,
         };
-        lab.run(call, pass)?;
+        backend.run(call, pass)?;
         for (gradient, expected) in gradients.iter().zip(&expected.tables) {
             let (Some(gradient), Some(expected)) = (gradient, expected) else { continue };
-            close("a table's gradient", &lab.contents(gradient)?, expected)?;
+            close("a table's gradient", &backend.contents(gradient)?, expected)?;
         }
         if let [Some(dweight), Some(dnorm_bias)] = &of_norm {
-            close("dweight", &lab.contents(dweight)?, &expected.weight)?;
-            same("dnorm_bias", &lab.contents(dnorm_bias)?, &expected.bias)?;
+            close("dweight", &backend.contents(dweight)?, &expected.weight)?;
+            same("dnorm_bias", &backend.contents(dnorm_bias)?, &expected.bias)?;
         }
     }
     Ok(())
 }
 
-fn gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
     let lookups = rows.lookups();
     let data = Data::<T>([None, None, None]);
-    let there = There::new(lab, call, &lookups, &data);
+    let there = There::new(backend, call, &lookups, &data);
     let dy = values::<T>(elements(call), 14, true);
-    let dy_there = lab.tensor(&dy, call.offset);
+    let dy_there = backend.tensor(&dy, call.offset);
     let parts = [
         ("token gradient", Some(lookups.token)),
         ("position gradient", lookups.position),
@@ -298,7 +306,7 @@ fn gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
         };
         let before: [Option<Vec<f32>>; 3] = std::array::from_fn(before);
         let mut held =
-            before.each_ref().map(|before| before.as_ref().map(|b| lab.tensor(b, call.offset)));
+            before.each_ref().map(|before| before.as_ref().map(|b| backend.tensor(b, call.offset)));
         let gradient = if adds { add::<L> } else { write::<L> };
         let [token, position, segment] = held.each_mut().map(gradient);
         let pass = Backward {
@@ -307,13 +315,13 @@ fn gradients<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
             dy: &dy_there,
             gradients: Gradients { token, position, segment },
         };
-        lab.run(call, pass)?;
+        backend.run(call, pass)?;
         for ((what, lookup), (before, held)) in parts.iter().zip(before.iter().zip(&held)) {
             let (Some(lookup), Some(before), Some(held)) = (lookup, before, held) else { continue };
             let zeros = vec![0.0; before.len()];
             let before = if adds { before } else { &zeros };
             let after = oracle::embedding_gradient(d, shape, lookup, &dy, before);
-            same(what, &lab.contents(held)?, &after)?;
+            same(what, &backend.contents(held)?, &after)?;
         }
     }
     Ok(())

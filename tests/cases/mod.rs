@@ -2,24 +2,24 @@
 //! that bears its name.
 #![allow(dead_code)] // every test file uses a part
 
+pub mod backend;
 pub mod bias_act_dropout;
 pub mod dropout;
 pub mod dropout_add;
 pub mod dropout_add_norm;
 pub mod embedding_dropout;
 pub mod keep_mask;
-pub mod lab;
 pub mod softmax_dropout;
 pub mod swiglu_dropout;
 pub mod trials;
 
 use crate::oracle::Bounded;
+use backend::TestBackend;
 use fused_dropout::{
-    Dropout, Dtype, Gradient, Groups, In, Key, Memory, Mode, Place, Probability, Readable, RowMap,
-    Scaling, Shape, Source,
+    Dropout, Dtype, Gradient, Groups, In, Key, Memory, Mode, Probability, Readable, RowMap,
+    Scaling, Shape, Shard, Source,
 };
 use half::{bf16, f16};
-use lab::Lab;
 
 /// What came of the checks so far.
 #[derive(Default)]
@@ -31,9 +31,9 @@ pub struct Tally {
 
 impl Tally {
     /// Counts one check of a row of the table on tensors of T.
-    pub fn count<T, L: Lab>(
+    pub fn count<T, L: TestBackend>(
         &mut self,
-        lab: &L,
+        backend: &L,
         what: &str,
         call: &Call,
         result: Result<(), String>,
@@ -42,7 +42,7 @@ impl Tally {
             self.passed += 1;
             return;
         };
-        let (name, dtype) = (lab.name(), std::any::type_name::<T>());
+        let (name, dtype) = (backend.name(), std::any::type_name::<T>());
         self.failures.push(format!("{name} {what} {dtype}: {why}\n    {call:?}"));
     }
 }
@@ -127,8 +127,8 @@ pub fn table() -> Vec<Call> {
         for (i, p) in P.into_iter().enumerate() {
             let n = s * 7 + i * 5 + 1;
             let limit = (fused_dropout::MAX_COLS - cols as u64) / 8 * 8;
-            let place =
-                Place { first_col: [0, 8, 1 << 23, limit, 0][n % 5], rows: row_map(n, rows) };
+            let shard =
+                Shard { first_col: [0, 8, 1 << 23, limit, 0][n % 5], rows: row_map(n, rows) };
             let stream = [7, 0, u64::MAX, 1 << 32, (1 << 40) + 3][n / 2 % 5];
             let seed = [42, u64::MAX, 0, 1][n / 3 % 4];
             // Mostly the usual training call.
@@ -139,9 +139,9 @@ pub fn table() -> Vec<Call> {
                 2 => Groups::features(3),
                 5 => Groups::samples(2),
                 8 => Groups { rows: u32::MAX, columns_together: n % 2 == 0 },
-                _ => Groups::EACH,
+                _ => Groups::NONE,
             };
-            let dropout = Dropout::new(Key::new(seed, stream), p).at(place).groups(groups);
+            let dropout = Dropout::new(Key::new(seed, stream), p).shard(shard).groups(groups);
             let offset = [0, 0, 1, 3, 0, 8, 5][n % 7];
             table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset });
         }

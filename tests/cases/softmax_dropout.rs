@@ -5,9 +5,9 @@ use crate::oracle;
 use fused_dropout::ops::softmax_dropout::{Backward, Forward, STATISTICS};
 use fused_dropout::{DtypeId, Scores};
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(lab, "softmax_dropout", call, forward::<T, L>(lab, call));
-    tally.count::<T, L>(lab, "softmax_dropout dx", call, backward::<T, L>(lab, call));
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(backend, "softmax_dropout", call, forward::<T, L>(backend, call));
+    tally.count::<T, L>(backend, "softmax_dropout dx", call, backward::<T, L>(backend, call));
 }
 
 /// The case's rows as attention scores: batch, heads and queries whose product they are, and one of
@@ -86,8 +86,8 @@ fn additive<T: Dtype>(rows: usize, cols: usize) -> Vec<T> {
 }
 
 /// Scores and mask on a backend.
-struct There<'l, T: Dtype, L: Lab> {
-    lab: &'l L,
+struct There<'l, T: Dtype, L: TestBackend> {
+    backend: &'l L,
     scores: Scores,
     causal: Option<i64>,
     lengths: Option<L::Tensor<u32>>,
@@ -97,15 +97,15 @@ struct There<'l, T: Dtype, L: Lab> {
     rows: usize,
 }
 
-impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
-    fn new(lab: &'l L, call: &Call, a: &Attention<T>) -> Self {
+impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
+    fn new(backend: &'l L, call: &Call, a: &Attention<T>) -> Self {
         Self {
-            lab,
+            backend,
             scores: a.scores,
             causal: a.causal,
-            lengths: a.lengths.as_ref().map(|lengths| lab.tensor(lengths, call.offset)),
-            additive: a.additive.as_ref().map(|additive| lab.tensor(additive, call.offset)),
-            x: lab.tensor(&a.x, call.offset),
+            lengths: a.lengths.as_ref().map(|lengths| backend.tensor(lengths, call.offset)),
+            additive: a.additive.as_ref().map(|additive| backend.tensor(additive, call.offset)),
+            x: backend.tensor(&a.x, call.offset),
             offset: call.offset,
             rows: call.shape.rows,
         }
@@ -123,8 +123,8 @@ impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
         in_place: bool,
         before: &[T],
     ) -> Result<(Vec<T>, Vec<f32>), String> {
-        let mut y = self.lab.tensor(before, self.offset);
-        let mut statistics = self.lab.tensor(&vec![9.0f32; STATISTICS * self.rows], 0);
+        let mut y = self.backend.tensor(before, self.offset);
+        let mut statistics = self.backend.tensor(&vec![9.0f32; STATISTICS * self.rows], 0);
         let pass = Forward {
             scores: self.scores,
             mask: self.mask(),
@@ -133,8 +133,8 @@ impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
             // Not asked for in place.
             statistics: (!in_place).then_some(&mut statistics as _),
         };
-        self.lab.run(call, pass)?;
-        Ok((self.lab.contents(&y)?, self.lab.contents(&statistics)?))
+        self.backend.run(call, pass)?;
+        Ok((self.backend.contents(&y)?, self.backend.contents(&statistics)?))
     }
 
     /// dx, from dy or in place.
@@ -145,8 +145,8 @@ impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
         dy: &[T],
         statistics: Option<&[f32]>,
     ) -> Result<Vec<T>, String> {
-        let [dy, mut dx] = [dy, dy].map(|dy| self.lab.tensor(dy, self.offset));
-        let statistics = statistics.map(|statistics| self.lab.tensor(statistics, 0));
+        let [dy, mut dx] = [dy, dy].map(|dy| self.backend.tensor(dy, self.offset));
+        let statistics = statistics.map(|statistics| self.backend.tensor(statistics, 0));
         let pass = Backward {
             scores: self.scores,
             mask: self.mask(),
@@ -155,15 +155,15 @@ impl<'l, T: Dtype, L: Lab> There<'l, T, L> {
             dy: if in_place { Source::InPlace } else { Source::Tensor(&dy) },
             dx: &mut dx,
         };
-        self.lab.run(call, pass)?;
-        self.lab.contents(&dx)
+        self.backend.run(call, pass)?;
+        self.backend.contents(&dx)
     }
 }
 
-fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
     let (expected, rows) = oracle::softmax_dropout(&call.dropout, &a.scores, &a.mask(), &a.x);
-    let there = There::new(lab, call, &a);
+    let there = There::new(backend, call, &a);
     let (y, statistics) = there.forward(call, false, &vec![T::from_f32(5.0); a.x.len()])?;
     within("y", &y, &expected)?;
     for (r, (given, (max, reciprocal))) in
@@ -177,9 +177,9 @@ fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
     same("y in place, against y", &again, &y)
 }
 
-fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
-    let there = There::new(lab, call, &a);
+    let there = There::new(backend, call, &a);
     // Special gradients everywhere in the one, where a dropped or masked key alone does not pass them on; in a few rows
     // of the other.
     let cols = call.shape.cols.max(1);

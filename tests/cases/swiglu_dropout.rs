@@ -4,9 +4,14 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::swiglu_dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: Lab>(lab: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(lab, "swiglu_dropout", call, forward::<T, L>(lab, call));
-    tally.count::<T, L>(lab, "swiglu_dropout dgate, dup", call, backward::<T, L>(lab, call));
+pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+    tally.count::<T, L>(backend, "swiglu_dropout", call, forward::<T, L>(backend, call));
+    tally.count::<T, L>(
+        backend,
+        "swiglu_dropout dgate, dup",
+        call,
+        backward::<T, L>(backend, call),
+    );
 }
 
 /// Values up to 14 on both sides, where the slope is flat.
@@ -14,32 +19,32 @@ fn gates<T: Dtype>(len: usize) -> Vec<T> {
     values::<T>(len, 30, true).into_iter().map(|x| T::from_f32(x.to_f32() * 7.0)).collect()
 }
 
-fn forward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (gate, up) = (gates::<T>(elements(call)), values::<T>(elements(call), 31, true));
     let expected = oracle::swiglu_dropout(&call.dropout, shape, &gate, &up);
-    let [gate_there, up] = [&gate, &up].map(|tensor| lab.tensor(tensor, call.offset));
-    let mut y = lab.tensor(&vec![T::from_f32(5.0); gate.len()], call.offset);
+    let [gate_there, up] = [&gate, &up].map(|tensor| backend.tensor(tensor, call.offset));
+    let mut y = backend.tensor(&vec![T::from_f32(5.0); gate.len()], call.offset);
     let gate_source = Source::Tensor(&gate_there as _);
-    lab.run(call, Forward { shape, gate: gate_source, up: &up, y: &mut y })?;
-    let y = lab.contents(&y)?;
+    backend.run(call, Forward { shape, gate: gate_source, up: &up, y: &mut y })?;
+    let y = backend.contents(&y)?;
     close("y", &y, &expected)?;
-    let mut again = lab.tensor(&gate, call.offset);
-    lab.run(call, Forward { shape, gate: Source::InPlace, up: &up, y: &mut again })?;
-    same("y in place, against y", &lab.contents(&again)?, &y)
+    let mut again = backend.tensor(&gate, call.offset);
+    backend.run(call, Forward { shape, gate: Source::InPlace, up: &up, y: &mut again })?;
+    same("y in place, against y", &backend.contents(&again)?, &y)
 }
 
-fn backward<T: Dtype, L: Lab>(lab: &L, call: &Call) -> Result<(), String> {
+fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (gate, up) = (gates::<T>(elements(call)), values::<T>(elements(call), 31, true));
     let dy = values::<T>(elements(call), 32, true);
     let [dgate, dup] = oracle::swiglu_dropout_backward(&call.dropout, shape, &gate, &up, &dy);
-    let [gate, up, dy_there] = [&gate, &up, &dy].map(|tensor| lab.tensor(tensor, call.offset));
+    let [gate, up, dy_there] = [&gate, &up, &dy].map(|tensor| backend.tensor(tensor, call.offset));
     let run = |dy_source| {
-        let [mut dgate, mut dup] = [&dy, &dy].map(|before| lab.tensor(before, call.offset));
+        let [mut dgate, mut dup] = [&dy, &dy].map(|before| backend.tensor(before, call.offset));
         let (gate, up, dy) = (&gate, &up, dy_source);
-        lab.run(call, Backward { shape, gate, up, dy, dgate: &mut dgate, dup: &mut dup })?;
-        Ok::<_, String>([lab.contents(&dgate)?, lab.contents(&dup)?])
+        backend.run(call, Backward { shape, gate, up, dy, dgate: &mut dgate, dup: &mut dup })?;
+        Ok::<_, String>([backend.contents(&dgate)?, backend.contents(&dup)?])
     };
     let given = run(Source::Tensor(&dy_there))?;
     close("dgate", &given[0], &dgate)?;

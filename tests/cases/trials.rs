@@ -12,7 +12,7 @@ const SHOWN: usize = 20;
 
 /// Runs every operator's checks of `cases` on the backend that `open` gives; where it says why there is none,
 /// the trials are skipped.
-pub fn trials<L: Lab + 'static>(
+pub fn trials<L: TestBackend + 'static>(
     backend: &str,
     cases: &Arc<Vec<Call>>,
     open: impl Fn() -> Result<L, String> + Clone + Send + 'static,
@@ -20,7 +20,7 @@ pub fn trials<L: Lab + 'static>(
     let trial = |(operator, dtype, check): (&str, &str, Check<L>)| {
         let (cases, open) = (cases.clone(), open.clone());
         Trial::ignorable_test(format!("{backend}: {operator} {dtype}"), move || {
-            on(open(), |lab| Ok(run(lab, &cases, check)?))
+            on(open(), |backend| Ok(run(backend, &cases, check)?))
         })
     };
     checks().into_iter().map(trial).collect()
@@ -37,9 +37,9 @@ pub fn on<D>(
     }
 }
 
-fn run<L: Lab>(lab: &L, cases: &[Call], check: Check<L>) -> Result<Completion, String> {
+fn run<L: TestBackend>(backend: &L, cases: &[Call], check: Check<L>) -> Result<Completion, String> {
     let mut tally = Tally::default();
-    cases.iter().for_each(|call| check(lab, call, &mut tally));
+    cases.iter().for_each(|call| check(backend, call, &mut tally));
     let Tally { passed, failures } = tally;
     if failures.is_empty() {
         return Ok(Completion::Completed);
@@ -48,7 +48,7 @@ fn run<L: Lab>(lab: &L, cases: &[Call], check: Check<L>) -> Result<Completion, S
     Err(format!("{} of {} checks failed:\n{shown}", failures.len(), passed + failures.len()))
 }
 
-pub fn checks<L: Lab>() -> Vec<(&'static str, &'static str, Check<L>)> {
+pub fn checks<L: TestBackend>() -> Vec<(&'static str, &'static str, Check<L>)> {
     let mut checks = Vec::new();
     checks.extend(typed::<f32, L>());
     checks.extend(typed::<f16, L>());
@@ -57,7 +57,7 @@ pub fn checks<L: Lab>() -> Vec<(&'static str, &'static str, Check<L>)> {
     checks
 }
 
-fn typed<T: Dtype, L: Lab>() -> [(&'static str, &'static str, Check<L>); 7] {
+fn typed<T: Dtype, L: TestBackend>() -> [(&'static str, &'static str, Check<L>); 7] {
     [
         ("bias_act_dropout", T::NAME, bias_act_dropout::check::<T, L>),
         ("dropout", T::NAME, dropout::check::<T, L>),

@@ -8,7 +8,7 @@ use fused_dropout::cpu::Cpu;
 use fused_dropout::cuda::Gpu;
 use fused_dropout::cuda::cudarc::driver::{CudaSlice, CudaView};
 use fused_dropout::ops::{dropout, dropout_add};
-use fused_dropout::{Dropout, Key, Place, Probability, RowMap, Shape, Source};
+use fused_dropout::{Dropout, Key, Probability, RowMap, Shape, Shard, Source};
 use half::bf16;
 use libtest_mimic::{Completion, Trial};
 use rayon::prelude::*;
@@ -113,9 +113,9 @@ fn compare(
     let cpu = Cpu::new();
     for (row, rows) in pieces(shape) {
         let piece = Shape::new(rows, shape.cols);
-        let place = Place { rows: RowMap::Contiguous { first: row as u32 }, ..Place::WHOLE };
+        let shard = Shard { rows: RowMap::Contiguous { first: row as u32 }, ..Shard::WHOLE };
         let mut wanted = vec![bf16::ZERO; rows * shape.cols];
-        expected(&cpu, &drop().at(place), piece, row, &mut wanted);
+        expected(&cpu, &drop().shard(shard), piece, row, &mut wanted);
         let given = download(gpu, tensor.slice(row * shape.cols..(row + rows) * shape.cols));
         let differs = |i: &usize| given[*i].to_bits() != wanted[*i].to_bits();
         if let Some(i) = (0..wanted.len()).into_par_iter().find_first(differs) {

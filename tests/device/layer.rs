@@ -8,7 +8,7 @@ use fused_dropout::cuda::cudarc::driver::{CudaContext, CudaSlice, DevicePtr};
 use fused_dropout::cuda::{self, Gpu};
 use fused_dropout::ops::dropout;
 use fused_dropout::{
-    Backend, Draws, Dropout, Error, Key, Place, Probability, Readable, RowMap, Shape, Source,
+    AsDropout, Backend, Dropout, Error, Key, Probability, Readable, RowMap, Shape, Shard, Source,
     Writable,
 };
 use libtest_mimic::Trial;
@@ -49,7 +49,7 @@ fn drop_at(stream: u64) -> Dropout<'static> {
 /// y = D(x).
 fn dropped<B: Backend>(
     backend: &B,
-    drop: &impl Draws<B>,
+    drop: &impl AsDropout<B>,
     x: &impl Readable<f32, B>,
     y: &mut impl Writable<f32, B>,
 ) -> Result<(), Error> {
@@ -115,16 +115,16 @@ fn refused_calls_leave_the_output_as_it_was(gpu: &Gpu) {
     let x = gpu.stream().clone_htod(&input()).unwrap();
     let mut y = gpu.stream().clone_htod(&vec![5.0; ELEMENTS]).unwrap();
     let list = vec![3; SHAPE.rows];
-    let on_host = Place { first_col: 0, rows: RowMap::Explicit(&list) };
-    let odd_column = Place { first_col: 4, ..Place::WHOLE };
+    let on_host = Shard { first_col: 0, rows: RowMap::Explicit(&list) };
+    let odd_column = Shard { first_col: 4, ..Shard::WHOLE };
     let errors = [
         dropped(gpu, &drop_at(7), &x.slice(1..), &mut y),
         gpu.run(
             &drop_at(7),
             dropout::Forward { shape: Shape::new(37, 1004), x: Source::Tensor(&x), y: &mut y },
         ),
-        dropped(gpu, &drop_at(7).at(on_host), &x, &mut y),
-        dropped(gpu, &drop_at(7).at(odd_column), &x, &mut y),
+        dropped(gpu, &drop_at(7).shard(on_host), &x, &mut y),
+        dropped(gpu, &drop_at(7).shard(odd_column), &x, &mut y),
     ];
     for error in errors {
         assert!(matches!(error, Err(Error::Argument { operator: "dropout", .. })), "{error:?}");

@@ -6,11 +6,11 @@
 //! `FUSED_DROPOUT_EVERY=31` runs every 31st row of the case table alone, for tools that slow kernels down: no multiple of
 //! 2 or 3, or all rows would have the same drop probability.
 
+mod backend;
 #[path = "../cases/mod.rs"]
 mod cases;
 mod errors;
 mod graphs;
-mod lab;
 mod large;
 mod layer;
 #[cfg(feature = "transformer")]
@@ -46,7 +46,7 @@ fn table() -> Vec<Trial> {
     }
     let open = || {
         let turn = together();
-        Ok(lab::Lab::on(gpu()?, turn))
+        Ok(backend::GpuBackend::on(gpu()?, turn))
     };
     cases::trials::trials("table", &Arc::new(cases), open)
 }

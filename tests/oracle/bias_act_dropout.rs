@@ -31,7 +31,7 @@ pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
     let error = match activation {
         Activation::Gelu => {
             let n = Normal::new(x);
-            x.abs() * U * (n.tail * (n.h + 22.0) + 2.0 * n.below)
+            x.abs() * U * (n.tail * (n.h + 22.0) + 2.0 * n.cdf)
         }
         Activation::GeluTanh => {
             let (v, _) = twice_u(x);
@@ -43,7 +43,7 @@ pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
         other => unreachable!("{other:?} has no bound here"),
     };
     let value = match activation {
-        Activation::Gelu => x * Normal::new(x).below,
+        Activation::Gelu => x * Normal::new(x).cdf,
         Activation::GeluTanh => x * sigma(twice_u(x).0),
         Activation::Relu if x < 0.0 => 0.0,
         Activation::Relu | Activation::Identity => x,
@@ -69,8 +69,8 @@ pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
     match activation {
         Activation::Gelu => {
             let n = Normal::new(x);
-            let value = n.below + x * n.density;
-            let error = n.tail * (n.h + 22.0) + n.below + (x * n.density).abs() * (n.h + 6.0);
+            let value = n.cdf + x * n.density;
+            let error = n.tail * (n.h + 22.0) + n.cdf + (x * n.density).abs() * (n.h + 6.0);
             bounded(value, U * (error + value.abs()), x)
         }
         Activation::GeluTanh => {
@@ -103,7 +103,7 @@ struct Normal {
     /// Φ(-|x|).
     tail: f64,
     /// Φ(x).
-    below: f64,
+    cdf: f64,
     density: f64,
 }
 
@@ -113,7 +113,7 @@ impl Normal {
         let root = std::f64::consts::SQRT_2;
         let density = (-h).exp() / (2.0 * std::f64::consts::PI).sqrt();
         let tail = libm::erfc(x.abs() / root) / 2.0;
-        Self { h: if h < 1e4 { h } else { 0.0 }, tail, below: libm::erfc(-x / root) / 2.0, density }
+        Self { h: if h < 1e4 { h } else { 0.0 }, tail, cdf: libm::erfc(-x / root) / 2.0, density }
     }
 }
 

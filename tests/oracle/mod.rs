@@ -69,12 +69,12 @@ pub fn keep_mask(dropout: &Dropout<'_>, shape: Shape) -> Vec<bool> {
     let mut keep = Vec::with_capacity(shape.rows * shape.cols);
     let mut philox = Philox::from_u64_seed_stream(dropout.key.seed, dropout.key.stream);
     for r in 0..shape.rows {
-        let row = logical(&dropout.place.rows, r as u64) / u64::from(dropout.groups.rows);
+        let row = logical(&dropout.shard.rows, r as u64) / u64::from(dropout.groups.rows);
         let mut drawn = (u64::MAX, [0u32; 4]);
         for c in 0..shape.cols {
             let col = match dropout.groups.columns_together {
                 true => 0,
-                false => dropout.place.first_col + c as u64,
+                false => dropout.shard.first_col + c as u64,
             };
             if drawn.0 != col / 8 {
                 let counter = (u128::from(dropout.key.stream) << 64)

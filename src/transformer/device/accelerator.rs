@@ -222,7 +222,7 @@ impl<D: Runtime, T: Dtype + Element> Backend for Accelerator<D, T> {
         let streams = self.streams.borrow();
         let slot = streams.as_ref().and_then(|streams| streams.get(layer, site));
         let slot = slot.expect("`ensure_stream` has made it");
-        let resident = Dropout::<D>::resident(seed, &slot, dropout.p).at(dropout.place);
+        let resident = Dropout::<D>::resident(seed, &slot, dropout.p).shard(dropout.shard);
         crate::Backend::run(&self.device, &resident, pass)
     }
 

@@ -64,9 +64,9 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
     let aligned = aligned(shape.cols, &[logits.pointer]);
     let (kernel, rows_a_block) = match (shape.cols <= WARP_COLS, aligned) {
         (true, true) => (kernel!(NAME, "cross_entropy_warp", T), 8),
-        (true, false) => (kernel!(NAME, "cross_entropy_warp_any", T), 8),
+        (true, false) => (kernel!(NAME, "cross_entropy_warp_unaligned", T), 8),
         (false, true) => (kernel!(NAME, "cross_entropy_block", T), 1),
-        (false, false) => (kernel!(NAME, "cross_entropy_block_any", T), 1),
+        (false, false) => (kernel!(NAME, "cross_entropy_block_unaligned", T), 1),
     };
     let params = CrossEntropyParams {
         logits: [logits.pointer; 2],

@@ -8,9 +8,9 @@ use fused_dropout::{Error, Readable, Writable};
 use std::marker::PhantomData;
 
 /// A stream to test, and what its trial holds.
-pub struct Lab<H>(Gpu, H);
+pub struct GpuBackend<H>(Gpu, H);
 
-impl<H> Lab<H> {
+impl<H> GpuBackend<H> {
     pub fn on(gpu: Gpu, hold: H) -> Self {
         Self(gpu, hold)
     }
@@ -57,7 +57,7 @@ unsafe impl<T> Writable<T, Gpu> for Guarded<T> {
 
 // Everything but the operators is expected to work on the test's device: a failure there is no
 // case's result.
-impl<H> cases::lab::Lab for Lab<H> {
+impl<H> cases::backend::TestBackend for GpuBackend<H> {
     type B = Gpu;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
@@ -65,7 +65,7 @@ impl<H> cases::lab::Lab for Lab<H> {
         "cuda".to_owned()
     }
 
-    fn backend(&self) -> &Gpu {
+    fn runs_on(&self) -> &Gpu {
         &self.0
     }
 

@@ -42,9 +42,9 @@ macro_rules! questions {
     };
 }
 
-/// The compute capability that the device pretends to, `FUSED_DROPOUT_STAND_IN_CAPABILITY`.
+/// The compute capability that the device pretends to, `FUSED_DROPOUT_FAKE_DRIVER_CAPABILITY`.
 fn capability() -> (u8, u8) {
-    let given = std::env::var("FUSED_DROPOUT_STAND_IN_CAPABILITY").ok();
+    let given = std::env::var("FUSED_DROPOUT_FAKE_DRIVER_CAPABILITY").ok();
     let parsed = given.as_deref().and_then(|given| given.split_once('.'));
     parsed
         .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))

@@ -36,7 +36,7 @@ const FRESH: u8 = 0xff;
 
 impl Default for Memory {
     fn default() -> Self {
-        let total = env::var("FUSED_DROPOUT_STAND_IN_BYTES").ok().and_then(|b| b.parse().ok());
+        let total = env::var("FUSED_DROPOUT_FAKE_DRIVER_BYTES").ok().and_then(|b| b.parse().ok());
         Self {
             emulator: Box::leak(Box::new(Emulator::new())),
             allocations: BTreeMap::new(),

@@ -2,16 +2,16 @@
 
 use super::Call;
 use fused_dropout::cpu::Cpu;
-use fused_dropout::{Backend, Dropout, Error, Memory, Pass, Place, Readable, RowMap, Writable};
+use fused_dropout::{Backend, Dropout, Error, Memory, Pass, Readable, RowMap, Shard, Writable};
 
 /// A backend to test.
-pub trait Lab {
+pub trait TestBackend {
     type B: Backend + 'static;
     /// A tensor within a larger allocation, whose other elements must stay as they are.
     type Tensor<T: bytemuck::Pod>: Writable<T, Self::B>;
 
     fn name(&self) -> String;
-    fn backend(&self) -> &Self::B;
+    fn runs_on(&self) -> &Self::B;
     /// A tensor that holds `content`, `offset` elements behind an aligned address.
     fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Self::Tensor<T>;
     /// What the tensor holds, or what was written beside it.
@@ -26,7 +26,7 @@ pub trait Lab {
     fn try_run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), Error> {
         let given = &call.dropout;
         let number = self.tensor(&[given.key.stream], 0);
-        let list = match given.place.rows {
+        let list = match given.shard.rows {
             RowMap::Explicit(list) => Some(self.tensor(list, 0)),
             _ => None,
         };
@@ -37,10 +37,12 @@ pub trait Lab {
         };
         let dropout = dropout.mode(given.mode).scaling(given.scaling).groups(given.groups);
         let dropout = match &list {
-            Some(list) => dropout.at(Place { rows: RowMap::WHOLE, ..given.place }).row_list(list),
-            None => dropout.at(given.place),
+            Some(list) => {
+                dropout.shard(Shard { rows: RowMap::WHOLE, ..given.shard }).row_list(list)
+            }
+            None => dropout.shard(given.shard),
         };
-        self.backend().run(&dropout, pass)
+        self.runs_on().run(&dropout, pass)
     }
 }
 
@@ -111,7 +113,7 @@ where
 }
 
 /// The CPU at one SIMD level.
-impl Lab for Cpu {
+impl TestBackend for Cpu {
     type B = Cpu;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
@@ -119,7 +121,7 @@ impl Lab for Cpu {
         format!("cpu {:?}", self.level())
     }
 
-    fn backend(&self) -> &Cpu {
+    fn runs_on(&self) -> &Cpu {
         self
     }
 
@@ -140,7 +142,7 @@ pub struct Emulated {
 }
 
 #[cfg(feature = "emulator")]
-impl Lab for Emulated {
+impl TestBackend for Emulated {
     type B = fused_dropout::emulator::Emulator;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
@@ -148,7 +150,7 @@ impl Lab for Emulated {
         self.name.clone()
     }
 
-    fn backend(&self) -> &Self::B {
+    fn runs_on(&self) -> &Self::B {
         &self.emulator
     }
 
