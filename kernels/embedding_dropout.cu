@@ -27,99 +27,8 @@
 // average, for a row's block that finds an earlier one). For 8192 rows of tokens that are 0.27 GB, more
 // than the 0.02 GB of dy at 768 columns in bf16; from some 10^5 rows on a sort would be better.
 
-#include "norm.cuh"
-
-/// Tables that a row can look up: token, position, segment.
-constexpr unsigned TABLES = 3;
-
-/// Which entry of a table each row takes.
-struct Lookup {
-    In<unsigned> ids;  // absent: row r takes entry r % sequence.divisor
-    unsigned entries;
-    Divisor sequence;
-
-    /// The entry of a local row, which may be in no table.
-    __device__ __forceinline__ unsigned entry(unsigned row) const {
-        if (ids.present()) return ids.cached(row);
-        return row - sequence.quotient(row) * sequence.divisor;
-    }
-
-    /// Which of rows `first`, `first + 32`, .. take an entry, a bit each; none from row `rows` on.
-    template <unsigned COUNT>
-    __device__ __forceinline__ unsigned matches(unsigned wanted, unsigned first,
-                                                unsigned rows) const {
-        unsigned matches = 0;
-        if (!ids.present()) {
-#pragma unroll 1
-            for (unsigned i = 0; i < COUNT && first + 32 * i < rows; ++i) {
-                matches |= unsigned(entry(first + 32 * i) == wanted) << i;
-            }
-            return matches;
-        }
-        unsigned taken[COUNT];  // all on their way at once
-#pragma unroll
-        for (unsigned i = 0; i < COUNT; ++i) {
-            taken[i] = first + 32 * i < rows ? ids.cached(1ull * first + 32 * i) : ~wanted;
-        }
-#pragma unroll
-        for (unsigned i = 0; i < COUNT; ++i) matches |= unsigned(taken[i] == wanted) << i;
-        return matches;
-    }
-};
-static_assert(sizeof(Lookup) == 24, "embedding_dropout.rs: LookupParams");
-
-/// What a row takes from each table.
-struct Entries {
-    unsigned at[TABLES];
-    bool exist;  // all of them
-
-    __device__ __forceinline__ Entries(const Lookup (&lookups)[TABLES], unsigned row) {
-        exist = true;
-#pragma unroll
-        for (unsigned i = 0; i < TABLES; ++i) at[i] = lookups[i].entry(row);
-#pragma unroll
-        for (unsigned i = 0; i < TABLES; ++i) exist &= at[i] < lookups[i].entries;
-    }
-};
-
-/// The tables, and what each row takes from them.
-template <typename T>
-struct Embeddings {
-    Lookup lookups[TABLES];  // of a table that is absent: entry 0 of one
-    In<T> tables[TABLES];
-    unsigned long long cols;
-
-    /// An octet of the entries that a row takes.
-    struct Loaded {
-        Octet<T> parts[TABLES];
-    };
-
-    template <bool aligned>
-    __device__ __forceinline__ Loaded load(const Entries& entries, unsigned octet,
-                                           unsigned count) const {
-        Loaded loaded;
-#pragma unroll
-        for (unsigned i = 0; i < TABLES; ++i) {
-            if (!tables[i].present()) continue;
-            const unsigned long long element = entries.at[i] * cols + 8ull * octet;
-            loaded.parts[i] = tables[i].template cached<aligned>(element, count);
-        }
-        return loaded;
-    }
-
-    /// Their sum.
-    __device__ __forceinline__ Values sum(const Loaded& loaded) const {
-        Values sum = unpack(loaded.parts[0]);
-#pragma unroll
-        for (unsigned i = 1; i < TABLES; ++i) {
-            if (!tables[i].present()) continue;
-            const Values part = unpack(loaded.parts[i]);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum.at[j] = __fadd_rn(sum.at[j], part.at[j]);
-        }
-        return sum;
-    }
-};
+#include "embedding.cuh"
+#include "kernel.cuh"
 
 template <typename T>
 struct EmbeddingParams {
@@ -171,12 +80,12 @@ FD_KERNEL(embedding_dropout_f32, EmbeddingParams<float>, THREADS,
 FD_KERNEL(embedding_dropout_f16, EmbeddingParams<f16>, THREADS, stream<EmbeddingDropout<f16, true>>)
 FD_KERNEL(embedding_dropout_bf16, EmbeddingParams<bf16>, THREADS,
           stream<EmbeddingDropout<bf16, true>>)
-FD_KERNEL(embedding_dropout_any_f32, EmbeddingParams<float>, THREADS,
-          stream_any<EmbeddingDropout<float, false>>)
-FD_KERNEL(embedding_dropout_any_f16, EmbeddingParams<f16>, THREADS,
-          stream_any<EmbeddingDropout<f16, false>>)
-FD_KERNEL(embedding_dropout_any_bf16, EmbeddingParams<bf16>, THREADS,
-          stream_any<EmbeddingDropout<bf16, false>>)
+FD_KERNEL(embedding_dropout_unaligned_f32, EmbeddingParams<float>, THREADS,
+          stream_unaligned<EmbeddingDropout<float, false>>)
+FD_KERNEL(embedding_dropout_unaligned_f16, EmbeddingParams<f16>, THREADS,
+          stream_unaligned<EmbeddingDropout<f16, false>>)
+FD_KERNEL(embedding_dropout_unaligned_bf16, EmbeddingParams<bf16>, THREADS,
+          stream_unaligned<EmbeddingDropout<bf16, false>>)
 
 /// Rows of a tile, and tiles of a span: the radix of the tree. A span's rows are looked at together.
 constexpr unsigned RADIX = 64;
@@ -285,7 +194,7 @@ struct Column {
 
     /// The sum of g over the rows `rows` of the 64 from `first_row` on, in order.
     __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
-        const Draws<false> draws(p.mask);
+        const MaskReader<false> draws(p.mask);
         Values sum = {};
         while (rows != 0) {
             Octet<T> dy[ROWS];
@@ -388,243 +297,9 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
 FD_KERNEL(embedding_dropout_table_grad_f32, TableGradParams<float>, THREADS, table_grad<float, true>)
 FD_KERNEL(embedding_dropout_table_grad_f16, TableGradParams<f16>, THREADS, table_grad<f16, true>)
 FD_KERNEL(embedding_dropout_table_grad_bf16, TableGradParams<bf16>, THREADS, table_grad<bf16, true>)
-FD_KERNEL(embedding_dropout_table_grad_any_f32, TableGradParams<float>, THREADS,
+FD_KERNEL(embedding_dropout_table_grad_unaligned_f32, TableGradParams<float>, THREADS,
           table_grad<float, false>)
-FD_KERNEL(embedding_dropout_table_grad_any_f16, TableGradParams<f16>, THREADS,
+FD_KERNEL(embedding_dropout_table_grad_unaligned_f16, TableGradParams<f16>, THREADS,
           table_grad<f16, false>)
-FD_KERNEL(embedding_dropout_table_grad_any_bf16, TableGradParams<bf16>, THREADS,
+FD_KERNEL(embedding_dropout_table_grad_unaligned_bf16, TableGradParams<bf16>, THREADS,
           table_grad<bf16, false>)
-
-// The normalised form (BERT), the sum in f32; norm.cuh has the norm's mathematics. With h = kept ? dy * scale : +0:
-//
-//     forward:  y = kept ? norm(sum) * scale : +0, and the row's mean and rstd
-//     backward: ds = the norm's gradient of g = h * weight, with the sum computed again from the tables
-//
-// ds and h * xhat go to a workspace in f32, from which the kernels above add up the gradients of the tables
-// and of the norm's weight, the latter as a table with one entry that every row takes; that of the norm's
-// bias is added up from dy in the same way. Bytes an element in 16-bit storage, beside the tables: forward
-// 2; backward 2 read and 8 written, then 4 read for each table and for the weight, 2 for the bias.
-//
-// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to 8192),
-// wide (each pass reads the row again).
-
-template <typename T>
-struct EmbeddingNormParams {
-    Mask mask;
-    Embeddings<T> embeddings;
-    In<T> weight;
-    In<T> norm_bias;       // forward; may be absent
-    Out<T> y;              // forward
-    Out<float> stats_out;  // forward: [rows, 2], mean and rstd; may be absent
-    Out<unsigned> report;  // forward
-    In<float> stats;       // backward
-    In<T> dy;              // backward
-    Out<float> ds;         // backward
-    Out<float> slopes;     // backward: h * xhat; may be absent
-    RowNorm norm;
-    unsigned rows;  // of this launch, from local row mask.rows.offset on
-};
-static_assert(sizeof(EmbeddingNormParams<float>) == 376, "embedding_dropout.rs: NormParams");
-
-/// One row, as the team that shares it sees it.
-template <typename T, bool aligned>
-struct EmbeddingRow {
-    const EmbeddingNormParams<T>& p;
-    const Draws<false> draws;
-    unsigned row;    // of the launch
-    unsigned local;  // local row
-    Entries entries;
-
-    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
-        : p(p),
-          draws(p.mask),
-          row(row),
-          local(p.mask.rows.offset + row),
-          entries(p.embeddings.lookups, local) {}
-
-    /// Index of an octet's first element.
-    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
-        return local * p.embeddings.cols + 8ull * octet;
-    }
-
-    __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
-                                                                   unsigned count) const {
-        return p.embeddings.template load<aligned>(entries, octet, count);
-    }
-
-    /// An octet of columns of a parameter of the norm.
-    __device__ __forceinline__ Values parameter(const In<T>& values, unsigned octet,
-                                                unsigned count) const {
-        return unpack(values.template cached<aligned>(8ull * octet, count));
-    }
-
-    /// D of an octet.
-    __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
-        const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
-        Values dropped = {};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.scale);
-        }
-        return dropped;
-    }
-};
-
-/// What the threads of a team hold of their row's sums, where they hold it.
-template <typename T, typename Walk>
-struct HeldSums {
-    Values sums[Walk::SLOTS];
-
-    /// `beside(slot, octet, count)` loads what else is held.
-    template <typename Beside>
-    __device__ __forceinline__ void load(const Walk& walk, const EmbeddingRow<T, Walk::aligned>& row,
-                                         Beside beside) {
-        if (!Walk::held) return;
-        const Embeddings<T>& embeddings = row.p.embeddings;
-        if (!Walk::aligned) {  // an octet alone is enough loads
-            walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-                beside(slot, octet, count);
-                sums[slot] = embeddings.sum(row.load(octet, count));
-            });
-            return;
-        }
-        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            loaded[slot] = row.load(octet, count);
-            beside(slot, octet, count);
-        });
-        __syncwarp();  // keeps the loads first; all lanes are here
-        walk.each([&](unsigned slot, unsigned, unsigned) {
-            sums[slot] = embeddings.sum(loaded[slot]);
-        });
-    }
-};
-
-template <typename T, typename Walk>
-__device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams<T>& p) {
-    constexpr bool aligned = Walk::aligned;
-    __shared__ NormScratch scratch;
-    const Walk walk = {{}, p.embeddings.cols};
-    if (walk.team.row >= p.rows) return;  // the whole team
-    const EmbeddingRow<T, aligned> row(p, walk.team.row);
-    const bool writes_stats = walk.team.rank == 0 && p.stats_out.present();
-    if (!row.entries.exist) {  // the whole team
-        if (walk.team.rank == 0) p.report.lower(0, row.local);
-        if (writes_stats) {
-            p.stats_out.cached(2ull * row.local, 0.0f);
-            p.stats_out.cached(2ull * row.local + 1, 0.0f);
-        }
-        walk.each([&](unsigned, unsigned octet, unsigned count) {
-            p.y.template cached<aligned>(row.at(octet), count, {});
-        });
-        return;
-    }
-    HeldSums<T, Walk> held;
-    held.load(walk, row, [](unsigned, unsigned, unsigned) {});
-    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
-    };
-    const Standard standard = standard_of(p.norm, walk, scratch, sum_of);
-    if (writes_stats) {
-        p.stats_out.cached(2ull * row.local, standard.mean());
-        p.stats_out.cached(2ull * row.local + 1, standard.rstd);
-    }
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values weight = row.parameter(p.weight, octet, count);
-        Values bias = {};
-        if (p.norm_bias.present()) bias = row.parameter(p.norm_bias, octet, count);
-        const Values y = normalised(standard, sum_of(slot, octet, count), weight, bias);
-        p.y.template cached<aligned>(row.at(octet), count, pack<T>(row.drop(y, octet)));
-    });
-}
-
-template <typename T, typename Walk>
-__device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParams<T>& p) {
-    constexpr bool aligned = Walk::aligned;
-    __shared__ NormScratch scratch;
-    const Walk walk = {{}, p.embeddings.cols};
-    if (walk.team.row >= p.rows) return;  // the whole team
-    const EmbeddingRow<T, aligned> row(p, walk.team.row);
-    // The whole team. Nobody reads what is not written here: the row takes nothing.
-    if (!row.entries.exist) return;
-    HeldSums<T, Walk> held;
-    const auto load_dy = [&](unsigned octet, unsigned count) -> Octet<T> {
-        return p.dy.template cached<aligned>(row.at(octet), count);
-    };
-    Octet<T> dy[Walk::SLOTS];
-    held.load(walk, row, [&](unsigned slot, unsigned octet, unsigned count) {
-        dy[slot] = load_dy(octet, count);
-    });
-    Values held_h[Walk::SLOTS];
-    if (Walk::held) {
-        walk.each([&](unsigned slot, unsigned octet, unsigned) {
-            held_h[slot] = row.drop(unpack(dy[slot]), octet);
-        });
-    }
-    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
-    };
-    const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
-    };
-    const auto weighed = [&](const Values& s, const Values& h, unsigned octet, unsigned count) {
-        NormPair pair = {s, h};
-        const Values weight = row.parameter(p.weight, octet, count);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(h.at[j], weight.at[j]);
-        return pair;
-    };
-    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
-        const Values h = h_of(slot, octet, count);
-        return weighed(sum_of(slot, octet, count), h, octet, count);
-    };
-    const Standard standard =
-        standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
-                       p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
-    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values h = h_of(slot, octet, count);
-        const NormPair pair = weighed(sum_of(slot, octet, count), h, octet, count);
-        Values out;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            out.at[j] = gradient.apply(standard, standard.apply(pair.s.at[j]), pair.g.at[j]);
-        }
-        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(out));
-        if (!p.slopes.present()) return;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            out.at[j] = __fmul_rn(h.at[j], standard.apply(pair.s.at[j]));
-        }
-        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(out));
-    });
-}
-
-template <bool aligned>
-using WarpWalk = Walk<WarpTeam, true, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, true, aligned>;
-template <bool aligned>
-using WideWalk = Walk<BlockTeam, false, aligned>;
-
-/// The kernels of one form and storage type. Without its bound the backward pass of unaligned wide rows of 16 bits
-/// spills on sm_80.
-#define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
-    FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
-              embedding_norm_forward<T, walk<true>>)                                               \
-    FD_KERNEL(embedding_dropout_norm_forward_##form##_any_##type, EmbeddingNormParams<T>, THREADS, \
-              embedding_norm_forward<T, walk<false>>)                                              \
-    FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
-              embedding_norm_backward<T, walk<true>>)                                              \
-    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_any_##type, EmbeddingNormParams<T>,  \
-                     THREADS, 2, embedding_norm_backward<T, walk<false>>)
-
-FD_EMBEDDING_NORM(warp, WarpWalk, float, f32)
-FD_EMBEDDING_NORM(warp, WarpWalk, f16, f16)
-FD_EMBEDDING_NORM(warp, WarpWalk, bf16, bf16)
-FD_EMBEDDING_NORM(block, BlockWalk, float, f32)
-FD_EMBEDDING_NORM(block, BlockWalk, f16, f16)
-FD_EMBEDDING_NORM(block, BlockWalk, bf16, bf16)
-FD_EMBEDDING_NORM(wide, WideWalk, float, f32)
-FD_EMBEDDING_NORM(wide, WideWalk, f16, f16)
-FD_EMBEDDING_NORM(wide, WideWalk, bf16, bf16)

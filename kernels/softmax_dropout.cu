@@ -59,7 +59,7 @@ struct Row {
     template <typename T>
     __device__ __forceinline__ Row(const SoftmaxParams<T>& p, unsigned row) {
         local = p.mask.rows.offset + row;
-        logical = Draws<false>(p.mask).logical(row);
+        logical = MaskReader<false>(p.mask).logical(row);
         first = local * p.cols;
         const unsigned head = p.queries.quotient(local);
         const unsigned query = local - head * p.queries.divisor;
@@ -164,11 +164,15 @@ __device__ __forceinline__ Statistics saved(const SoftmaxParams<T>& p, const Row
     return {p.statistics.cached(2ull * row.local), p.statistics.cached(2ull * row.local + 1)};
 }
 
+__device__ __forceinline__ void scale(Values& values, float factor) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values.at[j] = __fmul_rn(values.at[j], factor);
+}
+
 /// P in place of z.
 __device__ __forceinline__ void probabilities(Values& z, Statistics statistics) {
     exponentiate(z, shift_of(statistics.maximum));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) z.at[j] = __fmul_rn(z.at[j], statistics.reciprocal);
+    scale(z, statistics.reciprocal);
 }
 
 /// y of an octet, from e: `factor` is the dropout scale over S.
@@ -221,311 +225,181 @@ __device__ __forceinline__ Octet<T> score_gradient(const Values& probabilities, 
     return pack<T>(dx);
 }
 
-/// Forward, the row in registers.
-template <typename T, typename Team, bool aligned>
+/// z of one row, as its team has them: in registers where the walk holds them, otherwise read again in each pass.
+template <typename T, typename Walk>
+struct TeamRow {
+    static constexpr bool aligned = Walk::aligned;
+
+    const SoftmaxParams<T>& p;
+    const Row row;
+    const Walk walk;  // over all columns
+    const Walk seen;  // over the visible ones
+    Values held[Walk::SLOTS];
+
+    __device__ __forceinline__ TeamRow(const SoftmaxParams<T>& p, typename Walk::Team team)
+        : p(p), row(p, team.row), walk{team, p.cols}, seen{team, row.visible} {}
+
+    __device__ __forceinline__ Scores<T> scores(unsigned octet) const {
+        return load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
+    }
+
+    /// Loads what is held. `beside(slot, octet)` loads what is held beside it.
+    template <typename Beside>
+    __device__ __forceinline__ void load(Beside beside) {
+        if (!Walk::held) return;
+        Scores<T> loaded[Walk::SLOTS];
+        seen.each([&](unsigned slot, unsigned octet, unsigned) {
+            loaded[slot] = scores(octet);
+            beside(slot, octet);
+        });
+        __syncwarp();  // keeps the loads first; all lanes are here
+        seen.each([&](unsigned slot, unsigned, unsigned visible) {
+            held[slot] = scaled(p, loaded[slot], visible);
+        });
+    }
+
+    /// z of an octet, or what became of it where it is held.
+    __device__ __forceinline__ Values z(unsigned slot, unsigned octet, unsigned visible) const {
+        return Walk::held ? held[slot] : scaled(p, scores(octet), visible);
+    }
+
+    /// Calls `each(z)` for octets with visible columns. What it makes of z stays where z is held.
+    template <typename Each>
+    __device__ __forceinline__ void each(Each each) {
+        seen.each([&](unsigned slot, unsigned octet, unsigned visible) {
+            if (Walk::held) return each(held[slot]);
+            Values z = scaled(p, scores(octet), visible);
+            each(z);
+        });
+    }
+
+    /// The statistics of the row. What is held is e afterwards.
+    __device__ __forceinline__ Statistics statistics(Scratch& max_scratch, Scratch& sum_scratch) {
+        float maximum = masked();
+        each([&](Values& z) { maximum = largest(z, maximum); });
+        maximum = walk.team.max(maximum, max_scratch);
+        float sum = 0.0f;
+        each([&](Values& z) {
+            exponentiate(z, shift_of(maximum));
+            sum = total(z, sum);
+        });
+        return {maximum, reciprocal(walk.team.sum(sum, sum_scratch))};
+    }
+
+    /// Writes the row: `get(slot, octet, visible)` of octets with visible columns, +0 in the others.
+    template <typename Get>
+    __device__ __forceinline__ void write(Get get) const {
+        walk.each([&](unsigned slot, unsigned octet, unsigned exist) {
+            const unsigned visible = below(row.visible, octet);
+            Octet<T> out = {};
+            if (visible > 0) out = get(slot, octet, visible);
+            p.out.template cached<aligned>(row.first + 8ull * octet, exist, out);
+        });
+    }
+};
+
+template <typename T, typename Walk>
 __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     __shared__ Scratch max_scratch;
     __shared__ Scratch sum_scratch;
-    Team team;
+    const typename Walk::Team team;
     if (team.row >= p.rows) return;  // the whole team
-    const Row row(p, team.row);
-
-    Scores<T> scores[OCTETS_HELD];
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        const unsigned octet = team.rank + i * Team::SIZE;
-        scores[i] = {};
-        if (below(row.visible, octet) > 0) {
-            scores[i] = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
-        }
-    }
-    __syncwarp();  // keeps the loads first; all lanes are here
-
-    Values e[OCTETS_HELD];
-    float maximum = masked();
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        e[i] = scaled(p, scores[i], below(row.visible, team.rank + i * Team::SIZE));
-        maximum = largest(e[i], maximum);
-    }
-    maximum = team.max(maximum, max_scratch);
-    float sum = 0.0f;
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        exponentiate(e[i], shift_of(maximum));
-        sum = total(e[i], sum);
-    }
-    sum = team.sum(sum, sum_scratch);
-    const Statistics statistics = {maximum, reciprocal(sum)};
-    if (team.rank == 0) save(p, row, statistics);
+    TeamRow<T, Walk> row(p, team);
+    row.load([](unsigned, unsigned) {});
+    const Statistics statistics = row.statistics(max_scratch, sum_scratch);
+    if (team.rank == 0) save(p, row.row, statistics);
 
     const float factor = __fmul_rn(statistics.reciprocal, p.mask.scale);
-    const Draws<false> draws(p.mask);
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned exist = below(p.cols, octet);
-        if (exist == 0) continue;
-        const unsigned visible = below(row.visible, octet);
-        Octet<T> y = {};
-        if (visible > 0) {
-            const Kept keep = draws.kept(draws.lanes(row.logical, octet));
-            y = dropped<T>(e[i], keep, factor, visible);
-        }
-        p.out.template cached<aligned>(row.first + 8ull * octet, exist, y);
-    }
+    const MaskReader<false> draws(p.mask);
+    row.write([&](unsigned slot, unsigned octet, unsigned visible) {
+        Values e = row.z(slot, octet, visible);
+        if (!Walk::held) exponentiate(e, shift_of(statistics.maximum));
+        const Kept keep = draws.kept(draws.lanes(row.row.logical, octet));
+        return dropped<T>(e, keep, factor, visible);
+    });
 }
 
-/// Forward, the row read again in each pass.
-template <typename T, bool aligned>
-__device__ __forceinline__ void forward_wide(const SoftmaxParams<T>& p) {
-    __shared__ Scratch max_scratch;
-    __shared__ Scratch sum_scratch;
-    BlockTeam team;
-    const Row row(p, team.row);
-
-    float maximum = masked();
-    for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-        const auto scores = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
-        maximum = largest(scaled(p, scores, below(row.visible, octet)), maximum);
-    }
-    maximum = team.max(maximum, max_scratch);
-    float sum = 0.0f;
-    for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-        const auto scores = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
-        Values e = scaled(p, scores, below(row.visible, octet));
-        exponentiate(e, shift_of(maximum));
-        sum = total(e, sum);
-    }
-    sum = team.sum(sum, sum_scratch);
-    const Statistics statistics = {maximum, reciprocal(sum)};
-    if (team.rank == 0) save(p, row, statistics);
-
-    const float factor = __fmul_rn(statistics.reciprocal, p.mask.scale);
-    const Draws<false> draws(p.mask);
-    for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
-        const unsigned exist = below(p.cols, octet);
-        const unsigned visible = below(row.visible, octet);
-        Octet<T> y = {};
-        if (visible > 0) {
-            Values e = scaled(p, load_scores<T, aligned>(p, row, octet, exist), visible);
-            exponentiate(e, shift_of(maximum));
-            const unsigned at = static_cast<unsigned>(octet);
-            y = dropped<T>(e, draws.kept(draws.lanes(row.logical, at)), factor, visible);
-        }
-        p.out.template cached<aligned>(row.first + 8 * octet, exist, y);
-    }
-}
-
-/// Backward, the row in registers.
-template <typename T, typename Team, bool aligned>
+template <typename T, typename Walk>
 __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     __shared__ Scratch max_scratch;
     __shared__ Scratch sum_scratch;
     __shared__ Scratch product_scratch;
-    Team team;
+    const typename Walk::Team team;
     if (team.row >= p.rows) return;  // the whole team
-    const Row row(p, team.row);
-
-    Scores<T> scores[OCTETS_HELD];
-    Octet<T> dy[OCTETS_HELD];
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        const unsigned octet = team.rank + i * Team::SIZE;
-        scores[i] = {};
-        dy[i] = {};
-        if (below(row.visible, octet) > 0) {
-            const unsigned exist = below(p.cols, octet);
-            scores[i] = load_scores<T, aligned>(p, row, octet, exist);
-            dy[i] = p.dy.template streaming<aligned>(row.first + 8ull * octet, exist);
-        }
-    }
-    __syncwarp();  // keeps the loads first; all lanes are here
-
-    Values z[OCTETS_HELD];
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        z[i] = scaled(p, scores[i], below(row.visible, team.rank + i * Team::SIZE));
-    }
-    if (p.statistics.present()) {
-        const Statistics statistics = saved(p, row);
-#pragma unroll
-        for (unsigned i = 0; i < OCTETS_HELD; ++i) probabilities(z[i], statistics);
-    } else {
-        float maximum = masked();
-#pragma unroll
-        for (unsigned i = 0; i < OCTETS_HELD; ++i) maximum = largest(z[i], maximum);
-        maximum = team.max(maximum, max_scratch);
-        float sum = 0.0f;
-#pragma unroll
-        for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-            exponentiate(z[i], shift_of(maximum));
-            sum = total(z[i], sum);
-        }
-        const float factor = reciprocal(team.sum(sum, sum_scratch));
-#pragma unroll
-        for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) z[i].at[j] = __fmul_rn(z[i].at[j], factor);
-        }
-    }
-
-    const Draws<false> draws(p.mask);
-    Values g[OCTETS_HELD];
-    float product = 0.0f;
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned visible = below(row.visible, octet);
-        g[i] = {};
-        if (visible == 0) continue;
-        const Kept keep = draws.kept(draws.lanes(row.logical, octet));
-        g[i] = gradient(p, dy[i], keep, visible);
-        product = total_product(z[i], g[i], product);
-    }
-    product = team.sum(product, product_scratch);
-#pragma unroll
-    for (unsigned i = 0; i < OCTETS_HELD; ++i) {
-        const unsigned octet = team.rank + i * Team::SIZE;
-        const unsigned exist = below(p.cols, octet);
-        if (exist == 0) continue;
-        const unsigned visible = below(row.visible, octet);
-        p.out.template cached<aligned>(row.first + 8ull * octet, exist,
-                                       score_gradient<T>(z[i], g[i], p.scale, product, visible));
-    }
-}
-
-/// Backward, the row read again in each pass.
-template <typename T, bool aligned>
-struct BackwardWide {
-    const SoftmaxParams<T>& p;
-    const Row& row;
-    Draws<false> draws;
-
-    __device__ __forceinline__ Values scores(unsigned long long octet) const {
-        const auto loaded = load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
-        return scaled(p, loaded, below(row.visible, octet));
-    }
-
-    __device__ __forceinline__ Values gradients(unsigned long long octet) const {
-        const Octet<T> dy =
-            p.dy.template streaming<aligned>(row.first + 8 * octet, below(p.cols, octet));
-        const Kept keep = draws.kept(draws.lanes(row.logical, static_cast<unsigned>(octet)));
-        return gradient(p, dy, keep, below(row.visible, octet));
-    }
-};
-
-template <typename T, bool aligned>
-__device__ __forceinline__ void backward_wide(const SoftmaxParams<T>& p) {
-    __shared__ Scratch max_scratch;
-    __shared__ Scratch sum_scratch;
-    __shared__ Scratch product_scratch;
-    BlockTeam team;
-    const Row row(p, team.row);
-    const BackwardWide<T, aligned> at = {p, row, Draws<false>(p.mask)};
+    TeamRow<T, Walk> row(p, team);
+    const auto load_dy = [&](unsigned octet) -> Octet<T> {
+        return p.dy.template streaming<Walk::aligned>(row.row.first + 8ull * octet, below(p.cols, octet));
+    };
+    Octet<T> dy[Walk::SLOTS];
+    row.load([&](unsigned slot, unsigned octet) { dy[slot] = load_dy(octet); });
 
     Statistics statistics;
     if (p.statistics.present()) {
-        statistics = saved(p, row);
+        statistics = saved(p, row.row);
+        if (Walk::held) {
+            row.each([&](Values& z) { probabilities(z, statistics); });
+        }
     } else {
-        float maximum = masked();
-        for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-            maximum = largest(at.scores(octet), maximum);
+        statistics = row.statistics(max_scratch, sum_scratch);
+        if (Walk::held) {
+            row.each([&](Values& e) { scale(e, statistics.reciprocal); });
         }
-        maximum = team.max(maximum, max_scratch);
-        float sum = 0.0f;
-        for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-            Values e = at.scores(octet);
-            exponentiate(e, shift_of(maximum));
-            sum = total(e, sum);
-        }
-        statistics = {maximum, reciprocal(team.sum(sum, sum_scratch))};
     }
-    float product = 0.0f;
-    for (unsigned long long octet = team.rank; 8 * octet < row.visible; octet += THREADS) {
-        Values z = at.scores(octet);
+
+    const MaskReader<false> draws(p.mask);
+    const auto g_of = [&](const Octet<T>& dy, unsigned octet, unsigned visible) -> Values {
+        return gradient(p, dy, draws.kept(draws.lanes(row.row.logical, octet)), visible);
+    };
+    // P, and in `g` the gradient: at hand where they are held, otherwise from loads that are issued together.
+    Values g[Walk::SLOTS];
+    const auto read = [&](unsigned slot, unsigned octet, unsigned visible) -> Values {
+        const Scores<T> scores = row.scores(octet);
+        g[slot] = g_of(load_dy(octet), octet, visible);
+        Values z = scaled(p, scores, visible);
         probabilities(z, statistics);
-        product = total_product(z, at.gradients(octet), product);
-    }
-    product = team.sum(product, product_scratch);
-    for (unsigned long long octet = team.rank; 8 * octet < p.cols; octet += THREADS) {
-        const unsigned visible = below(row.visible, octet);
-        Octet<T> dx = {};
-        if (visible > 0) {
-            Values z = at.scores(octet);
-            probabilities(z, statistics);
-            dx = score_gradient<T>(z, at.gradients(octet), p.scale, product, visible);
+        return z;
+    };
+    float product = 0.0f;
+    row.seen.each([&](unsigned slot, unsigned octet, unsigned visible) {
+        if (Walk::held) {
+            g[slot] = g_of(dy[slot], octet, visible);
+            product = total_product(row.held[slot], g[slot], product);
+        } else {
+            const Values z = read(slot, octet, visible);
+            product = total_product(z, g[slot], product);
         }
-        p.out.template cached<aligned>(row.first + 8 * octet, below(p.cols, octet), dx);
-    }
+    });
+    product = team.sum(product, product_scratch);
+    row.write([&](unsigned slot, unsigned octet, unsigned visible) {
+        const Values z = Walk::held ? row.held[slot] : read(slot, octet, visible);
+        return score_gradient<T>(z, g[slot], p.scale, product, visible);
+    });
 }
 
-FD_KERNEL(softmax_dropout_forward_warp_f32, SoftmaxParams<float>, THREADS,
-          forward<float, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_forward_warp_f16, SoftmaxParams<f16>, THREADS,
-          forward<f16, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_forward_warp_bf16, SoftmaxParams<bf16>, THREADS,
-          forward<bf16, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_forward_block_f32, SoftmaxParams<float>, THREADS,
-          forward<float, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_forward_block_f16, SoftmaxParams<f16>, THREADS,
-          forward<f16, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_forward_block_bf16, SoftmaxParams<bf16>, THREADS,
-          forward<bf16, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_forward_wide_f32, SoftmaxParams<float>, THREADS,
-          forward_wide<float, true>)
-FD_KERNEL(softmax_dropout_forward_wide_f16, SoftmaxParams<f16>, THREADS, forward_wide<f16, true>)
-FD_KERNEL(softmax_dropout_forward_wide_bf16, SoftmaxParams<bf16>, THREADS, forward_wide<bf16, true>)
-FD_KERNEL(softmax_dropout_forward_warp_any_f32, SoftmaxParams<float>, THREADS,
-          forward<float, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_forward_warp_any_f16, SoftmaxParams<f16>, THREADS,
-          forward<f16, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_forward_warp_any_bf16, SoftmaxParams<bf16>, THREADS,
-          forward<bf16, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_forward_block_any_f32, SoftmaxParams<float>, THREADS,
-          forward<float, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_forward_block_any_f16, SoftmaxParams<f16>, THREADS,
-          forward<f16, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_forward_block_any_bf16, SoftmaxParams<bf16>, THREADS,
-          forward<bf16, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_forward_wide_any_f32, SoftmaxParams<float>, THREADS,
-          forward_wide<float, false>)
-FD_KERNEL(softmax_dropout_forward_wide_any_f16, SoftmaxParams<f16>, THREADS,
-          forward_wide<f16, false>)
-FD_KERNEL(softmax_dropout_forward_wide_any_bf16, SoftmaxParams<bf16>, THREADS,
-          forward_wide<bf16, false>)
-FD_KERNEL(softmax_dropout_backward_warp_f32, SoftmaxParams<float>, THREADS,
-          backward<float, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_backward_warp_f16, SoftmaxParams<f16>, THREADS,
-          backward<f16, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_backward_warp_bf16, SoftmaxParams<bf16>, THREADS,
-          backward<bf16, WarpTeam, true>)
-FD_KERNEL(softmax_dropout_backward_block_f32, SoftmaxParams<float>, THREADS,
-          backward<float, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_backward_block_f16, SoftmaxParams<f16>, THREADS,
-          backward<f16, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_backward_block_bf16, SoftmaxParams<bf16>, THREADS,
-          backward<bf16, BlockTeam, true>)
-FD_KERNEL(softmax_dropout_backward_wide_f32, SoftmaxParams<float>, THREADS,
-          backward_wide<float, true>)
-FD_KERNEL(softmax_dropout_backward_wide_f16, SoftmaxParams<f16>, THREADS, backward_wide<f16, true>)
-FD_KERNEL(softmax_dropout_backward_wide_bf16, SoftmaxParams<bf16>, THREADS,
-          backward_wide<bf16, true>)
-FD_KERNEL(softmax_dropout_backward_warp_any_f32, SoftmaxParams<float>, THREADS,
-          backward<float, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_backward_warp_any_f16, SoftmaxParams<f16>, THREADS,
-          backward<f16, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_backward_warp_any_bf16, SoftmaxParams<bf16>, THREADS,
-          backward<bf16, WarpTeam, false>)
-FD_KERNEL(softmax_dropout_backward_block_any_f32, SoftmaxParams<float>, THREADS,
-          backward<float, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_backward_block_any_f16, SoftmaxParams<f16>, THREADS,
-          backward<f16, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_backward_block_any_bf16, SoftmaxParams<bf16>, THREADS,
-          backward<bf16, BlockTeam, false>)
-FD_KERNEL(softmax_dropout_backward_wide_any_f32, SoftmaxParams<float>, THREADS,
-          backward_wide<float, false>)
-FD_KERNEL(softmax_dropout_backward_wide_any_f16, SoftmaxParams<f16>, THREADS,
-          backward_wide<f16, false>)
-FD_KERNEL(softmax_dropout_backward_wide_any_bf16, SoftmaxParams<bf16>, THREADS,
-          backward_wide<bf16, false>)
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, true, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, true, aligned>;
+template <bool aligned>
+using WideWalk = Walk<BlockTeam, false, aligned>;
+
+/// The kernels of one form and storage type. Without its bound the forward pass of unaligned rows of f32 spills on sm_80.
+#define FD_SOFTMAX(form, walk, T, type)                                                            \
+    FD_KERNEL(softmax_dropout_forward_##form##_##type, SoftmaxParams<T>, THREADS,                  \
+              forward<T, walk<true>>)                                                              \
+    FD_KERNEL_BLOCKS(softmax_dropout_forward_##form##_unaligned_##type, SoftmaxParams<T>, THREADS, \
+                     2, forward<T, walk<false>>)                                                   \
+    FD_KERNEL(softmax_dropout_backward_##form##_##type, SoftmaxParams<T>, THREADS,                 \
+              backward<T, walk<true>>)                                                             \
+    FD_KERNEL(softmax_dropout_backward_##form##_unaligned_##type, SoftmaxParams<T>, THREADS,       \
+              backward<T, walk<false>>)
+
+FD_SOFTMAX(warp, WarpWalk, float, f32)
+FD_SOFTMAX(warp, WarpWalk, f16, f16)
+FD_SOFTMAX(warp, WarpWalk, bf16, bf16)
+FD_SOFTMAX(block, BlockWalk, float, f32)
+FD_SOFTMAX(block, BlockWalk, f16, f16)
+FD_SOFTMAX(block, BlockWalk, bf16, bf16)
+FD_SOFTMAX(wide, WideWalk, float, f32)
+FD_SOFTMAX(wide, WideWalk, f16, f16)
+FD_SOFTMAX(wide, WideWalk, bf16, bf16)

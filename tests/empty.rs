@@ -35,13 +35,14 @@ fn through_the_kernels() {
 fn every_operator<B: Backend>(backend: &B, shape: Shape)
 where
     Vec<f32>: Writable<f32, B>,
-    Vec<u32>: Readable<u32, B>,
+    Vec<u32>: Readable<u32, B> + Writable<u32, B>,
     Vec<u8>: Writable<u8, B>,
 {
     let none = Vec::<f32>::new();
     let x = || Source::Tensor(&none as &dyn Readable<f32, B>);
     let [mut a, mut b, mut c, mut d, mut e] = [const { Vec::<f32>::new() }; 5];
     let mut bytes = Vec::<u8>::new();
+    let mut report = vec![u32::MAX];
 
     is_ok(backend, shape, keep_mask::Bits { shape, out: &mut bytes });
     is_ok(backend, shape, keep_mask::Bytes { shape, out: &mut bytes });
@@ -88,8 +89,10 @@ where
     };
     let lookups = Lookups { token, position: None, segment: None };
     let tables = Tables { token: &none as &dyn Readable<f32, B>, position: None, segment: None };
-    let forward = embedding_dropout::Forward { shape, lookups, tables, y: &mut a, report: None };
+    let forward =
+        embedding_dropout::Forward { shape, lookups, tables, y: &mut a, report: Some(&mut report) };
     is_ok(backend, shape, forward);
+    assert_eq!(report, [u32::MAX], "no row has an id that is in no table");
     let gradients = Gradients { token: Some(Gradient::Write(&mut a)), ..Gradients::NONE };
     is_ok(backend, shape, embedding_dropout::Backward { shape, lookups, dy: &none, gradients });
 
@@ -121,9 +124,10 @@ where
         norm_bias: None,
         y: &mut a,
         stats: None,
-        report: None,
+        report: Some(&mut report),
     };
     is_ok(backend, shape, forward);
+    assert_eq!(report, [u32::MAX], "no row has an id that is in no table");
     // The statistics of 2^32 rows have elements.
     if shape.rows > 0 {
         return;

@@ -1,24 +1,23 @@
 //! `embedding_dropout`: y = D(token + position + segment), and the tables' gradients; see
 //! [`crate::ops::embedding_dropout`].
 
-use super::abi::{Divisor, IndexDivisor, Mask, Octets, RowNorm, parts};
-use super::rows::{Forms, forms, launch_rows};
+mod norm;
+
+use super::abi::{Divisor, IndexDivisor, Mask, Octets, parts};
 use super::{
     Address, Device, Launch, OCTETS_A_BLOCK, Sum, THREADS, aligned, dropout, kernel, launch,
-    pointer, read, write,
 };
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::Shape;
 use crate::ops::embedding_dropout::{
-    Backward, BackwardNorm, Forward, ForwardNorm, Gradients, Ids, Lookup, Lookups, NAME, TABLES,
-    Tables,
+    Backward, Forward, Gradients, Ids, Lookup, Lookups, NAME, TABLES, Tables,
 };
-use crate::ops::norm::Norm;
 use crate::tensor::{Gradient, In, Out};
+pub(crate) use norm::{backward_norm, forward_norm};
 
-/// `Lookup` in `kernels/embedding_dropout.cu`.
+/// `Lookup` in `kernels/embedding.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct LookupParams {
@@ -46,13 +45,19 @@ impl LookupParams {
     }
 }
 
-/// `Embeddings` in `kernels/embedding_dropout.cu`.
+/// `Embeddings` in `kernels/embedding.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Embeddings {
     lookups: [LookupParams; TABLES],
     tables: [u64; TABLES],
     cols: u64,
+}
+
+impl Embeddings {
+    fn new(lookups: Lookups<u64>, tables: [u64; TABLES], cols: usize) -> Self {
+        Self { lookups: LookupParams::all(lookups), tables, cols: cols as u64 }
+    }
 }
 
 /// `EmbeddingParams` in `kernels/embedding_dropout.cu`.
@@ -81,21 +86,17 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let [token, position, segment] = tables;
     let kernel = match aligned(shape.cols, &[token, position, segment, y]) {
         true => kernel!(NAME, "embedding_dropout", T),
-        false => kernel!(NAME, "embedding_dropout_any", T),
+        false => kernel!(NAME, "embedding_dropout_unaligned", T),
     };
     let size = size_of::<T>() as u64;
     for part in parts(shape) {
         // The rows of a part are known to its mask.
         let columns = 8 * u64::from(part.octet) * size;
-        let embeddings = Embeddings {
-            lookups: LookupParams::all(lookups),
-            tables: tables.map(|table| if table == 0 { 0 } else { table + columns }),
-            cols: shape.cols as u64,
-        };
+        let tables = tables.map(|table| if table == 0 { 0 } else { table + columns });
         let params = ForwardParams {
             mask: mask.advanced(part.row, part.octet),
             octets: part.octets,
-            embeddings,
+            embeddings: Embeddings::new(lookups, tables, shape.cols),
             y: y + part.first_element * size,
             report,
         };
@@ -126,100 +127,6 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let dy = held.hold(pass.dy.read(device))?;
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
     unsafe { table_gradients::<T, D>(device, &mask, shape, lookups, dy, pass.gradients) }
-}
-
-/// `EmbeddingNormParams` in `kernels/embedding_dropout.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct NormParams {
-    mask: Mask,
-    embeddings: Embeddings,
-    weight: u64,
-    norm_bias: u64,
-    y: u64,
-    stats_out: u64,
-    report: u64,
-    stats: u64,
-    dy: u64,
-    ds: u64,
-    slopes: u64,
-    norm: RowNorm,
-    rows: u32,
-}
-const _: () = assert!(size_of::<NormParams>() == 376);
-
-/// y = D(norm(token + position + segment)).
-pub(crate) fn forward_norm<T: Dtype, D: Device>(
-    pass: ForwardNorm<'_, T, D>,
-    Launch { device, mask }: Launch<'_, D>,
-) -> Result<(), Error> {
-    let shape = pass.shape;
-    check_rows(shape, u32::MAX as usize)?;
-    let mut held = Held(Vec::new());
-    let lookups = held.lookups(&pass.lookups, device)?;
-    let tables = held.tables(&pass.tables, device)?;
-    let (weight, norm_bias) = (pass.weight.read(device)?, read(pass.norm_bias, device)?);
-    let (y, stats) = (pass.y.write(device)?, write(pass.stats, device)?);
-    let params = NormParams {
-        weight: weight.pointer,
-        norm_bias: pointer(&norm_bias),
-        y: y.pointer,
-        stats_out: pointer(&stats),
-        report: held.report(pass.report, device)?,
-        ..norm_params(mask, &pass.norm, shape, lookups, tables)
-    };
-    let forms = forms!(NAME, "embedding_dropout_norm_forward", T);
-    // SAFETY: as in `forward`.
-    unsafe { launch_norm(device, forms, shape, params) }
-}
-
-/// The gradients of the tables and of the norm's parameters.
-pub(crate) fn backward_norm<T: Dtype, D: Device>(
-    pass: BackwardNorm<'_, T, D>,
-    Launch { device, mask }: Launch<'_, D>,
-) -> Result<(), Error> {
-    let shape = pass.shape;
-    check_rows(shape, TABLE_GRAD_ROWS)?;
-    let mut held = Held(Vec::new());
-    let lookups = held.lookups(&pass.lookups, device)?;
-    let tables = held.tables(&pass.tables, device)?;
-    let (weight, stats) = (pass.weight.read(device)?, pass.stats.read(device)?);
-    let dy = held.hold(pass.dy.read(device))?;
-    // The gradient of the sum, and h * xhat.
-    let elements = shape.elements(NAME)?;
-    let workspace = device.workspace(elements.saturating_mul(2))?;
-    let slopes = workspace.pointer + (elements * size_of::<f32>()) as u64;
-    let params = NormParams {
-        weight: weight.pointer,
-        stats: stats.pointer,
-        dy,
-        ds: workspace.pointer,
-        slopes: if pass.dweight.is_some() { slopes } else { 0 },
-        ..norm_params(mask, &pass.norm, shape, lookups, tables)
-    };
-    let forms = forms!(NAME, "embedding_dropout_norm_backward", T);
-    // Everything is kept of what is a gradient already.
-    let kept = mask.all_kept();
-    // SAFETY: as in `backward`; the kernels that read the workspace run behind the one that writes it, and read no row
-    // that it left out.
-    unsafe {
-        launch_norm(device, forms, shape, params)?;
-        table_gradients::<f32, D>(
-            device,
-            &kept,
-            shape,
-            lookups,
-            workspace.pointer,
-            pass.gradients,
-        )?;
-        if let Some(gradient) = pass.dweight {
-            table_gradient::<f32, D>(device, &kept, shape, lookups, EVERY_ROW, slopes, gradient)?;
-        }
-        if let Some(gradient) = pass.dnorm_bias {
-            table_gradient::<T, D>(device, &mask, shape, lookups, EVERY_ROW, dy, gradient)?;
-        }
-    }
-    Ok(())
 }
 
 /// Tensors that are held until the pass has been submitted.
@@ -261,54 +168,6 @@ impl<'a, D: Device> Held<'a, D> {
             None => self.hold(device.workspace(1)),
         }
     }
-}
-
-/// A parameter is an entry that every row takes.
-const EVERY_ROW: Lookup<u64> = Lookup { entries: 1, ids: Ids::Sequence(1) };
-
-/// What both passes of the normalised form have; its tensors are still to be filled in.
-fn norm_params(
-    mask: Mask,
-    norm: &Norm,
-    shape: Shape,
-    lookups: Lookups<u64>,
-    tables: [u64; TABLES],
-) -> NormParams {
-    let embeddings =
-        Embeddings { lookups: LookupParams::all(lookups), tables, cols: shape.cols as u64 };
-    NormParams {
-        mask,
-        embeddings,
-        weight: 0,
-        norm_bias: 0,
-        y: 0,
-        stats_out: 0,
-        report: 0,
-        stats: 0,
-        dy: 0,
-        ds: 0,
-        slopes: 0,
-        norm: RowNorm::new(norm, shape.cols),
-        rows: 0,
-    }
-}
-
-unsafe fn launch_norm<D: Device>(
-    device: &D,
-    forms: Forms,
-    shape: Shape,
-    params: NormParams,
-) -> Result<(), Error> {
-    // Rows without columns still have statistics.
-    if shape.cols == 0 && params.stats_out == 0 {
-        return Ok(());
-    }
-    let [token, position, segment] = params.embeddings.tables;
-    let NormParams { weight, norm_bias, y, dy, ds, slopes, .. } = params;
-    let tensors = [token, position, segment, weight, norm_bias, y, dy, ds, slopes];
-    let part = |first, rows| NormParams { mask: params.mask.advanced(first, 0), rows, ..params };
-    // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, &tensors, part) }
 }
 
 /// Rows that the tree of `kernels/embedding_dropout.cu` has levels for.
@@ -374,7 +233,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     }
     let kernel = match aligned(shape.cols, &[source, gradient]) {
         true => kernel!(NAME, "embedding_dropout_table_grad", T),
-        false => kernel!(NAME, "embedding_dropout_table_grad_any", T),
+        false => kernel!(NAME, "embedding_dropout_table_grad_unaligned", T),
     };
     let params = TableGradParams {
         mask: *mask,

@@ -1,0 +1,243 @@
+// embedding_dropout with a norm (BERT): y = D(norm(token[id] + position[pos] + segment[seg])), and the gradient of
+// the sum. norm.cuh has the norm's mathematics; the sum is that of embedding_dropout.cu, in f32.
+//
+// With h = kept ? dy * scale : +0:
+//
+//     forward:  y = kept ? norm(sum) * scale : +0, and the row's mean and rstd
+//     backward: ds = the norm's gradient of g = h * weight, with the sum computed again from the tables
+//
+// A row with an id that is in no table has y = +0, mean 0 and rstd 0, and the smallest such row is left in `report`.
+//
+// ds and h * xhat go to a workspace in f32, from which the kernels of embedding_dropout.cu add up the gradients of the
+// tables and of the norm's weight, the latter as a table with one entry that every row takes; that of the norm's bias
+// is added up from dy in the same way.
+//
+// Bytes an element in 16-bit storage, beside the tables: forward 2; backward 2 read and 8 written, then 4 read for each
+// table and for the weight, 2 for the bias.
+//
+// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to 8192), wide
+// (each pass reads the row again).
+
+#include "embedding.cuh"
+#include "norm.cuh"
+
+template <typename T>
+struct EmbeddingNormParams {
+    Mask mask;
+    Embeddings<T> embeddings;
+    In<T> weight;
+    In<T> norm_bias;       // forward; may be absent
+    Out<T> y;              // forward
+    Out<float> stats_out;  // forward: [rows, 2], mean and rstd; may be absent
+    Out<unsigned> report;  // forward
+    In<float> stats;       // backward
+    In<T> dy;              // backward
+    Out<float> ds;         // backward
+    Out<float> slopes;     // backward: h * xhat; may be absent
+    RowNorm norm;
+    unsigned rows;  // of this launch, from local row mask.rows.offset on
+};
+static_assert(sizeof(EmbeddingNormParams<float>) == 376, "embedding_dropout.rs: NormParams");
+
+/// One row, as the team that shares it sees it.
+template <typename T, bool aligned>
+struct EmbeddingRow {
+    const EmbeddingNormParams<T>& p;
+    const MaskReader<false> draws;
+    unsigned row;    // of the launch
+    unsigned local;  // local row
+    Entries entries;
+
+    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
+        : p(p),
+          draws(p.mask),
+          row(row),
+          local(p.mask.rows.offset + row),
+          entries(p.embeddings.lookups, local) {}
+
+    /// Index of an octet's first element.
+    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
+        return local * p.embeddings.cols + 8ull * octet;
+    }
+
+    __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
+                                                                   unsigned count) const {
+        return p.embeddings.template load<aligned>(entries, octet, count);
+    }
+
+    /// An octet of columns of a parameter of the norm.
+    __device__ __forceinline__ Values parameter(const In<T>& values, unsigned octet,
+                                                unsigned count) const {
+        return unpack(values.template cached<aligned>(8ull * octet, count));
+    }
+
+    /// D of an octet.
+    __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
+        const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
+        Values dropped = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.scale);
+        }
+        return dropped;
+    }
+};
+
+/// What the threads of a team hold of their row's sums, where they hold it.
+template <typename T, typename Walk>
+struct HeldSums {
+    Values sums[Walk::SLOTS];
+
+    /// `beside(slot, octet, count)` loads what else is held.
+    template <typename Beside>
+    __device__ __forceinline__ void load(const Walk& walk, const EmbeddingRow<T, Walk::aligned>& row,
+                                         Beside beside) {
+        if (!Walk::held) return;
+        const Embeddings<T>& embeddings = row.p.embeddings;
+        if (!Walk::aligned) {  // an octet alone is enough loads
+            walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+                beside(slot, octet, count);
+                sums[slot] = embeddings.sum(row.load(octet, count));
+            });
+            return;
+        }
+        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
+        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+            loaded[slot] = row.load(octet, count);
+            beside(slot, octet, count);
+        });
+        __syncwarp();  // keeps the loads first; all lanes are here
+        walk.each([&](unsigned slot, unsigned, unsigned) {
+            sums[slot] = embeddings.sum(loaded[slot]);
+        });
+    }
+};
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    const bool writes_stats = walk.team.rank == 0 && p.stats_out.present();
+    if (!row.entries.exist) {  // the whole team
+        if (walk.team.rank == 0) p.report.lower(0, row.local);
+        if (writes_stats) {
+            p.stats_out.cached(2ull * row.local, 0.0f);
+            p.stats_out.cached(2ull * row.local + 1, 0.0f);
+        }
+        walk.each([&](unsigned, unsigned octet, unsigned count) {
+            p.y.template cached<aligned>(row.at(octet), count, {});
+        });
+        return;
+    }
+    HeldSums<T, Walk> held;
+    held.load(walk, row, [](unsigned, unsigned, unsigned) {});
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const Standard standard = standard_of(p.norm, walk, scratch, sum_of);
+    if (writes_stats) {
+        p.stats_out.cached(2ull * row.local, standard.mean());
+        p.stats_out.cached(2ull * row.local + 1, standard.rstd);
+    }
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const Values weight = row.parameter(p.weight, octet, count);
+        Values bias = {};
+        if (p.norm_bias.present()) bias = row.parameter(p.norm_bias, octet, count);
+        const Values y = normalised(standard, sum_of(slot, octet, count), weight, bias);
+        p.y.template cached<aligned>(row.at(octet), count, pack<T>(row.drop(y, octet)));
+    });
+}
+
+template <typename T, typename Walk>
+__device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParams<T>& p) {
+    constexpr bool aligned = Walk::aligned;
+    __shared__ NormScratch scratch;
+    const Walk walk = {{}, p.embeddings.cols};
+    if (walk.team.row >= p.rows) return;  // the whole team
+    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    // The whole team. Nobody reads what is not written here: the row takes nothing.
+    if (!row.entries.exist) return;
+    HeldSums<T, Walk> held;
+    const auto load_dy = [&](unsigned octet, unsigned count) -> Octet<T> {
+        return p.dy.template cached<aligned>(row.at(octet), count);
+    };
+    Octet<T> dy[Walk::SLOTS];
+    held.load(walk, row, [&](unsigned slot, unsigned octet, unsigned count) {
+        dy[slot] = load_dy(octet, count);
+    });
+    Values held_h[Walk::SLOTS];
+    if (Walk::held) {
+        walk.each([&](unsigned slot, unsigned octet, unsigned) {
+            held_h[slot] = row.drop(unpack(dy[slot]), octet);
+        });
+    }
+    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    };
+    const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+        return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
+    };
+    const auto weighed = [&](const Values& s, const Values& h, unsigned octet, unsigned count) {
+        NormPair pair = {s, h};
+        const Values weight = row.parameter(p.weight, octet, count);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(h.at[j], weight.at[j]);
+        return pair;
+    };
+    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
+        const Values h = h_of(slot, octet, count);
+        return weighed(sum_of(slot, octet, count), h, octet, count);
+    };
+    const Standard standard =
+        standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
+                       p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
+    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
+    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+        const Values h = h_of(slot, octet, count);
+        const NormPair pair = weighed(sum_of(slot, octet, count), h, octet, count);
+        Values out;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            out.at[j] = gradient.apply(standard, standard.apply(pair.s.at[j]), pair.g.at[j]);
+        }
+        p.ds.template cached<aligned>(row.at(octet), count, pack<float>(out));
+        if (!p.slopes.present()) return;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            out.at[j] = __fmul_rn(h.at[j], standard.apply(pair.s.at[j]));
+        }
+        p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(out));
+    });
+}
+
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, true, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, true, aligned>;
+template <bool aligned>
+using WideWalk = Walk<BlockTeam, false, aligned>;
+
+/// The kernels of one form and storage type. Without its bound the backward pass of unaligned wide rows of 16 bits
+/// spills on sm_80.
+#define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
+              embedding_norm_forward<T, walk<true>>)                                               \
+    FD_KERNEL(embedding_dropout_norm_forward_##form##_unaligned_##type, EmbeddingNormParams<T>, THREADS, \
+              embedding_norm_forward<T, walk<false>>)                                              \
+    FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
+              embedding_norm_backward<T, walk<true>>)                                              \
+    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_unaligned_##type, EmbeddingNormParams<T>,  \
+                     THREADS, 2, embedding_norm_backward<T, walk<false>>)
+
+FD_EMBEDDING_NORM(warp, WarpWalk, float, f32)
+FD_EMBEDDING_NORM(warp, WarpWalk, f16, f16)
+FD_EMBEDDING_NORM(warp, WarpWalk, bf16, bf16)
+FD_EMBEDDING_NORM(block, BlockWalk, float, f32)
+FD_EMBEDDING_NORM(block, BlockWalk, f16, f16)
+FD_EMBEDDING_NORM(block, BlockWalk, bf16, bf16)
+FD_EMBEDDING_NORM(wide, WideWalk, float, f32)
+FD_EMBEDDING_NORM(wide, WideWalk, f16, f16)
+FD_EMBEDDING_NORM(wide, WideWalk, bf16, bf16)
