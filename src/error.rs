@@ -12,7 +12,7 @@ pub enum Error {
     Argument {
         /// The operator, as its module is called.
         operator: &'static str,
-        /// The argument, as the function's signature names it.
+        /// The argument: the field's name in the pass or in the key.
         argument: &'static str,
         /// What would have been accepted.
         expected: String,

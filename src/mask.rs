@@ -38,7 +38,7 @@ impl Probability {
     /// Everything is dropped.
     pub const ONE: Self = Self { threshold: 65536 };
 
-    /// The probability `p` of dropping, rounded to a multiple of 1/65536: what a p below 1/131072 becomes is 0. See
+    /// The probability `p` of dropping, rounded to a multiple of 1/65536. A p of at most 1/131072 becomes 0: see
     /// [`nonvanishing`](Self::nonvanishing).
     ///
     /// # Errors

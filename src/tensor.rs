@@ -19,8 +19,8 @@ pub trait Memory {
 /// Implemented for slices, arrays and vectors on the CPU and the emulator, and for cudarc's slices and views on a GPU.
 ///
 /// # Safety
-/// While what [`read`](Self::read) gives is held, it stands for [`elements`](Self::elements) values of `T` that can be
-/// read, aligned to `T`. Both answers stay the same through a call. Kernels are launched on this word alone.
+/// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
+/// read, aligned to `T`. Both answers stay the same through a call. Nothing else is checked before kernels are launched.
 pub unsafe trait Readable<T, M: Memory> {
     /// Length in elements.
     fn elements(&self) -> usize;
@@ -50,7 +50,7 @@ pub type In<'a, T, M> = &'a (dyn Readable<T, M> + 'a);
 /// A tensor of `T` that a pass writes.
 pub type Out<'a, T, M> = &'a mut (dyn Writable<T, M> + 'a);
 
-/// An input whose place the output may take.
+/// An input that the output may overwrite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source<I> {
     /// A tensor of its own.
@@ -69,7 +69,7 @@ impl<I> Source<I> {
     }
 }
 
-/// Where the gradient of a parameter goes, f32: every operator offers both, and both are the same bits in every run.
+/// Where the gradient of a parameter (f32) goes, and whether it is written or added. Both give the same bits in every run.
 pub enum Gradient<'a, M: Memory> {
     /// The gradient is written.
     Write(Out<'a, f32, M>),
@@ -108,7 +108,7 @@ impl<'a, M: Memory> Gradient<'a, M> {
     }
 }
 
-/// No backend's memory: of a [`Dropout`](crate::Dropout) whose numbers are all given by the host. There is no tensor in it.
+/// The memory of a [`Dropout`](crate::Dropout) whose numbers are all given by the host. No tensor lies in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Host {}
 

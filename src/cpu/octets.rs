@@ -85,7 +85,7 @@ impl Lanes {
         self.octets[at].iter_mut().zip(octet..).for_each(|(c, octet)| *c = draw.octet(octet));
     }
 
-    /// AsDropout the lanes of the first `count` counters.
+    /// Draws the lanes of the first `count` counters.
     #[inline(always)]
     fn draw(&mut self, draw: &MaskParams<'_>, count: usize) {
         let key = draw.key.philox_key();
@@ -123,7 +123,7 @@ impl RowLanes {
         (BLOCK / shape.cols.div_ceil(OCTET).max(1)).max(1)
     }
 
-    /// AsDropout `cols(row)` lanes of every one of `rows`, at most as many as [`rows`](Self::rows) says.
+    /// Draws `cols(row)` lanes of every one of `rows`, at most as many as [`rows`](Self::rows) says.
     #[inline(always)]
     pub fn draw(
         &mut self,

@@ -160,7 +160,7 @@ impl<'a, T: Dtype> Task<'a, T> {
         g.iter_mut().zip(p).for_each(|(g, &p)| *g = of(p, *g));
     }
 
-    /// AsDropout the lanes of `rows` rows from `first` on, where rows are drawn together.
+    /// Draws the lanes of `rows` rows from `first` on, where rows are drawn together.
     #[inline(always)]
     fn draw(&self, lanes: &mut RowLanes, first: usize, rows: usize) {
         if RowLanes::rows(self.shape) > 1 {

@@ -179,14 +179,14 @@ pub(crate) struct Mask {
 }
 
 impl Mask {
-    /// The mask of `draw` for the part of the tensor that starts at local row `row` and octet `octet`.
+    /// The mask of `params` for the part of the tensor that starts at local row `row` and octet `octet`.
     pub fn new(
         operator: &'static str,
-        draw: &MaskParams<'_>,
+        params: &MaskParams<'_>,
         stream_pointer: u64,
         row_list: u64,
     ) -> Result<Self, Error> {
-        if row_list == 0 && matches!(draw.rows, RowMap::Explicit(_)) {
+        if row_list == 0 && matches!(params.rows, RowMap::Explicit(_)) {
             return Err(Error::argument(
                 operator,
                 "rows",
@@ -194,22 +194,22 @@ impl Mask {
                 "a list on the host",
             ));
         }
-        let (first, heads, queries, head_stride, batch_stride) = draw.rows.coefficients();
+        let (first, heads, queries, head_stride, batch_stride) = params.rows.coefficients();
         // 0 and 65536 need no random numbers, and the kernels' compare can express neither.
-        let (threshold, random) = match draw.threshold {
+        let (threshold, random) = match params.threshold {
             0 => (1, 2),
             65536 => (1, 0),
             threshold => (threshold, 1),
         };
-        let contiguous = row_list == 0 && matches!(draw.rows, RowMap::Contiguous { .. });
+        let contiguous = row_list == 0 && matches!(params.rows, RowMap::Contiguous { .. });
         Ok(Self {
-            round_keys: round_keys(draw.key.philox_key()),
+            round_keys: round_keys(params.key.philox_key()),
             stream_pointer,
-            stream: [draw.key.stream as u32, (draw.key.stream >> 32) as u32],
+            stream: [params.key.stream as u32, (params.key.stream >> 32) as u32],
             high_threshold: threshold << 16,
             random,
-            scale: draw.scale,
-            first_octet: draw.first_octet,
+            scale: params.scale,
+            first_octet: params.first_octet,
             rows: Rows {
                 list: row_list,
                 first,
@@ -219,11 +219,11 @@ impl Mask {
                 queries: Divisor::new(queries),
                 heads: Divisor::new(heads),
             },
-            group_rows: Divisor::new(draw.groups.rows),
-            columns_together: u32::from(draw.groups.columns_together),
+            group_rows: Divisor::new(params.groups.rows),
+            columns_together: u32::from(params.groups.columns_together),
             contiguous: u32::from(contiguous),
             plain: u32::from(
-                contiguous && random == 1 && draw.groups == Groups::NONE && stream_pointer == 0,
+                contiguous && random == 1 && params.groups == Groups::NONE && stream_pointer == 0,
             ),
         })
     }

@@ -13,9 +13,9 @@
 //!   see is still stopped by the guard zones, if it writes: they are looked at after every block;
 //! - in shared memory, a read of what nobody in the block has written, and two accesses by different
 //!   threads, one of them a write, without a barrier between them (Linux only);
-//! - a barrier that a thread of the block, or a warp collective that a lane of its mask, never
-//!   reaches (an ended thread counts as one that does not), threads that meet at different barriers,
-//!   a shuffle from a lane that the mask does not name;
+//! - a barrier that a thread of the block never reaches, or a warp collective that a lane of its mask
+//!   never reaches (a thread that has ended reaches none); threads that meet at different barriers; a
+//!   shuffle from a lane that the mask does not name;
 //! - an index beyond the end of an array of known length, and a shift by more bits than the type has.
 //!
 //! A thread runs until it ends or waits, so a missing barrier between accesses to tensors shows as a

@@ -37,7 +37,7 @@
 //! one mask:
 //!
 //! ```
-//! use fused_dropout::{Dropout, Key, Shard, Probability, RowMap};
+//! use fused_dropout::{Dropout, Key, Probability, RowMap, Shard};
 //! let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
 //! let sequence = 512;
 //! // The third micro-batch of four sequences; a row is a token.

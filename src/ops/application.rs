@@ -17,7 +17,7 @@ pub enum Mode {
     Inference,
 }
 
-/// On which side the scale stands that makes both modes agree on average.
+/// In which mode the scale is applied that makes both modes agree on average.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Scaling {
     /// Training multiplies kept values by `1 / (1 - p)`, inference is the identity. The usual one.
@@ -28,12 +28,13 @@ pub enum Scaling {
     Classic,
 }
 
-/// One application of dropout: with which mask, and what is done with it.
+/// One application of dropout: its mask, its mode and its scaling.
 ///
-/// `M` is the memory of the parts of the key that are read when a kernel runs; [`Host`]: the caller gives all of it.
+/// `M` is the memory of those parts of the key that are read when a kernel runs. With [`Host`] there are none: the caller
+/// gives the whole key.
 ///
 /// ```
-/// use fused_dropout::{Dropout, Key, Mode, Shard, Probability, RowMap};
+/// use fused_dropout::{Dropout, Key, Mode, Probability, RowMap, Shard};
 /// let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
 /// // The same application on a shard that starts at column 1024 and row 64 of the whole tensor:
 /// let shard = drop.shard(Shard { first_col: 1024, rows: RowMap::Contiguous { first: 64 } });
@@ -43,7 +44,7 @@ pub enum Scaling {
 /// ```
 #[non_exhaustive]
 pub struct Dropout<'a, M: Memory = Host> {
-    /// Which mask. Where the stream number is resident, 0 stands here for it.
+    /// Which mask. `key.stream` is 0 where the stream number is resident.
     pub key: Key,
     /// Probability of dropping.
     pub p: Probability,

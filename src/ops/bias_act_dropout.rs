@@ -10,7 +10,7 @@ use crate::tensor::{Gradient, In, Memory, Out, Source};
 /// The operator's name in errors.
 pub(crate) const NAME: &str = "bias_act_dropout";
 
-/// What stands between bias and dropout.
+/// The activation between bias and dropout.
 ///
 /// Computed in f32 with a relative error of a few roundings, also far out on the negative side; the bounds
 /// are in CONTRACT.md.
@@ -45,9 +45,9 @@ impl Activation {
 pub struct Forward<'a, T, M: Memory> {
     /// Rows and columns.
     pub shape: Shape,
-    /// What stands between bias and dropout.
+    /// The activation between bias and dropout.
     pub activation: Activation,
-    /// `[rows, cols]`. The backward pass needs it: in place only where it is kept elsewhere.
+    /// `[rows, cols]`. The backward pass needs it: compute in place only where a copy is kept.
     pub x: Source<In<'a, T, M>>,
     /// `[cols]`.
     pub bias: Option<In<'a, T, M>>,

@@ -2,18 +2,19 @@
 //!
 //! Each row (a token of the batch) takes one entry of each table, `[entries, cols]`; they are added in
 //! f32, in the order of the tables. The gradient of a table is g = D(dy) summed over the rows that took
-//! an entry, and is **added** to what the caller's table of gradients holds:
+//! an entry:
 //!
-//! `gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)`
+//! `gradient[e, c] = sum over r of (id[r] == e ? g[r, c] : +0)`
 //!
 //! The sum is that of [`sum_rows`](super::sum_rows) over all rows, so it is the same bits on every
-//! backend, also where ids repeat. An entry that no row took is left as it is.
+//! backend, also where ids repeat. An entry that no row took is 0 where the gradient is written
+//! ([`Gradient::Write`]), and left as it is where the gradient is added ([`Gradient::Add`]).
 //!
 //! BERT normalises the sum before it drops ([`norm`](super::norm)): y = D(norm(sum)), with the sum kept in
 //! f32. With h = D(dy) and g = h · weight the gradient of the sum is that of the norm,
 //! rstd · (g - E\[g\] - xhat · E\[g · xhat\]) (RMS: without E\[g\]), and takes the place of D(dy) above; those of
-//! the norm's weight and bias are Σ h · xhat and Σ h over all rows, in the same order, and are added to what
-//! is there too. The sum is computed again from the tables.
+//! the norm's weight and bias are Σ h · xhat and Σ h over all rows, in the same order. The sum is computed
+//! again from the tables.
 
 use super::norm::{Norm, stats_len};
 use super::{Check, Shape, check_len};

@@ -1,4 +1,4 @@
-//! `keep_mask`: the mask itself, for whoever must store one. 1 means kept.
+//! `keep_mask`: the mask itself, for programs that must store one. 1 means kept.
 //!
 //! - **bits**: each row takes `ceil(cols / 8)` bytes; column c is bit `c % 8` of byte `c / 8`, lowest
 //!   bit first; the unused high bits of a row's last byte are 0.

@@ -122,7 +122,7 @@ pub struct Forward<'a, T, M: Memory> {
     pub scores: Scores,
     /// Which keys a query sees: lengths `[batch, heads, queries]`, additive mask `[batch, queries, keys]`.
     pub mask: Mask<'a, T, M>,
-    /// `[batch, heads, queries, keys]`. The backward pass needs it: in place only where it is kept elsewhere.
+    /// `[batch, heads, queries, keys]`. The backward pass needs it: compute in place only where a copy is kept.
     pub x: Source<In<'a, T, M>>,
     /// `[batch, heads, queries, keys]`.
     pub y: Out<'a, T, M>,

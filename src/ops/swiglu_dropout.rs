@@ -15,7 +15,7 @@ pub(crate) const NAME: &str = "swiglu_dropout";
 pub struct Forward<'a, T, M: Memory> {
     /// Rows and columns.
     pub shape: Shape,
-    /// `[rows, cols]`. The backward pass needs it: in place only where it is kept elsewhere.
+    /// `[rows, cols]`. The backward pass needs it: compute in place only where a copy is kept.
     pub gate: Source<In<'a, T, M>>,
     /// `[rows, cols]`.
     pub up: In<'a, T, M>,

@@ -186,9 +186,13 @@ calls! {
 
 // ---- captures and graphs ---------------------------------------------------------------------
 
+/// The one question whose answer is the last argument.
+#[unsafe(no_mangle)]
+extern "C" fn cuStreamIsCapturing(stream: usize, out: Option<&mut u32>) -> u32 {
+    put(out, || ask(move |device, caller| device.capture_status(caller, stream)))
+}
+
 questions! {
-    cuStreamIsCapturing(u32, stream: usize) =
-        |device, caller| device.capture_status(caller, stream);
     cuGraphInstantiateWithFlags(usize, graph: usize, _flags: u64) =
         |device, caller| device.instantiate(caller, graph);
 }
