@@ -3,7 +3,7 @@
 //! (`cuda::Gpu`), or the host (`emulator::Emulator`). So what the emulator's tests prove is what a
 //! GPU is given.
 //!
-//! A device's tensors are what [`Readable`](crate::Readable) is implemented for: cudarc's slices and views, and bare
+//! A device's tensors are what [`Readable`] is implemented for: cudarc's slices and views, and bare
 //! addresses as [`Pointer`]s.
 
 use crate::error::Error;

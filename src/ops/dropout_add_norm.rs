@@ -12,7 +12,7 @@
 //! - dresidual = ds + dnorm, with ds the gradient that reaches s by another way; dx = D(dresidual), from
 //!   its value before it is rounded;
 //! - dweight = Σ dy · xhat, dnorm_bias = Σ dy, dbias = scale · Σ (kept ? dresidual : 0), over the rows in
-//!   the fixed order of [`sum_rows`], in f32.
+//!   the fixed order of [`sum_rows`](super::sum_rows), in f32.
 
 use super::norm::{Norm, stats_len};
 use super::{Check, Shape};

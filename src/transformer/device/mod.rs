@@ -13,16 +13,16 @@
 //!
 //! # Scratch memory
 //! What the operators need besides their tensors belongs to the device ([`Device::workspace`]), which keeps it: a
-//! training step allocates from its second time on nothing.
+//! training step allocates nothing from its second time on.
 //!
 //! # Ids
 //! A device cannot refuse a token that is in no table: such a row is zeros, and
-//! [`Backend::read`] and [`Accelerator::check`] return the error.
+//! [`Backend::read`](crate::transformer::Backend::read) and [`Accelerator::check`] return the error.
 //!
 //! # A training step as a graph
-//! [`Backend::repeat`] captures a step on a GPU and replays it: one launch in place of hundreds. The parameters of a
-//! captured kernel are fixed, so stream numbers lie in device memory ([`Accelerator::resident`]), where every step finds
-//! its own.
+//! [`Backend::repeat`](crate::transformer::Backend::repeat) captures a step on a GPU and replays it: one launch in
+//! place of hundreds. The parameters of a captured kernel are fixed, so stream numbers lie in device memory
+//! ([`Accelerator::resident`]), where every step finds its own.
 
 use super::backend::Element;
 use super::matmul::MatMul;
