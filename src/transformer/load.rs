@@ -93,9 +93,9 @@ impl Specs {
         let mut passed_over = Vec::new();
         for (name, view) in shards.iter().flat_map(SafeTensors::iter) {
             match names.place(name) {
-                Shard::Part(part) => found.entry(part).or_default().push(Stored { name, view }),
-                Shard::Constant => {}
-                Shard::Elsewhere => passed_over.push(name.to_owned()),
+                Place::Part(part) => found.entry(part).or_default().push(Stored { name, view }),
+                Place::Constant => {}
+                Place::Elsewhere => passed_over.push(name.to_owned()),
             }
         }
         passed_over.sort();
@@ -128,7 +128,7 @@ struct Names<'a> {
 }
 
 /// Where a tensor of a file belongs.
-enum Shard<'a> {
+enum Place<'a> {
     /// To the part of this name.
     Part(&'a str),
     /// To nothing that is stored: it follows from the model.
@@ -145,15 +145,15 @@ impl<'a> Names<'a> {
         Self { specs, parts }
     }
 
-    fn place(&self, name: &str) -> Shard<'a> {
+    fn place(&self, name: &str) -> Place<'a> {
         let name = modern(name);
         let full = format!("{}{name}", self.specs.base);
         if let Some(part) = [&name, &full].iter().find_map(|name| self.parts.get(name.as_str())) {
-            return Shard::Part(part);
+            return Place::Part(part);
         }
         match [name.as_str(), &full].iter().any(|&name| self.specs.constants.contains(name)) {
-            true => Shard::Constant,
-            false => Shard::Elsewhere,
+            true => Place::Constant,
+            false => Place::Elsewhere,
         }
     }
 }

@@ -38,13 +38,19 @@ pub const MAX_STEPS: u64 = 1 << 44;
 /// # Errors
 /// [`Error::Argument`] where there is no such step or layer: their streams would be those of others.
 pub fn stream(step: u64, layer: usize, site: Site) -> Result<u64, Error> {
-    if step >= MAX_STEPS {
-        return Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step));
-    }
+    check_step(step)?;
     if layer >= MAX_LAYERS {
         return Err(Error::argument("streams", "layer", format!("below {MAX_LAYERS}"), layer));
     }
     Ok((step << STEP_SHIFT) | ((layer as u64) << 4) | site as u64)
+}
+
+/// Refuses a step that has no streams.
+pub(crate) fn check_step(step: u64) -> Result<(), Error> {
+    if step < MAX_STEPS {
+        return Ok(());
+    }
+    Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step))
 }
 
 /// What a pass through a model is for.

@@ -9,7 +9,7 @@ use crate::ops::embedding_dropout::check_report;
 use crate::ops::{Dropout, Shape};
 use crate::transformer::backend::{Backend, Element, Weight};
 use crate::transformer::matmul::MatMul;
-use crate::transformer::streams::{Drops, MAX_STEPS, Pass, Site};
+use crate::transformer::streams::{Drops, Pass, Site, check_step};
 use std::cell::{Cell, RefCell, RefMut};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -40,13 +40,6 @@ impl Drop for Capturing<'_> {
     fn drop(&mut self) {
         self.0.set(false);
     }
-}
-
-fn check_step(step: u64) -> Result<(), Error> {
-    if step < MAX_STEPS {
-        return Ok(());
-    }
-    Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step))
 }
 
 impl<D: Runtime, T: Dtype + Element> Accelerator<D, T> {
