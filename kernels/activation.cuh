@@ -31,7 +31,7 @@ __device__ __forceinline__ float limited(float x, float limit) {
 
 /// The standard normal distribution.
 struct Normal {
-    float cdf;    // Phi(x)
+    float cdf;      // Phi(x)
     float density;  // phi(x)
 
     /// With z = |x|: phi = e^(-z^2/2) / sqrt(2 pi), Phi(-z) = e^(-z^2/2) A(z) / B(z); both are 0 beyond 14.5.

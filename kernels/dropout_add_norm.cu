@@ -340,33 +340,18 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 
-template <bool aligned>
-using WarpWalk = Walk<WarpTeam, true, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, true, aligned>;
-template <bool aligned>
-using WideWalk = Walk<BlockTeam, false, aligned>;
-
 /// The kernels of one storage type. Without its bound the forward pass of unaligned rows of f16 spills on sm_80.
 #define FD_NORM_KERNELS(form, walk, T, type)                                                       \
     FD_KERNEL(dropout_add_norm_forward_##form##_##type, NormForwardParams<T>, THREADS,             \
               norm_forward<T, walk<true>>)                                                      \
-    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_unaligned_##type, NormForwardParams<T>, THREADS,  \
+    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_unaligned_##type, NormForwardParams<T>, THREADS, \
                      2, norm_forward<T, walk<false>>)                                              \
     FD_KERNEL(dropout_add_norm_backward_##form##_##type, NormBackwardParams<T>, THREADS,           \
               norm_backward<T, walk<true>>)                                                     \
-    FD_KERNEL(dropout_add_norm_backward_##form##_unaligned_##type, NormBackwardParams<T>, THREADS,       \
+    FD_KERNEL(dropout_add_norm_backward_##form##_unaligned_##type, NormBackwardParams<T>, THREADS, \
               norm_backward<T, walk<false>>)
 
-FD_NORM_KERNELS(warp, WarpWalk, float, f32)
-FD_NORM_KERNELS(warp, WarpWalk, f16, f16)
-FD_NORM_KERNELS(warp, WarpWalk, bf16, bf16)
-FD_NORM_KERNELS(block, BlockWalk, float, f32)
-FD_NORM_KERNELS(block, BlockWalk, f16, f16)
-FD_NORM_KERNELS(block, BlockWalk, bf16, bf16)
-FD_NORM_KERNELS(wide, WideWalk, float, f32)
-FD_NORM_KERNELS(wide, WideWalk, f16, f16)
-FD_NORM_KERNELS(wide, WideWalk, bf16, bf16)
+FD_ROW_FORMS(FD_NORM_KERNELS)
 FD_KERNEL(dropout_add_norm_tile_f32, NormBackwardParams<float>, THREADS, norm_tile<float, true>)
 FD_KERNEL(dropout_add_norm_tile_f16, NormBackwardParams<f16>, THREADS, norm_tile<f16, true>)
 FD_KERNEL(dropout_add_norm_tile_bf16, NormBackwardParams<bf16>, THREADS, norm_tile<bf16, true>)

@@ -213,13 +213,6 @@ __device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParam
     });
 }
 
-template <bool aligned>
-using WarpWalk = Walk<WarpTeam, true, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, true, aligned>;
-template <bool aligned>
-using WideWalk = Walk<BlockTeam, false, aligned>;
-
 /// The kernels of one form and storage type. Without its bound the backward pass of unaligned wide rows of 16 bits
 /// spills on sm_80.
 #define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
@@ -229,15 +222,7 @@ using WideWalk = Walk<BlockTeam, false, aligned>;
               embedding_norm_forward<T, walk<false>>)                                              \
     FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
               embedding_norm_backward<T, walk<true>>)                                              \
-    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_unaligned_##type, EmbeddingNormParams<T>,  \
+    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_unaligned_##type, EmbeddingNormParams<T>, \
                      THREADS, 2, embedding_norm_backward<T, walk<false>>)
 
-FD_EMBEDDING_NORM(warp, WarpWalk, float, f32)
-FD_EMBEDDING_NORM(warp, WarpWalk, f16, f16)
-FD_EMBEDDING_NORM(warp, WarpWalk, bf16, bf16)
-FD_EMBEDDING_NORM(block, BlockWalk, float, f32)
-FD_EMBEDDING_NORM(block, BlockWalk, f16, f16)
-FD_EMBEDDING_NORM(block, BlockWalk, bf16, bf16)
-FD_EMBEDDING_NORM(wide, WideWalk, float, f32)
-FD_EMBEDDING_NORM(wide, WideWalk, f16, f16)
-FD_EMBEDDING_NORM(wide, WideWalk, bf16, bf16)
+FD_ROW_FORMS(FD_EMBEDDING_NORM)

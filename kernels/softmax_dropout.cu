@@ -376,13 +376,6 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     });
 }
 
-template <bool aligned>
-using WarpWalk = Walk<WarpTeam, true, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, true, aligned>;
-template <bool aligned>
-using WideWalk = Walk<BlockTeam, false, aligned>;
-
 /// The kernels of one form and storage type. Without its bound the forward pass of unaligned rows of f32 spills on sm_80.
 #define FD_SOFTMAX(form, walk, T, type)                                                            \
     FD_KERNEL(softmax_dropout_forward_##form##_##type, SoftmaxParams<T>, THREADS,                  \
@@ -394,12 +387,4 @@ using WideWalk = Walk<BlockTeam, false, aligned>;
     FD_KERNEL(softmax_dropout_backward_##form##_unaligned_##type, SoftmaxParams<T>, THREADS,       \
               backward<T, walk<false>>)
 
-FD_SOFTMAX(warp, WarpWalk, float, f32)
-FD_SOFTMAX(warp, WarpWalk, f16, f16)
-FD_SOFTMAX(warp, WarpWalk, bf16, bf16)
-FD_SOFTMAX(block, BlockWalk, float, f32)
-FD_SOFTMAX(block, BlockWalk, f16, f16)
-FD_SOFTMAX(block, BlockWalk, bf16, bf16)
-FD_SOFTMAX(wide, WideWalk, float, f32)
-FD_SOFTMAX(wide, WideWalk, f16, f16)
-FD_SOFTMAX(wide, WideWalk, bf16, bf16)
+FD_ROW_FORMS(FD_SOFTMAX)

@@ -3,9 +3,10 @@
 //     group[g, c] = parts[64 g, c] + parts[64 g + 1, c] + .. + parts[64 g + 63, c]
 //     sums[s, c]  = factor * (group[64 s, c] + group[64 s + 1, c] + .. + group[64 s + 63, c])
 //
-// in order, from +0; on the last level this is added to `before`, where a gradient is accumulated. The operators' own kernels add up the first 64 rows of each column; this one is
-// launched until one row is left. Where there is one level more, its groups have one part each, to which
-// +0 is added: the same bits. No atomics: the same bits in every run.
+// in order, from +0. On the last level the sum is added to `before`, where a gradient is accumulated. The
+// operators' own kernels add up the first 64 rows of each column; this one is launched until one row is left.
+// Where there is one level more, its groups have one part each, to which +0 is added: the same bits. No
+// atomics: the same bits in every run.
 //
 // A block has 32 columns of one sum, a warp a group at a time. It is few blocks, and what it costs is the
 // time that loads take: 16 of them are on their way at once.
@@ -24,7 +25,7 @@ constexpr unsigned SPAN = TILE_ROWS * TILE_ROWS;
 struct SumRowsParams {
     In<float> parts[SUMS];  // [count, cols]
     Out<float> sums[SUMS];  // [ceil(count / 4096), cols], at least one row
-    In<float> before[SUMS]; // null; or `sums`, where they are added to
+    In<float> before[SUMS];  // null; or `sums`, where they are added to
     unsigned long long count;
     unsigned long long cols;
     IndexDivisor blocks_a_row;  // ceil(cols / 32)

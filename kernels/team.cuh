@@ -115,3 +115,24 @@ private:
         return team.sum(sum, scratch);
     }
 };
+
+/// The forms of a kernel whose threads share a row: by a warp or a block that holds it, or by a block that reads it again
+/// in each pass (src/device/rows.rs chooses).
+template <bool aligned>
+using WarpWalk = Walk<WarpTeam, true, aligned>;
+template <bool aligned>
+using BlockWalk = Walk<BlockTeam, true, aligned>;
+template <bool aligned>
+using WideWalk = Walk<BlockTeam, false, aligned>;
+
+/// `stamp(form, walk, T, type)` for each form and storage type.
+#define FD_ROW_FORMS(stamp)             \
+    stamp(warp, WarpWalk, float, f32)   \
+    stamp(warp, WarpWalk, f16, f16)     \
+    stamp(warp, WarpWalk, bf16, bf16)   \
+    stamp(block, BlockWalk, float, f32) \
+    stamp(block, BlockWalk, f16, f16)   \
+    stamp(block, BlockWalk, bf16, bf16) \
+    stamp(wide, WideWalk, float, f32)   \
+    stamp(wide, WideWalk, f16, f16)     \
+    stamp(wide, WideWalk, bf16, bf16)

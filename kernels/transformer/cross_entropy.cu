@@ -88,24 +88,23 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
     });
 }
 
+/// Each pass reads the row again.
 template <bool aligned>
-using WarpWalk = Walk<WarpTeam, false, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, false, aligned>;
+using WideWarpWalk = Walk<WarpTeam, false, aligned>;
 
 /// The kernels of one form and storage type.
 #define FD_CROSS_ENTROPY(form, walk, T, type)                                                     \
     FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, THREADS,                      \
               cross_entropy<T, walk<true>>)                                                       \
-    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, THREADS,                  \
+    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, THREADS,            \
               cross_entropy<T, walk<false>>)
 
-FD_CROSS_ENTROPY(warp, WarpWalk, float, f32)
-FD_CROSS_ENTROPY(warp, WarpWalk, f16, f16)
-FD_CROSS_ENTROPY(warp, WarpWalk, bf16, bf16)
-FD_CROSS_ENTROPY(block, BlockWalk, float, f32)
-FD_CROSS_ENTROPY(block, BlockWalk, f16, f16)
-FD_CROSS_ENTROPY(block, BlockWalk, bf16, bf16)
+FD_CROSS_ENTROPY(warp, WideWarpWalk, float, f32)
+FD_CROSS_ENTROPY(warp, WideWarpWalk, f16, f16)
+FD_CROSS_ENTROPY(warp, WideWarpWalk, bf16, bf16)
+FD_CROSS_ENTROPY(block, WideWalk, float, f32)
+FD_CROSS_ENTROPY(block, WideWalk, f16, f16)
+FD_CROSS_ENTROPY(block, WideWalk, bf16, bf16)
 
 struct CrossEntropyLossParams {
     In<float> losses;  // [rows]
