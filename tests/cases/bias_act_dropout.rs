@@ -18,12 +18,6 @@ pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tal
     }
 }
 
-/// Values up to 14 on both sides, where every activation is flat.
-fn far_out<T: Dtype>(len: usize, salt: u64, specials: bool) -> Vec<T> {
-    let values = values::<T>(len, salt, specials).into_iter();
-    values.map(|x| T::from_f32(x.to_f32() * 7.0)).collect()
-}
-
 fn forward<T: Dtype, L: TestBackend>(
     backend: &L,
     call: &Call,

@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::oracle;
-use fused_dropout::Norm;
 use fused_dropout::ops::embedding_dropout::{
     Backward, BackwardNorm, Forward, ForwardNorm, Gradients, Ids, Lookup, Lookups, Tables,
     check_report,
 };
+use fused_dropout::{Norm, Writable};
 
 pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
     tally.count::<T, L>(backend, "embedding_dropout", call, forward::<T, L>(backend, call));
@@ -216,16 +216,12 @@ fn adds(call: &Call) -> bool {
     call.dropout.key.seed.is_multiple_of(2)
 }
 
-/// A gradient that is asked for, on top of what is there.
-fn add<'a, L: TestBackend>(gradient: &'a mut Option<L::Tensor<f32>>) -> Option<Gradient<'a, L::B>> {
-    gradient.as_mut().map(|gradient| Gradient::Add(gradient as _))
-}
-
-/// The same, in place of what is there.
-fn write<'a, L: TestBackend>(
-    gradient: &'a mut Option<L::Tensor<f32>>,
-) -> Option<Gradient<'a, L::B>> {
-    gradient.as_mut().map(|gradient| Gradient::Write(gradient as _))
+/// A gradient that is may be asked for, added to what is there or written.
+fn asked<M: Memory>(
+    tensor: &mut Option<impl Writable<f32, M>>,
+    adds: bool,
+) -> Option<Gradient<'_, M>> {
+    tensor.as_mut().map(|tensor| if adds { Gradient::Add(tensor) } else { Gradient::Write(tensor) })
 }
 
 fn norm_gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
@@ -260,9 +256,8 @@ fn norm_gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<
     let mut gradients =
         expected.tables.each_ref().map(|table| table.as_ref().map(|table| held(table.len())));
     let mut of_norm = [with_norm.then(|| held(shape.cols)), with_norm.then(|| held(shape.cols))];
-    let gradient = if adds { add::<L> } else { write::<L> };
-    let [token, position, segment] = gradients.each_mut().map(gradient);
-    let [dweight, dnorm_bias] = of_norm.each_mut().map(gradient);
+    let [token, position, segment] = gradients.each_mut().map(|held| asked(held, adds));
+    let [dweight, dnorm_bias] = of_norm.each_mut().map(|held| asked(held, adds));
     let pass = BackwardNorm {
         shape,
         norm,
@@ -310,8 +305,7 @@ fn gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), S
         let before: [Option<Vec<f32>>; 3] = std::array::from_fn(before);
         let mut held =
             before.each_ref().map(|before| before.as_ref().map(|b| backend.tensor(b, call.offset)));
-        let gradient = if adds { add::<L> } else { write::<L> };
-        let [token, position, segment] = held.each_mut().map(gradient);
+        let [token, position, segment] = held.each_mut().map(|held| asked(held, adds));
         let pass = Backward {
             shape,
             lookups: there.lookups(&lookups),

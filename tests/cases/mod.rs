@@ -183,6 +183,12 @@ pub fn values<T: Dtype>(len: usize, salt: u64, specials: bool) -> Vec<T> {
     (0..len).map(value).collect()
 }
 
+/// [`values`] up to 14 on both sides, where every activation is flat.
+pub fn far_out<T: Dtype>(len: usize, salt: u64, specials: bool) -> Vec<T> {
+    let values = values::<T>(len, salt, specials).into_iter();
+    values.map(|x| T::from_f32(x.to_f32() * 7.0)).collect()
+}
+
 /// [`values`] for sums whose order of magnitude f32 and f64 must agree on: special ones in every eleventh row, and none
 /// that is finite and beyond 1e10.
 pub fn some_special<T: Dtype>(len: usize, cols: usize, salt: u64) -> Vec<T> {

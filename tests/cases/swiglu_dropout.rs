@@ -14,14 +14,10 @@ pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tal
     );
 }
 
-/// Values up to 14 on both sides, where the slope is flat.
-fn gates<T: Dtype>(len: usize) -> Vec<T> {
-    values::<T>(len, 30, true).into_iter().map(|x| T::from_f32(x.to_f32() * 7.0)).collect()
-}
-
 fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
-    let (gate, up) = (gates::<T>(elements(call)), values::<T>(elements(call), 31, true));
+    let (gate, up) =
+        (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));
     let expected = oracle::swiglu_dropout(&call.dropout, shape, &gate, &up);
     let [gate_there, up] = [&gate, &up].map(|tensor| backend.tensor(tensor, call.offset));
     let mut y = backend.tensor(&vec![T::from_f32(5.0); gate.len()], call.offset);
@@ -36,7 +32,8 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
 
 fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     let shape = call.shape;
-    let (gate, up) = (gates::<T>(elements(call)), values::<T>(elements(call), 31, true));
+    let (gate, up) =
+        (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));
     let dy = values::<T>(elements(call), 32, true);
     let [dgate, dup] = oracle::swiglu_dropout_backward(&call.dropout, shape, &gate, &up, &dy);
     let [gate, up, dy_there] = [&gate, &up, &dy].map(|tensor| backend.tensor(tensor, call.offset));
