@@ -108,6 +108,56 @@ impl<'a, M: Memory> Gradient<'a, M> {
     }
 }
 
+/// A parameter's gradient in its memory.
+pub(crate) struct Sum<'a, M: Memory + 'a> {
+    pub to: M::Out<'a, f32>,
+    /// Whether the gradient is added to what is there.
+    pub add: bool,
+}
+
+impl<'a, M: Memory> Sum<'a, M> {
+    pub fn of<'g: 'a>(gradient: Gradient<'g, M>, memory: &'a M) -> Result<Self, Error> {
+        let (tensor, add) = gradient.into_parts();
+        Ok(Self { to: tensor.write(memory)?, add })
+    }
+}
+
+/// [`Readable::read`] of an optional tensor.
+pub(crate) fn read<'a, T, M: Memory>(
+    tensor: Option<In<'a, T, M>>,
+    memory: &'a M,
+) -> Result<Option<M::In<'a, T>>, Error> {
+    tensor.map(|tensor| tensor.read(memory)).transpose()
+}
+
+/// [`Readable::read`] of an input: `None` where it lies in the output.
+pub(crate) fn source<'a, T, M: Memory>(
+    source: Source<In<'a, T, M>>,
+    memory: &'a M,
+) -> Result<Option<M::In<'a, T>>, Error> {
+    read(source.tensor(), memory)
+}
+
+/// [`Writable::write`] of an optional tensor.
+pub(crate) fn write<'a, 't, T, M: Memory>(
+    tensor: Option<&'a mut (dyn Writable<T, M> + 't)>,
+    memory: &'a M,
+) -> Result<Option<M::Out<'a, T>>, Error> {
+    tensor.map(|tensor| tensor.write(memory)).transpose()
+}
+
+/// Gives each kind of host tensor to the macro `$implement`, those that can be written after `mut`.
+macro_rules! host_tensors {
+    ($implement:ident) => {
+        $implement!(mut [] Vec<T>);
+        $implement!(mut [] Box<[T]>);
+        $implement!(mut [const N: usize] [T; N]);
+        $implement!([] &[T]);
+        $implement!(mut [] &mut [T]);
+    };
+}
+pub(crate) use host_tensors;
+
 /// The memory of a [`Dropout`](crate::Dropout) whose numbers are all given by the host. No tensor lies in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Host {}

@@ -2,12 +2,12 @@
 
 use super::octets::Segment;
 use super::stream::{Block, Stream};
-use super::sum_rows::Sum;
 use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::bias_act_dropout::{Activation, Backward, Forward};
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::{Sum, read, source};
 
 /// y = D(act(x + bias)).
 pub(crate) fn forward<T: Dtype>(
@@ -15,8 +15,8 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
-    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
+    let x = source(x, cpu)?;
+    let bias = read(bias, cpu)?;
     Task { cpu: *cpu, draw, shape, activation, bias }.forward(x, y.write(cpu)?);
     Ok(())
 }
@@ -27,8 +27,8 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
-    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let bias = read(bias, cpu)?;
+    let dy = source(dy, cpu)?;
     let dbias = dbias.map(|dbias| Sum::of(dbias, cpu)).transpose()?;
     let task = Task { cpu: *cpu, draw, shape, activation, bias };
     task.backward(x.read(cpu)?, dy, dx.write(cpu)?, dbias);
@@ -60,7 +60,7 @@ impl<T: Dtype> Task<'_, T> {
     }
 
     /// dy = dx where it is not given.
-    fn backward(&self, x: &[T], dy: Option<&[T]>, dx: &mut [T], dbias: Option<Sum<'_>>) {
+    fn backward(&self, x: &[T], dy: Option<&[T]>, dx: &mut [T], dbias: Option<Sum<'_, Cpu>>) {
         let Self { cpu, draw, shape, .. } = *self;
         let stream = Stream { cpu, draw, shape, inputs: [Some(x), dy], in_place: dy.is_none() };
         let Some(dbias) = dbias else {

@@ -6,6 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout::{Backward, Forward};
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::source;
 
 /// y = D(x).
 pub(crate) fn forward<T: Dtype>(
@@ -13,7 +14,7 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
+    let x = source(x, cpu)?;
     apply(*cpu, draw, shape, x, y.write(cpu)?);
     Ok(())
 }

@@ -1,12 +1,12 @@
 //! `dropout_add` on the CPU: y = residual + D(x + bias), and its gradients.
 
 use super::stream::Stream;
-use super::sum_rows::Sum;
 use super::{Cpu, convert, dropout};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward};
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::{Sum, read, source, write};
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype>(
@@ -14,8 +14,8 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let bias = bias.map(|bias| bias.read(cpu)).transpose()?;
-    let residual = residual.tensor().map(|residual| residual.read(cpu)).transpose()?;
+    let bias = read(bias, cpu)?;
+    let residual = source(residual, cpu)?;
     add(*cpu, draw, shape, x.read(cpu)?, bias, residual, y.write(cpu)?);
     Ok(())
 }
@@ -26,8 +26,8 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
-    let dx = dx.map(|dx| dx.write(cpu)).transpose()?;
+    let dy = source(dy, cpu)?;
+    let dx = write(dx, cpu)?;
     let Some(dbias) = dbias else {
         if let Some(dx) = dx {
             dropout::apply(*cpu, draw, shape, dy, dx);
@@ -98,7 +98,7 @@ fn gradients<T: Dtype>(
     shape: Shape,
     dy: Option<&[T]>,
     dx: Option<&mut [T]>,
-    dbias: Sum<'_>,
+    dbias: Sum<'_, Cpu>,
 ) {
     let unscaled = MaskParams { scale: 1.0, ..*draw };
     let stream = Stream { cpu, draw, shape, inputs: [dy, None], in_place: dy.is_none() };

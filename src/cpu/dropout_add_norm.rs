@@ -7,7 +7,6 @@ use super::dropout_add::select_add;
 use super::norm::{Affine, Standard};
 use super::octets::Segment;
 use super::split::Line;
-use super::sum_rows::Sum;
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -15,6 +14,7 @@ use crate::ops::dropout_add_norm::{Backward, Forward, Saved};
 use crate::ops::norm::Norm;
 use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::{Sum, read, source, write};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -26,13 +26,13 @@ pub(crate) fn forward<T: Dtype>(
 ) -> Result<(), Error> {
     let add = Add {
         x: pass.x.read(cpu)?,
-        bias: pass.bias.map(|bias| bias.read(cpu)).transpose()?,
-        residual: pass.residual.tensor().map(|residual| residual.read(cpu)).transpose()?,
+        bias: read(pass.bias, cpu)?,
+        residual: source(pass.residual, cpu)?,
     };
-    let norm_bias = pass.norm_bias.map(|bias| bias.read(cpu)).transpose()?;
+    let norm_bias = read(pass.norm_bias, cpu)?;
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
-    let s = pass.s.map(|s| s.write(cpu)).transpose()?;
-    let stats = pass.stats.map(|stats| stats.write(cpu)).transpose()?;
+    let s = write(pass.s, cpu)?;
+    let stats = write(pass.stats, cpu)?;
     let task = Task { cpu: *cpu, draw, norm: pass.norm, shape: pass.shape };
     task.forward(&add, &affine, s, pass.y.write(cpu)?, stats);
     Ok(())
@@ -48,7 +48,7 @@ pub(crate) fn backward<T: Dtype>(
         Saved::Sum(s) => Recomputed::Not(s.read(cpu)?),
         Saved::Inputs { x, bias, residual } => Recomputed::From(Add {
             x: x.read(cpu)?,
-            bias: bias.map(|bias| bias.read(cpu)).transpose()?,
+            bias: read(bias, cpu)?,
             residual: Some(residual.read(cpu)?),
         }),
     };
@@ -58,7 +58,7 @@ pub(crate) fn backward<T: Dtype>(
         weight: &convert::widened(pass.weight.read(cpu)?),
         stats,
         dy: pass.dy.read(cpu)?,
-        ds: pass.ds.map(|ds| ds.read(cpu)).transpose()?,
+        ds: read(pass.ds, cpu)?,
     };
     let [dbias, dweight, dnorm_bias] = [pass.dbias, pass.dweight, pass.dnorm_bias]
         .map(|gradient| gradient.map(|gradient| Sum::of(gradient, cpu)).transpose());
@@ -244,7 +244,7 @@ impl Task<'_> {
         given: &Given<'_, T>,
         dresidual: &mut [T],
         dx: &mut [T],
-        grads: ParamGrads<Sum<'_>>,
+        grads: ParamGrads<Sum<'_, Cpu>>,
     ) {
         let Shape { rows, cols } = self.shape;
         let ParamGrads { dbias, dweight, dnorm_bias } = grads;
@@ -374,7 +374,7 @@ fn chunks(
 }
 
 /// The tree above the tiles, for a gradient that was asked for.
-fn finish(sums: Option<Vec<f32>>, factor: f32, grad: Option<Sum<'_>>) {
+fn finish(sums: Option<Vec<f32>>, factor: f32, grad: Option<Sum<'_, Cpu>>) {
     if let (Some(sums), Some(grad)) = (sums, grad) {
         grad.finish(sums, factor);
     }

@@ -13,7 +13,7 @@ use crate::ops::embedding_dropout::{
 };
 use crate::ops::norm::Norm;
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{Gradient, In};
+use crate::tensor::{Gradient, In, read, write};
 use rayon::prelude::*;
 
 /// y = D(token + position + segment).
@@ -46,9 +46,9 @@ pub(crate) fn forward_norm<T: Dtype>(
 ) -> Result<(), Error> {
     let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
     let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
-    let norm_bias = pass.norm_bias.map(|bias| bias.read(cpu)).transpose()?;
+    let norm_bias = read(pass.norm_bias, cpu)?;
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
-    let stats = pass.stats.map(|stats| stats.write(cpu)).transpose()?;
+    let stats = write(pass.stats, cpu)?;
     let rows = NormRows { cpu: *cpu, draw, norm: pass.norm, shape, sum };
     rows.forward(&affine, pass.y.write(cpu)?, stats);
     Ok(())

@@ -15,6 +15,7 @@ use crate::ops::softmax_dropout::{
     AttentionMask, Backward, Forward, Mask, STATISTICS, Scores, visible,
 };
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::{read, source, write};
 use rayon::prelude::*;
 
 /// y = D(softmax(scale · x + mask)), and the rows' statistics.
@@ -23,8 +24,8 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = x.tensor().map(|x| x.read(cpu)).transpose()?;
-    let statistics = statistics.map(|statistics| statistics.write(cpu)).transpose()?;
+    let x = source(x, cpu)?;
+    let statistics = write(statistics, cpu)?;
     Task::new(cpu, draw, scores, &mask)?.forward(x, y.write(cpu)?, statistics);
     Ok(())
 }
@@ -35,8 +36,8 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let statistics = statistics.map(|statistics| statistics.read(cpu)).transpose()?;
-    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let statistics = read(statistics, cpu)?;
+    let dy = source(dy, cpu)?;
     let task = Task::new(cpu, draw, scores, &mask)?;
     task.backward(x.read(cpu)?, statistics, dy, dx.write(cpu)?);
     Ok(())
@@ -67,8 +68,8 @@ impl<'a, T: Dtype> Task<'a, T> {
     ) -> Result<Self, Error> {
         let mask = AttentionMask {
             causal: mask.causal,
-            lengths: mask.lengths.map(|lengths| lengths.read(cpu)).transpose()?,
-            additive: mask.additive.map(|additive| additive.read(cpu)).transpose()?,
+            lengths: read(mask.lengths, cpu)?,
+            additive: read(mask.additive, cpu)?,
         };
         Ok(Self { cpu: *cpu, draw, scores, mask, shape: scores.shape()? })
     }

@@ -3,11 +3,11 @@
 
 use super::octets::{self, Segment};
 use super::split::Line;
-use super::sum_rows::Sum;
 use super::{Cpu, split};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::Sum;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -56,7 +56,7 @@ impl<T: Dtype> Stream<'_, T> {
     pub fn run_and_sum(
         &self,
         out: Option<&mut [T]>,
-        sum: Sum<'_>,
+        sum: Sum<'_, Cpu>,
         factor: f32,
         body: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
     ) {

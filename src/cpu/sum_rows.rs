@@ -2,27 +2,13 @@
 
 use super::Cpu;
 use super::octets::ELEMENTS;
-use crate::error::Error;
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::tensor::Gradient;
+use crate::tensor::Sum;
 use rayon::prelude::*;
 
-/// Where a sum over the rows goes: f32, `[cols]`.
-pub(super) struct Sum<'a> {
-    to: &'a mut [f32],
-    /// Whether it is added to what is there.
-    add: bool,
-}
-
-impl<'a> Sum<'a> {
-    /// What a parameter's gradient asks for.
-    pub fn of<'g: 'a>(gradient: Gradient<'g, Cpu>, cpu: &'a Cpu) -> Result<Self, Error> {
-        let (tensor, add) = gradient.into_parts();
-        Ok(Self { to: tensor.write(cpu)?, add })
-    }
-
+impl Sum<'_, Cpu> {
     /// The tree above the tiles' `sums`, `[tiles, cols]`, times `factor`.
-    pub fn finish(self, sums: Vec<f32>, factor: f32) {
+    pub(super) fn finish(self, sums: Vec<f32>, factor: f32) {
         let cols = self.to.len();
         let total = if sums.is_empty() { vec![0.0; cols] } else { tree(sums, cols) };
         let values = self.to.iter_mut().zip(total.into_iter().map(|total| total * factor));

@@ -7,6 +7,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::MaskParams;
 use crate::ops::swiglu_dropout::{Backward, Forward};
+use crate::tensor::source;
 
 /// y = D(silu(gate) · up).
 pub(crate) fn forward<T: Dtype>(
@@ -14,7 +15,7 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let gate = gate.tensor().map(|gate| gate.read(cpu)).transpose()?;
+    let gate = source(gate, cpu)?;
     let up = up.read(cpu)?;
     let inputs = [Some(up), gate];
     let stream = Stream { cpu: *cpu, draw, shape, inputs, in_place: gate.is_none() };
@@ -40,7 +41,7 @@ pub(crate) fn backward<T: Dtype>(
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (gate, up) = (gate.read(cpu)?, up.read(cpu)?);
-    let dy = dy.tensor().map(|dy| dy.read(cpu)).transpose()?;
+    let dy = source(dy, cpu)?;
     let (dgate, dup) = (dgate.write(cpu)?, dup.write(cpu)?);
     let streaming = split::streaming(*cpu, dgate).filter(|_| dy.is_some());
     let before = |octet| octets::first_element(shape, octet);

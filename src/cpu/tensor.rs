@@ -2,7 +2,7 @@
 
 use super::Cpu;
 use crate::error::Error;
-use crate::tensor::{Memory, Readable, Writable};
+use crate::tensor::{Memory, Readable, Writable, host_tensors};
 
 impl Memory for Cpu {
     type In<'a, T: 'a> = &'a [T];
@@ -33,8 +33,4 @@ macro_rules! host_tensor {
     };
 }
 
-host_tensor!(mut [] Vec<T>);
-host_tensor!(mut [] Box<[T]>);
-host_tensor!(mut [const N: usize] [T; N]);
-host_tensor!([] & [T]);
-host_tensor!(mut [] &mut [T]);
+host_tensors!(host_tensor);

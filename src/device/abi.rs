@@ -2,9 +2,9 @@
 //! field for field.
 
 use crate::error::Error;
-use crate::mask::{Groups, OCTET, RowMap};
+use crate::mask::{Groups, RowMap};
+use crate::ops::MaskParams;
 use crate::ops::norm::{Norm, NormKind};
-use crate::ops::{MaskParams, Shape};
 use bytemuck::{Pod, Zeroable};
 
 /// Division by a constant without a division instruction: `(n * multiplier) >> 32 >> shift`, with the
@@ -67,12 +67,12 @@ impl IndexDivisor {
 
     /// The kernels' arithmetic, for the test that holds it to `/`.
     #[cfg(test)]
-    fn quotient(self, n: u32) -> u32 {
+    pub fn quotient(self, n: u32) -> u32 {
         ((u64::from(n + 1) * u64::from(self.multiplier)) >> 32 >> self.shift) as u32
     }
 
     #[cfg(test)]
-    fn remainder(self, n: u32) -> u32 {
+    pub fn remainder(self, n: u32) -> u32 {
         n.wrapping_add(self.quotient(n).wrapping_mul(self.minus_divisor))
     }
 }
@@ -85,52 +85,6 @@ pub(crate) struct Octets {
     pub per_row: IndexDivisor,
     /// Columns of the launch; also the elements from one row to the next, where it has several.
     pub cols: u64,
-}
-
-/// Part of a tensor that one launch of a streaming kernel covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
-    pub octets: Octets,
-    /// Its first row and octet of columns.
-    pub row: u32,
-    pub octet: u32,
-    /// Index of its first element, and of its first octet, in the whole tensor.
-    pub first_element: u64,
-    pub first_octet: u64,
-}
-
-/// Octets of the largest part: kernels count them in 31 bits, with room for a last block that is not
-/// full.
-const PART_OCTETS: usize = 1 << 30;
-
-/// Splits a tensor into parts: whole rows, or stretches of one row where a row is longer than a part.
-pub(crate) fn parts(shape: Shape) -> impl Iterator<Item = Part> {
-    parts_of(shape, PART_OCTETS)
-}
-
-fn parts_of(shape: Shape, octets: usize) -> impl Iterator<Item = Part> {
-    let Shape { rows, cols: row_elements } = shape;
-    let row_octets = row_elements.div_ceil(OCTET);
-    let width = row_octets.clamp(1, octets);
-    let height = if width < row_octets { 1 } else { octets / width };
-    (0..rows).step_by(height).flat_map(move |row| {
-        let rows = height.min(rows - row);
-        (0..row_octets).step_by(width).map(move |octet| {
-            let cols = (row_elements - octet * OCTET).min(width * OCTET);
-            let per_row = cols.div_ceil(OCTET);
-            Part {
-                octets: Octets {
-                    count: (rows * per_row) as u32,
-                    per_row: IndexDivisor::new(per_row as u32),
-                    cols: cols as u64,
-                },
-                row: row as u32,
-                octet: octet as u32,
-                first_element: (row * row_elements + octet * OCTET) as u64,
-                first_octet: (row * row_octets + octet) as u64,
-            }
-        })
-    })
 }
 
 /// `RowMap` with its list in device memory (`list`, null for an affine map), and the local row that
@@ -314,30 +268,6 @@ mod tests {
                     );
                 }
             }
-        }
-    }
-
-    #[test]
-    fn parts_cover_every_octet_once() {
-        for (rows, cols, octets) in [(5, 24, 7), (5, 20, 3), (3, 100, 4), (4, 1, 3), (0, 9, 2)] {
-            let mut seen = Vec::new();
-            for part in parts_of(Shape::new(rows, cols), octets) {
-                assert!(part.octets.count as usize <= octets);
-                for index in 0..part.octets.count {
-                    let per_row = part.octets.per_row;
-                    let (row, octet) = (per_row.quotient(index), per_row.remainder(index));
-                    let (r, o) = (part.row + row, part.octet + octet);
-                    let element = part.first_element + u64::from(row) * part.octets.cols;
-                    assert_eq!(
-                        element + 8 * u64::from(octet),
-                        u64::from(r) * cols as u64 + 8 * u64::from(o)
-                    );
-                    seen.push((r as usize, o as usize));
-                }
-            }
-            let all: Vec<_> =
-                (0..rows).flat_map(|r| (0..cols.div_ceil(8)).map(move |o| (r, o))).collect();
-            assert_eq!(seen, all);
         }
     }
 }

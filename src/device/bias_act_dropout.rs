@@ -1,12 +1,14 @@
 //! `bias_act_dropout`: y = D(act(x + bias)), and its gradients.
 
-use super::abi::{Mask, Octets, parts};
+use super::abi::{Mask, Octets};
+use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{Device, Launch, OCTETS_A_BLOCK, Sum, aligned, kernel, launch, pointer, read, source};
+use super::{Device, Launch, aligned, kernel, launch, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::bias_act_dropout::{Backward, Forward, NAME};
+use crate::tensor::{Sum, read, source};
 
 /// `BiasActParams` in `kernels/bias_act_dropout.cu`.
 #[repr(C)]
@@ -28,28 +30,20 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let (x, bias, y) = (source(x, device)?, read(bias, device)?, y.write(device)?);
     let (x, bias, y) = (x.as_ref().unwrap_or(&y).pointer, pointer(&bias), y.pointer);
-    let kernel = match aligned(shape.cols, &[x, bias, y]) {
-        true => kernel!(NAME, "bias_act_dropout", T),
-        false => kernel!(NAME, "bias_act_dropout_unaligned", T),
-    };
-    let size = size_of::<T>() as u64;
-    for part in parts(shape) {
-        let bytes = part.first_element * size;
-        let params = ForwardParams {
-            mask: mask.advanced(part.row, part.octet),
+    let kernel = kernel!(NAME, "bias_act_dropout", T, if aligned(shape.cols, &[x, bias, y]));
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
+    // y is x.
+    unsafe {
+        launch_stream(device, kernel, &mask, shape, |part, mask| ForwardParams {
+            mask,
             octets: part.octets,
-            x: x + bytes,
-            bias: if bias == 0 { 0 } else { bias + 8 * u64::from(part.octet) * size },
-            y: y + bytes,
+            x: part.of_tensor::<T>(x),
+            bias: part.of_row::<T>(bias),
+            y: part.of_tensor::<T>(y),
             activation: activation as u32,
             padding: 0,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the lengths were checked against the shape, of which a part is a part; the addresses are held until
-        // the end; the kernel allows that y is x.
-        unsafe { launch(device, kernel, blocks, &params)? };
+        })
     }
-    Ok(())
 }
 
 /// `BiasActGrad` in `kernels/bias_act_dropout.cu`.
@@ -94,10 +88,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         // that dx is dy.
         return unsafe { without_sums::<T, D>(device, &mask, shape, grad) };
     };
-    let kernel = match aligned(shape.cols, &tensors) {
-        true => kernel!(NAME, "bias_act_dropout_bias_grad", T),
-        false => kernel!(NAME, "bias_act_dropout_bias_grad_unaligned", T),
-    };
+    let kernel = kernel!(NAME, "bias_act_dropout_bias_grad", T, if aligned(shape.cols, &tensors));
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, 1.0);
@@ -117,23 +108,14 @@ unsafe fn without_sums<T: Dtype, D: Device>(
     shape: Shape,
     grad: Grad,
 ) -> Result<(), Error> {
-    let kernel = match aligned(shape.cols, &grad.tensors) {
-        true => kernel!(NAME, "bias_act_dropout_grad", T),
-        false => kernel!(NAME, "bias_act_dropout_grad_unaligned", T),
-    };
-    let size = size_of::<T>() as u64;
-    for part in parts(shape) {
-        let bytes = part.first_element * size;
-        let [x, bias, dy, dx] = grad.tensors;
-        let bias = if bias == 0 { 0 } else { bias + 8 * u64::from(part.octet) * size };
-        let params = GradParams {
-            mask: mask.advanced(part.row, part.octet),
-            octets: part.octets,
-            grad: Grad { tensors: [x + bytes, bias, dy + bytes, dx + bytes], ..grad },
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the caller's promise; the parts stay within the tensors.
-        unsafe { launch(device, kernel, blocks, &params)? };
+    let kernel = kernel!(NAME, "bias_act_dropout_grad", T, if aligned(shape.cols, &grad.tensors));
+    let [x, bias, dy, dx] = grad.tensors;
+    // SAFETY: the caller's promise; the parts stay within the tensors.
+    unsafe {
+        launch_stream(device, kernel, mask, shape, |part, mask| {
+            let [x, dy, dx] = [x, dy, dx].map(|tensor| part.of_tensor::<T>(tensor));
+            let tensors = [x, part.of_row::<T>(bias), dy, dx];
+            GradParams { mask, octets: part.octets, grad: Grad { tensors, ..grad } }
+        })
     }
-    Ok(())
 }

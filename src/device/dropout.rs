@@ -1,11 +1,13 @@
 //! `dropout`: y = D(x), and its gradient dx = D(dy), by the same kernel.
 
-use super::abi::{Mask, Octets, parts};
-use super::{Device, Launch, OCTETS_A_BLOCK, aligned, kernel, launch, source};
+use super::abi::{Mask, Octets};
+use super::stream::launch_stream;
+use super::{Device, Launch, aligned, kernel};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::dropout::{Backward, Forward, NAME};
+use crate::tensor::source;
 
 /// y = D(x).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -49,23 +51,16 @@ pub(super) unsafe fn apply<T: Dtype, D: Device>(
     x: u64,
     y: u64,
 ) -> Result<(), Error> {
-    let kernel = match aligned(shape.cols, &[x, y]) {
-        true => kernel!(NAME, "dropout", T),
-        false => kernel!(NAME, "dropout_unaligned", T),
-    };
-    for part in parts(shape) {
-        let bytes = part.first_element * size_of::<T>() as u64;
-        let params = Params {
-            mask: mask.advanced(part.row, part.octet),
+    let kernel = kernel!(NAME, "dropout", T, if aligned(shape.cols, &[x, y]));
+    // SAFETY: the caller's promise; the parts stay within the tensors.
+    unsafe {
+        launch_stream(device, kernel, mask, shape, |part, mask| Params {
+            mask,
             octets: part.octets,
-            x: x + bytes,
-            y: y + bytes,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the caller's promise; the parts stay within the tensors.
-        unsafe { launch(device, kernel, blocks, &params)? };
+            x: part.of_tensor::<T>(x),
+            y: part.of_tensor::<T>(y),
+        })
     }
-    Ok(())
 }
 
 /// Fills `elements` f32 with zeros: a dropout of all of them.

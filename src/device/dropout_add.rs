@@ -1,14 +1,13 @@
 //! `dropout_add`: y = residual + D(x + bias), and its gradients.
 
-use super::abi::{Mask, Octets, parts};
+use super::abi::{Mask, Octets};
+use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{
-    Device, Launch, OCTETS_A_BLOCK, Sum, aligned, dropout, kernel, launch, pointer, read, source,
-    write,
-};
+use super::{Device, Launch, aligned, dropout, kernel, launch, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward, NAME};
+use crate::tensor::{Sum, read, source, write};
 
 /// `DropoutAddParams` in `kernels/dropout_add.cu`.
 #[repr(C)]
@@ -32,29 +31,23 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let (residual, y) = (source(pass.residual, device)?, pass.y.write(device)?);
     let residual = residual.as_ref().unwrap_or(&y).pointer;
     let (x, bias, y) = (x.pointer, pointer(&bias), y.pointer);
-    let kernel = match (bias != 0, aligned(shape.cols, &[x, bias, residual, y])) {
-        (false, true) => kernel!(NAME, "dropout_add", T),
-        (false, false) => kernel!(NAME, "dropout_add_unaligned", T),
-        (true, true) => kernel!(NAME, "dropout_add_bias", T),
-        (true, false) => kernel!(NAME, "dropout_add_bias_unaligned", T),
+    let aligned = aligned(shape.cols, &[x, bias, residual, y]);
+    let kernel = match bias {
+        0 => kernel!(NAME, "dropout_add", T, if aligned),
+        _ => kernel!(NAME, "dropout_add_bias", T, if aligned),
     };
-    let size = size_of::<T>() as u64;
-    for part in parts(shape) {
-        let bytes = part.first_element * size;
-        let params = ForwardParams {
-            mask: mask.advanced(part.row, part.octet),
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
+    // y is the residual.
+    unsafe {
+        launch_stream(device, kernel, &mask, shape, |part, mask| ForwardParams {
+            mask,
             octets: part.octets,
-            x: x + bytes,
-            bias: if bias == 0 { 0 } else { bias + 8 * u64::from(part.octet) * size },
-            residual: residual + bytes,
-            y: y + bytes,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the lengths were checked against the shape, of which a part is a part; the addresses are held until
-        // the end; the kernel allows that y is the residual.
-        unsafe { launch(device, kernel, blocks, &params)? };
+            x: part.of_tensor::<T>(x),
+            bias: part.of_row::<T>(bias),
+            residual: part.of_tensor::<T>(residual),
+            y: part.of_tensor::<T>(y),
+        })
     }
-    Ok(())
 }
 
 /// `BiasGradParams` in `kernels/dropout_add.cu`.
@@ -86,10 +79,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, mask.scale);
     let (tiles, blocks) = tree.by_tiles();
-    let kernel = match aligned(shape.cols, &[dy, dx]) {
-        true => kernel!(NAME, "dropout_add_bias_grad", T),
-        false => kernel!(NAME, "dropout_add_bias_grad_unaligned", T),
-    };
+    let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned(shape.cols, &[dy, dx]));
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.
     unsafe {
         if blocks > 0 {

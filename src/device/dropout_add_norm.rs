@@ -4,13 +4,13 @@
 use super::abi::{IndexDivisor, Mask, RowNorm};
 use super::rows::{self, forms, launch_rows};
 use super::sum_rows::Tree;
-use super::{Address, Device, Launch, Sum, aligned, kernel, launch, pointer, read, source, write};
+use super::{Address, Device, Launch, aligned, kernel, launch, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::dropout_add_norm::{Backward, Forward, NAME, Saved};
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::tensor::In;
+use crate::tensor::{In, Sum, read, source, write};
 
 /// `SumOf` in `kernels/dropout_add_norm.cu`.
 #[derive(Clone, Copy)]
@@ -232,10 +232,8 @@ unsafe fn launch_tiles<T: Dtype, D: Device>(
         factor: trees[0].as_ref().map_or(1.0, |dbias| dbias.first().1),
         ..params
     };
-    let kernel = match aligned(shape.cols, &tensors(&params)) {
-        true => kernel!(NAME, "dropout_add_norm_tile", T),
-        false => kernel!(NAME, "dropout_add_norm_tile_unaligned", T),
-    };
+    let kernel =
+        kernel!(NAME, "dropout_add_norm_tile", T, if aligned(shape.cols, &tensors(&params)));
     // SAFETY: the caller's promise.
     unsafe { launch(device, kernel, blocks, &params) }
 }

@@ -3,10 +3,9 @@
 
 mod norm;
 
-use super::abi::{Divisor, IndexDivisor, Mask, Octets, parts};
-use super::{
-    Address, Device, Launch, OCTETS_A_BLOCK, Sum, THREADS, aligned, dropout, kernel, launch,
-};
+use super::abi::{Divisor, IndexDivisor, Mask, Octets};
+use super::stream::launch_stream;
+use super::{Address, Device, Launch, THREADS, aligned, dropout, kernel, launch};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
@@ -14,7 +13,7 @@ use crate::ops::Shape;
 use crate::ops::embedding_dropout::{
     Backward, Forward, Gradients, Ids, Lookup, Lookups, NAME, TABLES, Tables,
 };
-use crate::tensor::{Gradient, In, Out};
+use crate::tensor::{Gradient, In, Out, Sum};
 pub(crate) use norm::{backward_norm, forward_norm};
 
 /// `Lookup` in `kernels/embedding.cuh`.
@@ -84,28 +83,22 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let y = held.hold(pass.y.write(device))?;
     let report = held.report(pass.report, device)?;
     let [token, position, segment] = tables;
-    let kernel = match aligned(shape.cols, &[token, position, segment, y]) {
-        true => kernel!(NAME, "embedding_dropout", T),
-        false => kernel!(NAME, "embedding_dropout_unaligned", T),
-    };
-    let size = size_of::<T>() as u64;
-    for part in parts(shape) {
-        // The rows of a part are known to its mask.
-        let columns = 8 * u64::from(part.octet) * size;
-        let tables = tables.map(|table| if table == 0 { 0 } else { table + columns });
-        let params = ForwardParams {
-            mask: mask.advanced(part.row, part.octet),
-            octets: part.octets,
-            embeddings: Embeddings::new(lookups, tables, shape.cols),
-            y: y + part.first_element * size,
-            report,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the lengths were checked against the shape, of which a part is a part; the addresses are held until
-        // the end; the kernel reads no entry that is not in its table.
-        unsafe { launch(device, kernel, blocks, &params)? };
+    let kernel = kernel!(NAME, "embedding_dropout", T, if aligned(shape.cols, &[token, position, segment, y]));
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel reads no entry
+    // that is not in its table.
+    unsafe {
+        launch_stream(device, kernel, &mask, shape, |part, mask| {
+            // The rows of a part are known to its mask.
+            let tables = tables.map(|table| part.of_row::<T>(table));
+            ForwardParams {
+                mask,
+                octets: part.octets,
+                embeddings: Embeddings::new(lookups, tables, shape.cols),
+                y: part.of_tensor::<T>(y),
+                report,
+            }
+        })
     }
-    Ok(())
 }
 
 fn check_rows(shape: Shape, most: usize) -> Result<(), Error> {
@@ -218,7 +211,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     gradient: Gradient<'_, D>,
 ) -> Result<(), Error> {
     let elements = gradient.tensor().elements();
-    let Sum { address, add } = Sum::of(gradient, device)?;
+    let Sum { to: address, add } = Sum::of(gradient, device)?;
     let gradient = address.pointer;
     if !add {
         // SAFETY: the tensor's own length.
@@ -231,10 +224,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     if blocks == 0 || candidates.count == 0 {
         return Ok(());
     }
-    let kernel = match aligned(shape.cols, &[source, gradient]) {
-        true => kernel!(NAME, "embedding_dropout_table_grad", T),
-        false => kernel!(NAME, "embedding_dropout_table_grad_unaligned", T),
-    };
+    let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, &[source, gradient]));
     let params = TableGradParams {
         mask: *mask,
         dy: source,

@@ -1,7 +1,8 @@
 //! `keep_mask`: the mask itself as bits or bytes, 1 for kept; see [`crate::ops::keep_mask`].
 
-use super::abi::{Mask, Octets, Part, parts};
-use super::{Device, Kernel, Launch, OCTETS_A_BLOCK, launch};
+use super::abi::{Mask, Octets};
+use super::stream::{Part, launch_stream};
+use super::{Device, Kernel, Launch};
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::keep_mask::{Bits, Bytes, NAME};
@@ -24,7 +25,7 @@ pub(crate) fn bytes<D: Device>(
     to: Launch<'_, D>,
 ) -> Result<(), Error> {
     let out = out.write(to.device)?;
-    let address = |part: &Part| out.pointer + part.first_element;
+    let address = |part: &Part| part.of_tensor::<u8>(out.pointer);
     // SAFETY: as above.
     unsafe { export(to, "keep_mask_bytes", shape, address) }
 }
@@ -44,12 +45,8 @@ unsafe fn export<D: Device>(
     shape: Shape,
     address: impl Fn(&Part) -> u64,
 ) -> Result<(), Error> {
-    for part in parts(shape) {
-        let mask = mask.advanced(part.row, part.octet);
-        let params = Params { mask, octets: part.octets, out: address(&part) };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the caller's promise; the parts stay within the tensor.
-        unsafe { launch(device, Kernel { operator: NAME, name }, blocks, &params)? };
-    }
-    Ok(())
+    let kernel = Kernel { operator: NAME, name };
+    let params = |part: &Part, mask| Params { mask, octets: part.octets, out: address(part) };
+    // SAFETY: the caller's promise; the parts stay within the tensor.
+    unsafe { launch_stream(device, kernel, &mask, shape, params) }
 }

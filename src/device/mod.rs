@@ -9,7 +9,7 @@
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::{MaskParams, Resident};
-use crate::tensor::{Gradient, In, Memory, Readable, Source, Writable};
+use crate::tensor::{Memory, Readable, Writable};
 use abi::Mask;
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -24,6 +24,7 @@ pub(crate) mod embedding_dropout;
 pub(crate) mod keep_mask;
 mod rows;
 pub(crate) mod softmax_dropout;
+mod stream;
 mod sum_rows;
 pub(crate) mod swiglu_dropout;
 
@@ -151,49 +152,8 @@ impl<'a, D: Device> Launch<'a, D> {
     }
 }
 
-/// The address of an optional tensor that is read.
-pub(crate) fn read<'a, T, D: Device>(
-    tensor: Option<In<'a, T, D>>,
-    device: &'a D,
-) -> Result<Option<Address<'a, D>>, Error> {
-    tensor.map(|tensor| tensor.read(device)).transpose()
-}
-
-/// The address of an optional tensor that is written.
-pub(crate) fn write<'a, 't, T, D: Device>(
-    tensor: Option<&'a mut (dyn Writable<T, D> + 't)>,
-    device: &'a D,
-) -> Result<Option<Address<'a, D>>, Error> {
-    tensor.map(|tensor| tensor.write(device)).transpose()
-}
-
-/// The address of an input: `None` where it lies in the output.
-pub(crate) fn source<'a, T, D: Device>(
-    tensor: Source<In<'a, T, D>>,
-    device: &'a D,
-) -> Result<Option<Address<'a, D>>, Error> {
-    read(tensor.tensor(), device)
-}
-
-/// Where a parameter's gradient goes.
-pub(crate) struct Sum<'a, D: Device + 'a> {
-    pub address: Address<'a, D>,
-    /// Whether it is added to what is there.
-    pub add: bool,
-}
-
-impl<'a, D: Device> Sum<'a, D> {
-    pub fn of<'g: 'a>(gradient: Gradient<'g, D>, device: &'a D) -> Result<Self, Error> {
-        let (tensor, add) = gradient.into_parts();
-        Ok(Self { address: tensor.write(device)?, add })
-    }
-}
-
 /// Threads of a block, in every kernel: `THREADS` in `kernels/kernel.cuh`.
 const THREADS: u32 = 256;
-
-/// Octets that a block of a streaming kernel covers: `OCTETS_A_BLOCK` in `kernels/kernel.cuh`.
-const OCTETS_A_BLOCK: u32 = 512;
 
 /// Launches `kernel` on `blocks` blocks.
 ///
@@ -220,8 +180,15 @@ pub(crate) fn aligned(cols: usize, addresses: &[u64]) -> bool {
     cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
 }
 
-/// The kernel `$name`, which may be given in parts, for the storage type `$T`.
+/// The kernel `$name`, which may be given in parts, for the storage type `$T`; after `if` the one for aligned tensors, or
+/// otherwise its `unaligned` twin.
 macro_rules! kernel {
+    ($operator:expr, $name:literal, $T:ty, if $aligned:expr) => {
+        match $aligned {
+            true => $crate::device::kernel!($operator, $name, $T),
+            false => $crate::device::kernel!($operator, $name "_unaligned", $T),
+        }
+    };
     ($operator:expr, $($name:literal)+, $T:ty) => {
         $crate::device::Kernel {
             operator: $operator,

@@ -3,11 +3,12 @@
 
 use super::abi::{self, Divisor};
 use super::rows::{self, Forms, forms, launch_rows};
-use super::{Device, Launch, pointer, read, source, write};
+use super::{Device, Launch, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::softmax_dropout::{Backward, Forward, NAME, Scores};
+use crate::tensor::{read, source, write};
 
 /// `SoftmaxParams` in `kernels/softmax_dropout.cu`.
 #[derive(Clone, Copy)]

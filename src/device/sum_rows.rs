@@ -2,10 +2,11 @@
 //! first 64 rows of each column; the kernel here adds up the levels above, two in a launch.
 
 use super::abi::IndexDivisor;
-use super::{Device, Kernel, Sum, launch};
+use super::{Device, Kernel, launch};
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::sum_rows::TILE_ROWS;
+use crate::tensor::Sum;
 
 /// A tensor in tiles of 64 rows and 64 columns, and where their sums go: `Tiles` in
 /// `kernels/sum_tile.cuh`.
@@ -48,7 +49,7 @@ impl Tree {
     /// `workspace` ([`workspace`](Self::workspace) f32).
     pub fn new<D: Device>(shape: Shape, sum: &Sum<'_, D>, workspace: u64, scale: f32) -> Self {
         let tiles = shape.rows.div_ceil(TILE_ROWS);
-        Self { shape, tiles, workspace, sum: sum.address.pointer, add: sum.add, scale }
+        Self { shape, tiles, workspace, sum: sum.to.pointer, add: sum.add, scale }
     }
 
     /// Whether the first level is the sum.
@@ -195,7 +196,7 @@ mod tests {
     use super::*;
     use crate::device::Address;
     use crate::emulator::Emulator;
-    use crate::tensor::Writable;
+    use crate::tensor::{Sum, Writable};
 
     /// The levels above the first, one after the other.
     fn levels(mut parts: Vec<f32>) -> f32 {
@@ -242,8 +243,8 @@ mod tests {
                 .map(|(workspace, total)| (workspace.unwrap(), total.unwrap()))
                 .collect();
             let tree = |(which, (workspace, total)): (usize, &(Address<'_, _>, Address<'_, _>))| {
-                let address = Address::<Emulator> { pointer: total.pointer, hold: None };
-                let sum = Sum { address, add: which == 1 };
+                let to = Address { pointer: total.pointer, hold: None };
+                let sum = Sum::<Emulator> { to, add: which == 1 };
                 Tree::new(shape, &sum, workspace.pointer, 1.5 + which as f32)
             };
             let trees: Vec<Tree> = held.iter().enumerate().map(tree).collect();

@@ -1,10 +1,12 @@
 //! `swiglu_dropout`: y = D(silu(gate) · up), and its gradients.
 
-use super::abi::{Mask, Octets, parts};
-use super::{Device, Launch, OCTETS_A_BLOCK, aligned, kernel, launch, source};
+use super::abi::{Mask, Octets};
+use super::stream::launch_stream;
+use super::{Device, Launch, aligned, kernel};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::swiglu_dropout::{Backward, Forward, NAME};
+use crate::tensor::source;
 
 /// `SwigluParams` in `kernels/swiglu_dropout.cu`.
 #[repr(C)]
@@ -24,25 +26,18 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let (gate, up, y) = (source(gate, device)?, up.read(device)?, y.write(device)?);
     let (gate, up, y) = (gate.as_ref().unwrap_or(&y).pointer, up.pointer, y.pointer);
-    let kernel = match aligned(shape.cols, &[gate, up, y]) {
-        true => kernel!(NAME, "swiglu_dropout", T),
-        false => kernel!(NAME, "swiglu_dropout_unaligned", T),
-    };
-    for part in parts(shape) {
-        let bytes = part.first_element * size_of::<T>() as u64;
-        let params = ForwardParams {
-            mask: mask.advanced(part.row, part.octet),
+    let kernel = kernel!(NAME, "swiglu_dropout", T, if aligned(shape.cols, &[gate, up, y]));
+    // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
+    // y is gate.
+    unsafe {
+        launch_stream(device, kernel, &mask, shape, |part, mask| ForwardParams {
+            mask,
             octets: part.octets,
-            gate: gate + bytes,
-            up: up + bytes,
-            y: y + bytes,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: the lengths were checked against the shape, of which a part is a part; the addresses are held until
-        // the end; the kernel allows that y is gate.
-        unsafe { launch(device, kernel, blocks, &params)? };
+            gate: part.of_tensor::<T>(gate),
+            up: part.of_tensor::<T>(up),
+            y: part.of_tensor::<T>(y),
+        })
     }
-    Ok(())
 }
 
 /// `SwigluGradParams` in `kernels/swiglu_dropout.cu`.
@@ -67,24 +62,17 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let (dgate, dup) = (dgate.write(device)?, dup.write(device)?);
     let dy = dy.as_ref().unwrap_or(&dup).pointer;
     let (gate, up, dgate, dup) = (gate.pointer, up.pointer, dgate.pointer, dup.pointer);
-    let kernel = match aligned(shape.cols, &[gate, up, dy, dgate, dup]) {
-        true => kernel!(NAME, "swiglu_dropout_grad", T),
-        false => kernel!(NAME, "swiglu_dropout_grad_unaligned", T),
-    };
-    for part in parts(shape) {
-        let bytes = part.first_element * size_of::<T>() as u64;
-        let params = GradParams {
-            mask: mask.advanced(part.row, part.octet),
+    let kernel = kernel!(NAME, "swiglu_dropout_grad", T, if aligned(shape.cols, &[gate, up, dy, dgate, dup]));
+    // SAFETY: as above; the kernel allows that dup is dy.
+    unsafe {
+        launch_stream(device, kernel, &mask, shape, |part, mask| GradParams {
+            mask,
             octets: part.octets,
-            gate: gate + bytes,
-            up: up + bytes,
-            dy: dy + bytes,
-            dgate: dgate + bytes,
-            dup: dup + bytes,
-        };
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
-        // SAFETY: as above; the kernel allows that dup is dy.
-        unsafe { launch(device, kernel, blocks, &params)? };
+            gate: part.of_tensor::<T>(gate),
+            up: part.of_tensor::<T>(up),
+            dy: part.of_tensor::<T>(dy),
+            dgate: part.of_tensor::<T>(dgate),
+            dup: part.of_tensor::<T>(dup),
+        })
     }
-    Ok(())
 }

@@ -26,7 +26,7 @@ use crate::device::{Address, Device, Kernel};
 use crate::error::Error;
 use crate::ops::AsDropout;
 use crate::pass::{Backend, Pass};
-use crate::tensor::{Readable, Writable};
+use crate::tensor::{Readable, Writable, host_tensors};
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::{Mutex, MutexGuard};
@@ -275,8 +275,4 @@ macro_rules! host_tensor {
     };
 }
 
-host_tensor!(mut [] Vec<T>);
-host_tensor!(mut [] Box<[T]>);
-host_tensor!(mut [const N: usize] [T; N]);
-host_tensor!([] & [T]);
-host_tensor!(mut [] &mut [T]);
+host_tensors!(host_tensor);

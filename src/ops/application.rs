@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::mask::{Groups, Key, OCTET, Probability, RowMap, Shard};
 use crate::ops::{Shape, check_len};
 use crate::pass::Backend;
-use crate::tensor::{Host, In, Memory};
+use crate::tensor::{Host, In, Memory, read};
 use std::fmt;
 
 /// Whether dropout acts.
@@ -148,10 +148,7 @@ impl<'a, M: Memory> Dropout<'a, M> {
                 ));
             }
         }
-        Ok(Resident {
-            stream: self.stream.map(|stream| stream.read(memory)).transpose()?,
-            row_list: self.row_list.map(|list| list.read(memory)).transpose()?,
-        })
+        Ok(Resident { stream: read(self.stream, memory)?, row_list: read(self.row_list, memory)? })
     }
 
     /// Checks the shard against `shape`, and resolves mode and scaling.

@@ -4,7 +4,7 @@
 use super::{Embeddings, Held, TABLE_GRAD_ROWS, check_rows, table_gradient, table_gradients};
 use crate::device::abi::{Mask, RowNorm};
 use crate::device::rows::{Forms, forms, launch_rows};
-use crate::device::{Device, Launch, pointer, read, write};
+use crate::device::{Device, Launch, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -12,6 +12,7 @@ use crate::ops::embedding_dropout::{
     BackwardNorm, ForwardNorm, Ids, Lookup, Lookups, NAME, TABLES,
 };
 use crate::ops::norm::Norm;
+use crate::tensor::{read, write};
 
 /// The file of the kernels.
 const KERNELS: &str = "embedding_dropout_norm";

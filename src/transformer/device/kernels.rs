@@ -62,11 +62,9 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
     let (logits, loss) = (logits.write(device)?, loss.write(device)?);
     let losses = device.workspace(shape.rows)?;
     let aligned = aligned(shape.cols, &[logits.pointer]);
-    let (kernel, rows_a_block) = match (shape.cols <= WARP_COLS, aligned) {
-        (true, true) => (kernel!(NAME, "cross_entropy_warp", T), 8),
-        (true, false) => (kernel!(NAME, "cross_entropy_warp_unaligned", T), 8),
-        (false, true) => (kernel!(NAME, "cross_entropy_block", T), 1),
-        (false, false) => (kernel!(NAME, "cross_entropy_block_unaligned", T), 1),
+    let (kernel, rows_a_block) = match shape.cols <= WARP_COLS {
+        true => (kernel!(NAME, "cross_entropy_warp", T, if aligned), 8),
+        false => (kernel!(NAME, "cross_entropy_block", T, if aligned), 1),
     };
     let params = CrossEntropyParams {
         logits: [logits.pointer; 2],
