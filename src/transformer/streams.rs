@@ -140,7 +140,7 @@ impl Drops {
     }
 
     /// Where the rows lie in those of the whole step.
-    pub(crate) fn shard(self) -> Result<Shard<'static>, Error> {
+    fn shard(self) -> Result<Shard<'static>, Error> {
         let Drops::At { pass: Pass::Train { first_sequence, .. }, rows, .. } = self else {
             return Ok(Shard::WHOLE);
         };
