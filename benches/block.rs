@@ -16,7 +16,8 @@ use fused_dropout::ops::dropout_add_norm::{self, Saved};
 use fused_dropout::ops::embedding_dropout::{self, Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{bias_act_dropout, dropout, dropout_add};
 use fused_dropout::{
-    Activation, Dropout, Dtype, Gradient, Key, Mode, Norm, Out, Pass, Probability, Shape, Source,
+    Activation, Dropout, Dtype, Gradient, In, Key, Mode, Norm, Out, Pass, Probability, Shape,
+    Source,
 };
 use half::bf16;
 use rayon::prelude::*;
@@ -63,13 +64,19 @@ impl Block {
     }
 
     /// LayerNorm as a pass of its own.
-    fn normalise<T: Dtype>(&self, s: &Vec<T>, weight: &Vec<T>, bias: &Vec<T>, y: &mut Vec<T>) {
+    fn normalise<T: Dtype>(
+        &self,
+        s: In<'_, T, Cpu>,
+        weight: In<'_, T, Cpu>,
+        bias: In<'_, T, Cpu>,
+        y: &mut Vec<T>,
+    ) {
         let token = Lookup { entries: self.shape.rows, ids: Ids::Given(&self.every_row as _) };
         let pass = embedding_dropout::ForwardNorm {
             shape: self.shape,
             norm: Norm::layer(EPSILON),
             lookups: Lookups { token, position: None, segment: None },
-            tables: Tables { token: s as _, position: None, segment: None },
+            tables: Tables { token: s, position: None, segment: None },
             weight,
             norm_bias: Some(bias),
             y,
@@ -83,17 +90,16 @@ impl Block {
     fn activate<T: Dtype>(
         &self,
         activation: Activation,
-        x: &Vec<T>,
-        bias: Option<&Vec<T>>,
+        x: In<'_, T, Cpu>,
+        bias: Option<In<'_, T, Cpu>>,
         y: &mut Vec<T>,
     ) {
-        let (shape, bias) = (self.shape, bias.map(|bias| bias as _));
-        let x = Source::Tensor(x as _);
+        let (shape, x) = (self.shape, Source::Tensor(x));
         self.run(&self.keep, bias_act_dropout::Forward { shape, activation, x, bias, y });
     }
 
     /// Dropout as a pass of its own.
-    fn dropped<T: Dtype>(&self, x: &Vec<T>, y: &mut Vec<T>) {
+    fn dropped<T: Dtype>(&self, x: In<'_, T, Cpu>, y: &mut Vec<T>) {
         self.run(&self.drop, dropout::Forward { shape: self.shape, x: Source::Tensor(x), y });
     }
 

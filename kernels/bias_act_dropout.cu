@@ -21,13 +21,13 @@ template <typename T>
 struct BiasActParams {
     Mask mask;
     Octets octets;
-    In<T> x;
+    InMatrix<T> x;
     In<T> bias;  // may be absent
-    Out<T> y;
+    OutMatrix<T> y;
     Activation activation;
     unsigned padding;
 };
-static_assert(sizeof(BiasActParams<float>) == 240, "bias_act_dropout.rs: ForwardParams");
+static_assert(sizeof(BiasActParams<float>) == 256, "bias_act_dropout.rs: ForwardParams");
 
 /// x or x + bias in f32.
 template <typename T>
@@ -48,18 +48,18 @@ struct BiasAct {
         Octet<T> bias;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        const unsigned count = position.count(p.octets);
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded = {};
-        loaded.x = p.x.template streaming<aligned>(element_of<aligned>(p.octets, index, position), count);
+        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
         if (p.bias.present()) {
-            loaded.bias = p.bias.template cached<aligned>(8ull * position.octet, count);
+            loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count);
         }
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& loaded) {
         Values activated = biased(loaded.x, loaded.bias, p.bias.present());
         apply<false>(p.activation, activated);
@@ -68,26 +68,19 @@ struct BiasAct {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmul_rn(activated.at[j], scale);
         }
-        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
-                                     position.count(p.octets), pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
     }
 };
 
-FD_KERNEL(bias_act_dropout_f32, BiasActParams<float>, THREADS, stream<BiasAct<float, true>>)
-FD_KERNEL(bias_act_dropout_f16, BiasActParams<f16>, THREADS, stream<BiasAct<f16, true>>)
-FD_KERNEL(bias_act_dropout_bf16, BiasActParams<bf16>, THREADS, stream<BiasAct<bf16, true>>)
-FD_KERNEL(bias_act_dropout_unaligned_f32, BiasActParams<float>, THREADS,
-          stream_unaligned<BiasAct<float, false>>)
-FD_KERNEL(bias_act_dropout_unaligned_f16, BiasActParams<f16>, THREADS, stream_unaligned<BiasAct<f16, false>>)
-FD_KERNEL(bias_act_dropout_unaligned_bf16, BiasActParams<bf16>, THREADS, stream_unaligned<BiasAct<bf16, false>>)
+FD_STREAM_KERNELS(bias_act_dropout, BiasActParams, BiasAct)
 
 /// Tensors of a backward call.
 template <typename T>
 struct BiasActGrad {
-    In<T> x;
+    InMatrix<T> x;
+    InMatrix<T> dy;
+    OutMatrix<T> dx;
     In<T> bias;  // may be absent
-    In<T> dy;
-    Out<T> dx;
     Activation activation;
     unsigned padding;
 };
@@ -98,7 +91,7 @@ struct BiasActGradParams {
     Octets octets;
     BiasActGrad<T> grad;
 };
-static_assert(sizeof(BiasActGradParams<float>) == 248, "bias_act_dropout.rs: GradParams");
+static_assert(sizeof(BiasActGradParams<float>) == 272, "bias_act_dropout.rs: GradParams");
 
 template <typename T>
 struct BiasActBiasGradParams {
@@ -106,7 +99,7 @@ struct BiasActBiasGradParams {
     Tiles tiles;
     BiasActGrad<T> grad;
 };
-static_assert(sizeof(BiasActBiasGradParams<float>) == 264, "bias_act_dropout.rs: BiasGradParams");
+static_assert(sizeof(BiasActBiasGradParams<float>) == 288, "bias_act_dropout.rs: BiasGradParams");
 
 /// dx, element by element (`GradParams`) or in tiles, with the terms of dbias (`BiasGradParams`).
 template <typename T, typename GradParams, bool aligned>
@@ -118,20 +111,23 @@ struct BiasActBackward {
         Octet<T> dy;
     };
 
-    static __device__ __forceinline__ Loaded load_at(const Params& p, unsigned long long element,
-                                                     unsigned octet, unsigned count) {
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
+        const BiasActGrad<T>& grad = p.grad;
         Loaded loaded = {};
-        loaded.x = p.grad.x.template streaming<aligned>(element, count);
-        loaded.dy = p.grad.dy.template streaming<aligned>(element, count);
-        if (p.grad.bias.present()) {
-            loaded.bias = p.grad.bias.template cached<aligned>(8ull * octet, count);
+        loaded.x = grad.x.template streaming<aligned>(at.element(grad.x.stride), at.count);
+        loaded.dy = grad.dy.template streaming<aligned>(at.element(grad.dy.stride), at.count);
+        if (grad.bias.present()) {
+            loaded.bias = grad.bias.template cached<aligned>(8ull * at.octet, at.count);
         }
         return loaded;
     }
 
-    static __device__ __forceinline__ Values finish_at(const Params& p, unsigned long long element,
-                                                       unsigned count, const Kept& keep, float scale,
-                                                       const Loaded& loaded) {
+    /// Returns dx before it is rounded.
+    template <typename Position>
+    static __device__ __forceinline__ Values finish(const Params& p, const Position& at,
+                                                    const Kept& keep, float scale,
+                                                    const Loaded& loaded) {
         Values slope = biased(loaded.x, loaded.bias, p.grad.bias.present());
         apply<true>(p.grad.activation, slope);
         const Values dy = unpack(loaded.dy);
@@ -140,20 +136,8 @@ struct BiasActBackward {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) dx.at[j] = __fmul_rn(__fmul_rn(dy.at[j], scale), slope.at[j]);
         }
-        p.grad.dx.template cached<aligned>(element, count, pack<T>(dx));
+        p.grad.dx.template cached<aligned>(at.element(p.grad.dx.stride), at.count, pack<T>(dx));
         return dx;
-    }
-
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        return load_at(p, element_of<aligned>(p.octets, index, position), position.octet,
-                       position.count(p.octets));
-    }
-
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
-                                                  const Kept& keep, float scale, const Loaded& loaded) {
-        finish_at(p, element_of<aligned>(p.octets, index, position), position.count(p.octets), keep,
-                  scale, loaded);
     }
 };
 
@@ -163,26 +147,5 @@ using BiasActDx = BiasActBackward<T, BiasActGradParams<T>, aligned>;
 template <typename T, bool aligned>
 using BiasActDbias = BiasActBackward<T, BiasActBiasGradParams<T>, aligned>;
 
-FD_KERNEL(bias_act_dropout_grad_f32, BiasActGradParams<float>, THREADS,
-          stream<BiasActDx<float, true>>)
-FD_KERNEL(bias_act_dropout_grad_f16, BiasActGradParams<f16>, THREADS, stream<BiasActDx<f16, true>>)
-FD_KERNEL(bias_act_dropout_grad_bf16, BiasActGradParams<bf16>, THREADS,
-          stream<BiasActDx<bf16, true>>)
-FD_KERNEL(bias_act_dropout_grad_unaligned_f32, BiasActGradParams<float>, THREADS,
-          stream_unaligned<BiasActDx<float, false>>)
-FD_KERNEL(bias_act_dropout_grad_unaligned_f16, BiasActGradParams<f16>, THREADS,
-          stream_unaligned<BiasActDx<f16, false>>)
-FD_KERNEL(bias_act_dropout_grad_unaligned_bf16, BiasActGradParams<bf16>, THREADS,
-          stream_unaligned<BiasActDx<bf16, false>>)
-FD_KERNEL(bias_act_dropout_bias_grad_f32, BiasActBiasGradParams<float>, THREADS,
-          sum_tile<BiasActDbias<float, true>>)
-FD_KERNEL(bias_act_dropout_bias_grad_f16, BiasActBiasGradParams<f16>, THREADS,
-          sum_tile<BiasActDbias<f16, true>>)
-FD_KERNEL(bias_act_dropout_bias_grad_bf16, BiasActBiasGradParams<bf16>, THREADS,
-          sum_tile<BiasActDbias<bf16, true>>)
-FD_KERNEL(bias_act_dropout_bias_grad_unaligned_f32, BiasActBiasGradParams<float>, THREADS,
-          sum_tile<BiasActDbias<float, false>>)
-FD_KERNEL(bias_act_dropout_bias_grad_unaligned_f16, BiasActBiasGradParams<f16>, THREADS,
-          sum_tile<BiasActDbias<f16, false>>)
-FD_KERNEL(bias_act_dropout_bias_grad_unaligned_bf16, BiasActBiasGradParams<bf16>, THREADS,
-          sum_tile<BiasActDbias<bf16, false>>)
+FD_STREAM_KERNELS(bias_act_dropout_grad, BiasActGradParams, BiasActDx)
+FD_TILE_KERNELS(bias_act_dropout_bias_grad, BiasActBiasGradParams, BiasActDbias)

@@ -11,23 +11,23 @@ template <typename T>
 struct DropoutParams {
     Mask mask;
     Octets octets;
-    In<T> x;
-    Out<T> y;
+    InMatrix<T> x;
+    OutMatrix<T> y;
 };
-static_assert(sizeof(DropoutParams<float>) == 224, "dropout.rs: Params");
+static_assert(sizeof(DropoutParams<float>) == 240, "dropout.rs: Params");
 
 template <typename T, bool aligned>
 struct Dropout {
     using Params = DropoutParams<T>;
     using Loaded = Octet<T>;
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        return p.x.template streaming<aligned>(element_of<aligned>(p.octets, index, position),
-                                               position.count(p.octets));
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
+        return p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& x) {
         const Values values = unpack(x);
         Values y = {};
@@ -35,14 +35,8 @@ struct Dropout {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], scale);
         }
-        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
-                                     position.count(p.octets), pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
     }
 };
 
-FD_KERNEL(dropout_f32, DropoutParams<float>, THREADS, stream<Dropout<float, true>>)
-FD_KERNEL(dropout_f16, DropoutParams<f16>, THREADS, stream<Dropout<f16, true>>)
-FD_KERNEL(dropout_bf16, DropoutParams<bf16>, THREADS, stream<Dropout<bf16, true>>)
-FD_KERNEL(dropout_unaligned_f32, DropoutParams<float>, THREADS, stream_unaligned<Dropout<float, false>>)
-FD_KERNEL(dropout_unaligned_f16, DropoutParams<f16>, THREADS, stream_unaligned<Dropout<f16, false>>)
-FD_KERNEL(dropout_unaligned_bf16, DropoutParams<bf16>, THREADS, stream_unaligned<Dropout<bf16, false>>)
+FD_STREAM_KERNELS(dropout, DropoutParams, Dropout)

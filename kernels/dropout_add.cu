@@ -28,12 +28,12 @@ template <typename T>
 struct DropoutAddParams {
     Mask mask;
     Octets octets;
-    In<T> x;
+    InMatrix<T> x;
     In<T> bias;
-    In<T> residual;
-    Out<T> y;
+    InMatrix<T> residual;
+    OutMatrix<T> y;
 };
-static_assert(sizeof(DropoutAddParams<float>) == 240, "dropout_add.rs: ForwardParams");
+static_assert(sizeof(DropoutAddParams<float>) == 264, "dropout_add.rs: ForwardParams");
 
 template <typename T, bool with_bias, bool aligned>
 struct DropoutAdd {
@@ -44,20 +44,18 @@ struct DropoutAdd {
         Octet<T> residual;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        const unsigned long long element = element_of<aligned>(p.octets, index, position);
-        const unsigned count = position.count(p.octets);
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.x = p.x.template streaming<aligned>(element, count);
-        loaded.residual = p.residual.template streaming<aligned>(element, count);
-        if (with_bias) {
-            loaded.bias = p.bias.template cached<aligned>(8ull * position.octet, count);
-        }
+        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
+        loaded.residual =
+            p.residual.template streaming<aligned>(at.element(p.residual.stride), at.count);
+        if (with_bias) loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count);
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& loaded) {
         Values x = unpack(loaded.x);
         if (with_bias) {
@@ -70,40 +68,26 @@ struct DropoutAdd {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmaf_rn(x.at[j], scale, y.at[j]);
         }
-        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
-                                     position.count(p.octets), pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
     }
 };
 
-FD_KERNEL(dropout_add_f32, DropoutAddParams<float>, THREADS, stream<DropoutAdd<float, false, true>>)
-FD_KERNEL(dropout_add_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, false, true>>)
-FD_KERNEL(dropout_add_bf16, DropoutAddParams<bf16>, THREADS, stream<DropoutAdd<bf16, false, true>>)
-FD_KERNEL(dropout_add_unaligned_f32, DropoutAddParams<float>, THREADS,
-          stream_unaligned<DropoutAdd<float, false, false>>)
-FD_KERNEL(dropout_add_unaligned_f16, DropoutAddParams<f16>, THREADS,
-          stream_unaligned<DropoutAdd<f16, false, false>>)
-FD_KERNEL(dropout_add_unaligned_bf16, DropoutAddParams<bf16>, THREADS,
-          stream_unaligned<DropoutAdd<bf16, false, false>>)
-FD_KERNEL(dropout_add_bias_f32, DropoutAddParams<float>, THREADS,
-          stream<DropoutAdd<float, true, true>>)
-FD_KERNEL(dropout_add_bias_f16, DropoutAddParams<f16>, THREADS, stream<DropoutAdd<f16, true, true>>)
-FD_KERNEL(dropout_add_bias_bf16, DropoutAddParams<bf16>, THREADS,
-          stream<DropoutAdd<bf16, true, true>>)
-FD_KERNEL(dropout_add_bias_unaligned_f32, DropoutAddParams<float>, THREADS,
-          stream_unaligned<DropoutAdd<float, true, false>>)
-FD_KERNEL(dropout_add_bias_unaligned_f16, DropoutAddParams<f16>, THREADS,
-          stream_unaligned<DropoutAdd<f16, true, false>>)
-FD_KERNEL(dropout_add_bias_unaligned_bf16, DropoutAddParams<bf16>, THREADS,
-          stream_unaligned<DropoutAdd<bf16, true, false>>)
+template <typename T, bool aligned>
+using DropoutAddAlone = DropoutAdd<T, false, aligned>;
+template <typename T, bool aligned>
+using DropoutAddBias = DropoutAdd<T, true, aligned>;
+
+FD_STREAM_KERNELS(dropout_add, DropoutAddParams, DropoutAddAlone)
+FD_STREAM_KERNELS(dropout_add_bias, DropoutAddParams, DropoutAddBias)
 
 template <typename T>
 struct BiasGradParams {
     Mask mask;
     Tiles tiles;
-    In<T> dy;
-    Out<T> dx;  // may be absent
+    InMatrix<T> dy;
+    OutMatrix<T> dx;  // may be absent
 };
-static_assert(sizeof(BiasGradParams<float>) == 240, "dropout_add.rs: BiasGradParams");
+static_assert(sizeof(BiasGradParams<float>) == 256, "dropout_add.rs: BiasGradParams");
 
 /// dx, and kept dy as the terms of dbias.
 template <typename T, bool aligned>
@@ -111,14 +95,13 @@ struct BiasGrad {
     using Params = BiasGradParams<T>;
     using Loaded = Octet<T>;
 
-    static __device__ __forceinline__ Loaded load_at(const Params& p, unsigned long long element,
-                                                     unsigned, unsigned count) {
-        return p.dy.template streaming<aligned>(element, count);
+    static __device__ __forceinline__ Loaded load(const Params& p, const TileOctet& at) {
+        return p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count);
     }
 
-    static __device__ __forceinline__ Values finish_at(const Params& p, unsigned long long element,
-                                                       unsigned count, const Kept& keep, float scale,
-                                                       const Loaded& dy) {
+    static __device__ __forceinline__ Values finish(const Params& p, const TileOctet& at,
+                                                    const Kept& keep, float scale,
+                                                    const Loaded& dy) {
         const Values values = unpack(dy);
         Values kept_dy = {};
         Values dx;
@@ -128,14 +111,11 @@ struct BiasGrad {
             // +0 times the scale, which is finite, is +0.
             dx.at[j] = __fmul_rn(kept_dy.at[j], scale);
         }
-        if (p.dx.present()) p.dx.template cached<aligned>(element, count, pack<T>(dx));
+        if (p.dx.present()) {
+            p.dx.template cached<aligned>(at.element(p.dx.stride), at.count, pack<T>(dx));
+        }
         return kept_dy;
     }
 };
 
-FD_KERNEL(dropout_add_bias_grad_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, true>>)
-FD_KERNEL(dropout_add_bias_grad_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, true>>)
-FD_KERNEL(dropout_add_bias_grad_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, true>>)
-FD_KERNEL(dropout_add_bias_grad_unaligned_f32, BiasGradParams<float>, THREADS, sum_tile<BiasGrad<float, false>>)
-FD_KERNEL(dropout_add_bias_grad_unaligned_f16, BiasGradParams<f16>, THREADS, sum_tile<BiasGrad<f16, false>>)
-FD_KERNEL(dropout_add_bias_grad_unaligned_bf16, BiasGradParams<bf16>, THREADS, sum_tile<BiasGrad<bf16, false>>)
+FD_TILE_KERNELS(dropout_add_bias_grad, BiasGradParams, BiasGrad)

@@ -37,9 +37,9 @@
 /// Where s comes from.
 template <typename T>
 struct SumOf {
-    In<T> x;         // absent: `residual` is s itself
-    In<T> bias;      // may be absent
-    In<T> residual;
+    InMatrix<T> x;  // absent: `residual` is s itself
+    In<T> bias;     // may be absent
+    InMatrix<T> residual;
 };
 
 template <typename T>
@@ -48,14 +48,14 @@ struct NormForwardParams {
     SumOf<T> sum;
     In<T> weight;
     In<T> norm_bias;   // may be absent
-    Out<T> s;          // may be absent
-    Out<T> y;
+    OutMatrix<T> s;    // may be absent
+    OutMatrix<T> y;
     Out<float> stats;  // [rows, 2]: mean, rstd; may be absent
     unsigned long long cols;
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
 };
-static_assert(sizeof(NormForwardParams<float>) == 272, "dropout_add_norm.rs: ForwardParams");
+static_assert(sizeof(NormForwardParams<float>) == 304, "dropout_add_norm.rs: ForwardParams");
 
 template <typename T>
 struct NormBackwardParams {
@@ -63,10 +63,10 @@ struct NormBackwardParams {
     SumOf<T> sum;
     In<T> weight;
     In<float> stats;
-    In<T> dy;
-    In<T> ds;  // may be absent
-    Out<T> dresidual;  // absent: only `means` is asked for
-    Out<T> dx;
+    InMatrix<T> dy;
+    InMatrix<T> ds;  // may be absent
+    OutMatrix<T> dresidual;  // absent: only `means` is asked for
+    OutMatrix<T> dx;
     Out<float> means_out;  // [rows, 3]: delta, E[g], E[g * xhat]
     In<float> means;       // the same, for the tiles
     Out<float> sums[3];    // [tiles of rows, cols]: dbias, dweight, dnorm_bias; each may be absent
@@ -76,7 +76,7 @@ struct NormBackwardParams {
     IndexDivisor tiles_a_row;  // ceil(cols / 32)
     float factor;              // of dbias: the scale where a tile holds all rows, otherwise 1
 };
-static_assert(sizeof(NormBackwardParams<float>) == 336, "dropout_add_norm.rs: BackwardParams");
+static_assert(sizeof(NormBackwardParams<float>) == 384, "dropout_add_norm.rs: BackwardParams");
 
 /// What an octet of s is before it is computed.
 template <typename T>
@@ -91,18 +91,15 @@ struct SumRow {
     const SumOf<T>& of;
     const MaskReader<false> draws;
     unsigned logical;
-    unsigned long long first;  // index of the row's first element
+    unsigned local;
 
-    __device__ __forceinline__ SumRow(const SumOf<T>& of, const Mask& mask, unsigned row,
-                                      unsigned long long cols)
-        : of(of),
-          draws(mask),
-          logical(draws.logical(row)),
-          first((mask.rows.offset + row) * cols) {}
+    __device__ __forceinline__ SumRow(const SumOf<T>& of, const Mask& mask, unsigned row)
+        : of(of), draws(mask), logical(draws.logical(row)), local(mask.rows.offset + row) {}
 
-    /// Index of an octet's first element.
-    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
-        return first + 8ull * octet;
+    /// An octet's first element in a matrix whose rows begin `stride` elements apart.
+    __device__ __forceinline__ unsigned long long element(unsigned long long stride,
+                                                          unsigned octet) const {
+        return local * stride + 8ull * octet;
     }
 
     __device__ __forceinline__ Kept kept(unsigned octet) const {
@@ -111,8 +108,11 @@ struct SumRow {
 
     __device__ __forceinline__ Terms<T> load(unsigned octet, unsigned count) const {
         Terms<T> terms = {};
-        terms.residual = of.residual.template streaming<aligned>(at(octet), count);
-        if (of.x.present()) terms.x = of.x.template streaming<aligned>(at(octet), count);
+        terms.residual =
+            of.residual.template streaming<aligned>(element(of.residual.stride, octet), count);
+        if (of.x.present()) {
+            terms.x = of.x.template streaming<aligned>(element(of.x.stride, octet), count);
+        }
         return terms;
     }
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
     __shared__ NormScratch scratch;
     const Walk walk = {{}, p.cols};
     if (walk.team.row >= p.rows) return;  // the whole team
-    const SumRow<T, aligned> row(p.sum, p.mask, walk.team.row, p.cols);
+    const SumRow<T, aligned> row(p.sum, p.mask, walk.team.row);
 
     Values held[Walk::SLOTS];
     if (Walk::held) {
@@ -149,7 +149,7 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
         walk.each([&](unsigned slot, unsigned octet, unsigned count) {
             terms[slot] = row.load(octet, count);
         });
-        __syncwarp();  // keeps the loads first; all lanes are here
+        __syncwarp();  // keeps the loads first; all threads are here
         walk.each([&](unsigned slot, unsigned octet, unsigned count) {
             held[slot] = row.sum(octet, count, terms[slot]);
         });
@@ -171,8 +171,10 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
         if (p.norm_bias.present()) {
             bias = unpack(p.norm_bias.template cached<aligned>(8ull * octet, count));
         }
-        if (p.s.present()) p.s.template cached<aligned>(row.at(octet), count, pack<T>(s));
-        p.y.template cached<aligned>(row.at(octet), count,
+        if (p.s.present()) {
+            p.s.template cached<aligned>(row.element(p.s.stride, octet), count, pack<T>(s));
+        }
+        p.y.template cached<aligned>(row.element(p.y.stride, octet), count,
                                      pack<T>(normalised(standard, s, weight, bias)));
     });
 }
@@ -191,15 +193,16 @@ struct GradientRow {
     SumRow<T, aligned> sum;
 
     __device__ __forceinline__ GradientRow(const NormBackwardParams<T>& p, unsigned row)
-        : p(p), sum(p.sum, p.mask, row, p.cols) {}
+        : p(p), sum(p.sum, p.mask, row) {}
 
     __device__ __forceinline__ PairTerms<T> load(unsigned octet, unsigned count) const {
-        return {sum.load(octet, count), p.dy.template streaming<aligned>(sum.at(octet), count)};
+        const unsigned long long element = sum.element(p.dy.stride, octet);
+        return {sum.load(octet, count), p.dy.template streaming<aligned>(element, count)};
     }
 
     __device__ __forceinline__ Octet<T> load_ds(unsigned octet, unsigned count) const {
         if (!p.ds.present()) return {};
-        return p.ds.template streaming<aligned>(sum.at(octet), count);
+        return p.ds.template streaming<aligned>(sum.element(p.ds.stride, octet), count);
     }
 
     __device__ __forceinline__ NormPair pair(unsigned octet, unsigned count,
@@ -227,8 +230,8 @@ struct GradientRow {
             // +0 times the scale, which is finite, is +0.
             dx.at[j] = __fmul_rn(kept.at[j], sum.draws.scale);
         }
-        p.dresidual.template cached<aligned>(sum.at(octet), count, pack<T>(t));
-        p.dx.template cached<aligned>(sum.at(octet), count, pack<T>(dx));
+        p.dresidual.template cached<aligned>(sum.element(p.dresidual.stride, octet), count, pack<T>(t));
+        p.dx.template cached<aligned>(sum.element(p.dx.stride, octet), count, pack<T>(dx));
         return kept;
     }
 };
@@ -249,7 +252,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams<T>& p) {
             terms[slot] = row.load(octet, count);
             ds[slot] = row.load_ds(octet, count);
         });
-        __syncwarp();  // keeps the loads first; all lanes are here
+        __syncwarp();  // keeps the loads first; all threads are here
         walk.each([&](unsigned slot, unsigned octet, unsigned count) {
             held[slot] = row.pair(octet, count, terms[slot]);
         });

@@ -48,19 +48,19 @@ struct EmbeddingDropout {
         bool exist;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position at(p.octets, index);
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         const Entries entries(p.embeddings.lookups, p.mask.rows.offset + at.row);
         Loaded loaded = {};
         loaded.exist = entries.exist;
         if (entries.exist) {
-            const unsigned count = at.count(p.octets);
-            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, count);
+            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, at.count);
         }
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position at,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale,
                                                   const Loaded& loaded) {
         if (!loaded.exist && at.octet == 0) p.report.lower(0, p.mask.rows.offset + at.row);
@@ -70,8 +70,7 @@ struct EmbeddingDropout {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j] && loaded.exist) y.at[j] = __fmul_rn(sum.at[j], scale);
         }
-        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, at), at.count(p.octets),
-                                     pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.octets.cols), at.count, pack<T>(y));
     }
 };
 
@@ -115,10 +114,10 @@ struct Matches {
     template <typename T>
     __device__ __forceinline__ void find(const TableGradParams<T>& p, unsigned entry,
                                          unsigned first_row) {
-        constexpr unsigned WORDS = SPAN / THREADS;  // of a warp; each lane has a bit of them
-        const unsigned lane = threadIdx.x % 32;
+        constexpr unsigned WORDS = SPAN / THREADS;  // of a warp; each thread has a bit of them
+        const unsigned rank = threadIdx.x % 32;
         const unsigned first_word = threadIdx.x / 32 * WORDS;
-        const unsigned first = first_row + 32 * first_word + lane;
+        const unsigned first = first_row + 32 * first_word + rank;
         unsigned mine = p.taken.template matches<WORDS>(entry, first, p.rows);
         for (unsigned rest = mine; rest != 0; rest &= rest - 1) {
             // A row with an id that is in no table takes nothing.
@@ -126,13 +125,13 @@ struct Matches {
             if (!Entries(p.lookups, first + 32 * i).exist) mine &= ~(1u << i);
         }
         if (!__any_sync(0xffffffffu, mine)) {  // the usual case
-            if (lane < WORDS) words[first_word + lane] = 0;
+            if (rank < WORDS) words[first_word + rank] = 0;
             return;
         }
 #pragma unroll
         for (unsigned i = 0; i < WORDS; ++i) {
             const unsigned word = __ballot_sync(0xffffffffu, mine >> i & 1);
-            if (lane == i) words[first_word + i] = word;
+            if (rank == i) words[first_word + i] = word;
         }
     }
 
@@ -141,11 +140,11 @@ struct Matches {
         return words[2 * tile] | 1ull * words[2 * tile + 1] << 32;
     }
 
-    /// The tiles that have a row. All 32 lanes must be here, and get the same.
+    /// The tiles that have a row. All 32 threads of the warp must be here, and get the same.
     __device__ __forceinline__ unsigned long long tiles() const {
-        const unsigned lane = threadIdx.x % 32;
-        const unsigned low = __ballot_sync(0xffffffffu, tile(lane) != 0);
-        return low | 1ull * __ballot_sync(0xffffffffu, tile(lane + 32) != 0) << 32;
+        const unsigned rank = threadIdx.x % 32;
+        const unsigned low = __ballot_sync(0xffffffffu, tile(rank) != 0);
+        return low | 1ull * __ballot_sync(0xffffffffu, tile(rank + 32) != 0) << 32;
     }
 };
 

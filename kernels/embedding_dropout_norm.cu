@@ -106,7 +106,7 @@ struct HeldSums {
             loaded[slot] = row.load(octet, count);
             beside(slot, octet, count);
         });
-        __syncwarp();  // keeps the loads first; all lanes are here
+        __syncwarp();  // keeps the loads first; all threads are here
         walk.each([&](unsigned slot, unsigned, unsigned) {
             sums[slot] = embeddings.sum(loaded[slot]);
         });

@@ -31,14 +31,18 @@ struct KeepBits {
     using Params = KeepMaskParams;
     using Loaded = Nothing;
 
-    static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params&, const Position&) {
+        return {};
+    }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float, Loaded) {
-        const unsigned exist = (1u << position.count(p.octets)) - 1;
+        const unsigned exist = (1u << at.count) - 1;
         const unsigned bits = keep_bits(keep) & exist;
         // Rows are whole bytes, so octet and byte have the same index.
-        p.out.cached(index.sum(), static_cast<unsigned char>(bits));
+        p.out.cached(at.index.sum(), static_cast<unsigned char>(bits));
     }
 };
 
@@ -46,19 +50,23 @@ struct KeepBytes {
     using Params = KeepMaskParams;
     using Loaded = Nothing;
 
-    static __device__ __forceinline__ Loaded load(const Params&, Index) { return {}; }
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params&, const Position&) {
+        return {};
+    }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float, Loaded) {
-        const unsigned long long element = element_of<false>(p.octets, index, position);
+        const unsigned long long element = at.element(p.octets.cols);
         const unsigned bits = keep_bits(keep);
-        const unsigned count = position.count(p.octets);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
-            if (j < count) p.out.cached(element + j, static_cast<unsigned char>(bits >> j & 1));
+            if (j < at.count) p.out.cached(element + j, static_cast<unsigned char>(bits >> j & 1));
         }
     }
 };
 
 FD_KERNEL(keep_mask_bits, KeepMaskParams, THREADS, stream<KeepBits>)
-FD_KERNEL(keep_mask_bytes, KeepMaskParams, THREADS, stream<KeepBytes>)
+// Not dense: rows need not be whole octets.
+FD_KERNEL(keep_mask_bytes, KeepMaskParams, THREADS, stream<KeepBytes, false>)

@@ -34,51 +34,50 @@ constexpr unsigned OCTETS_A_THREAD = 2;
 constexpr unsigned OCTETS_A_BLOCK = THREADS * OCTETS_A_THREAD;
 
 /// Two octets that were loaded, in a block whose octets all exist.
-template <typename Op, bool plain>
-__device__ __forceinline__ void finish_both(const typename Op::Params& params, Index first,
-                                            const typename Op::Loaded& a, Index second,
+template <typename Op, bool plain, typename Position>
+__device__ __forceinline__ void finish_both(const typename Op::Params& params, const Position& at,
+                                            const typename Op::Loaded& a, const Position& beyond,
                                             const typename Op::Loaded& b) {
     const MaskReader<plain> draws(params.mask);
-    const Position at(params.octets, first);
-    const Position beyond(params.octets, second);
     // Both Philox blocks before the rest: their rounds alternate and share each pair of round keys.
     const Lanes lanes_a = draws.lanes(draws.logical(at.row), at.octet);
     const Lanes lanes_b = draws.lanes(draws.logical(beyond.row), beyond.octet);
-    Op::finish(params, first, at, draws.kept(lanes_a), draws.scale, a);
-    Op::finish(params, second, beyond, draws.kept(lanes_b), draws.scale, b);
+    Op::finish(params, at, draws.kept(lanes_a), draws.scale, a);
+    Op::finish(params, beyond, draws.kept(lanes_b), draws.scale, b);
 }
 
 /// One octet, where it exists.
-template <typename Op>
+template <typename Op, bool dense>
 __device__ __forceinline__ void load_and_finish(const typename Op::Params& params, Index index) {
     if (index.sum() >= params.octets.count) return;
     const MaskReader<false> draws(params.mask);
-    const Position at(params.octets, index);
-    const typename Op::Loaded loaded = Op::load(params, index);
+    const Position<dense> at(params.octets, index);
+    const typename Op::Loaded loaded = Op::load(params, at);
     const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
-    Op::finish(params, index, at, draws.kept(lanes), draws.scale, loaded);
+    Op::finish(params, at, draws.kept(lanes), draws.scale, loaded);
 }
 
 /// A streaming kernel, an octet after the other: for tensors that are not aligned, where an octet alone
 /// is enough loads, and both at once are more registers than ptxas grants without a spill.
-template <typename Op>
+template <typename Op, bool dense = false>
 __device__ __forceinline__ void stream_unaligned(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK + threadIdx.x;
-    load_and_finish<Op>(params, {start, 0});
-    load_and_finish<Op>(params, {start, THREADS});
+    load_and_finish<Op, dense>(params, {start, 0});
+    load_and_finish<Op, dense>(params, {start, THREADS});
 }
 
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
-/// `Params` with members `mask` and `octets`, `Loaded`, `load(params, index)` and
-/// `finish(params, index, position, kept, scale, loaded)`.
+/// `Params` with members `mask` and `octets`, `Loaded`, `load(params, position)` and
+/// `finish(params, position, kept, scale, loaded)`. `dense`: no matrix has a stride, and a load does not wait for
+/// the division that finds its row.
 /// No thread reads what another one writes, so every call may be in place.
-template <typename Op>
+template <typename Op, bool dense = true>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
     const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
     // The last block, where it is not full: no collective there.
-    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_unaligned<Op>(params);
-    const Index first = {start + threadIdx.x, 0};
-    const Index second = {start + threadIdx.x, THREADS};
+    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_unaligned<Op, dense>(params);
+    const Position<dense> first(params.octets, {start + threadIdx.x, 0});
+    const Position<dense> second(params.octets, {start + threadIdx.x, THREADS});
     const typename Op::Loaded a = Op::load(params, first);
     const typename Op::Loaded b = Op::load(params, second);
     // All threads of the block are here. ptxas would sink the second octet's loads behind the first
@@ -92,3 +91,16 @@ __device__ __forceinline__ void stream(const typename Op::Params& params) {
         finish_both<Op, false>(params, first, a, second, b);
     }
 }
+
+/// The kernels of a streaming operator `Op<T, aligned>`, for each storage type: `name` where no matrix has a stride, and
+/// its twins for strides between whole octets, and for any alignment (src/device/stream.rs chooses).
+#define FD_STREAM_KERNELS(name, Params, Op)          \
+    FD_STREAM_KERNELS_OF(name, Params, Op, float, f32) \
+    FD_STREAM_KERNELS_OF(name, Params, Op, f16, f16)   \
+    FD_STREAM_KERNELS_OF(name, Params, Op, bf16, bf16)
+#define FD_STREAM_KERNELS_OF(name, Params, Op, T, type) \
+    FD_ALIGNED_STREAM_KERNELS(name, Params, Op, T, type) \
+    FD_KERNEL(name##_unaligned_##type, Params<T>, THREADS, stream_unaligned<Op<T, false>>)
+#define FD_ALIGNED_STREAM_KERNELS(name, Params, Op, T, type)                      \
+    FD_KERNEL(name##_##type, Params<T>, THREADS, stream<Op<T, true>>)             \
+    FD_KERNEL(name##_strided_##type, Params<T>, THREADS, stream<Op<T, true>, false>)

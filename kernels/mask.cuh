@@ -101,30 +101,27 @@ struct Index {
     __device__ __forceinline__ unsigned sum() const { return base + ahead; }
 };
 
-/// Where an octet of a launch lies.
+/// Where an octet of a launch lies. `dense`: rows are whole octets and follow each other in every matrix, so octets do.
+template <bool dense>
 struct Position {
+    Index index;
     unsigned row;
     unsigned octet;
+    unsigned count;  // elements of the octet that lie within the row
 
-    __device__ __forceinline__ Position(const Octets& octets, Index index) {
+    __device__ __forceinline__ Position(const Octets& octets, Index index) : index(index) {
         row = octets.per_row.quotient(index.sum());
         octet = octets.per_row.remainder(index.sum(), row);
+        const unsigned long long left = octets.cols - 8ull * octet;
+        count = left < 8 ? static_cast<unsigned>(left) : 8;
     }
 
-    /// Elements of the octet that lie within the row.
-    __device__ __forceinline__ unsigned count(const Octets& octets) const {
-        const unsigned long long left = octets.cols - 8ull * octet;
-        return left < 8 ? static_cast<unsigned>(left) : 8;
+    /// The octet's first element in a matrix whose rows begin `stride` elements apart.
+    __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
+        if (dense) return 8ull * index.base + 8 * index.ahead;
+        return row * stride + 8ull * octet;
     }
 };
-
-/// Index of an octet's first element. `aligned`: rows are whole octets, so octets follow each other.
-template <bool aligned>
-__device__ __forceinline__ unsigned long long element_of(const Octets& octets, Index index,
-                                                         Position position) {
-    if (aligned) return 8ull * index.base + 8 * index.ahead;
-    return position.row * octets.cols + 8ull * position.octet;
-}
 
 /// A parameter in a register: the compiler would read it from the parameters again at every predicated
 /// use. `threadIdx.y` is always 0, which the compiler does not know; without the empty asm it would

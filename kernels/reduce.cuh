@@ -1,12 +1,12 @@
 // Reductions over the threads that share a row: a warp, or a block of 8 warps.
 //
-// The order is fixed: within a warp a butterfly (lane l with lane l ^ 16, then 8, 4, 2, 1), which gives
-// every lane the same bits because a + b is b + a; across warps from warp 0 to warp 7, by every thread
+// The order is fixed: within a warp a butterfly (thread t with thread t ^ 16, then 8, 4, 2, 1), which gives
+// every thread the same bits because a + b is b + a; across warps from warp 0 to warp 7, by every thread
 // alike. So results repeat from run to run.
 
 #pragma once
 
-/// All 32 lanes must be here, and get the largest value that is not a NaN.
+/// All 32 threads of the warp must be here, and get the largest value that is not a NaN.
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
@@ -19,7 +19,7 @@ __device__ __forceinline__ float warp_max(float value) {
 __device__ __forceinline__ float plus(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double plus(double a, double b) { return a + b; }
 
-/// All 32 lanes must be here, and get the sum.
+/// All 32 threads of the warp must be here, and get the sum.
 template <typename Sum>
 __device__ __forceinline__ Sum warp_sum(Sum value) {
 #pragma unroll

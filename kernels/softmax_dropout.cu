@@ -16,7 +16,7 @@
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written
 // (6). The row stays in registers between its passes:
 //
-//     warp   rows up to 1024 columns: a warp a row, 4 octets a lane
+//     warp   rows up to 1024 columns: a warp a row, 4 octets a thread
 //     block  rows up to 8192 columns: a block a row, 4 octets a thread
 //     wide   longer rows: a block a row; each pass reads the row again (L2 answers while it fits)
 //
@@ -32,9 +32,9 @@
 template <typename T>
 struct SoftmaxParams {
     Mask mask;
-    In<T> x;
-    In<T> dy;              // backward
-    Out<T> out;            // y or dx
+    InMatrix<T> x;
+    InMatrix<T> dy;  // backward
+    OutMatrix<T> out;  // y or dx
     In<float> statistics;       // backward, [rows, 2]; absent: recomputed
     Out<float> statistics_out;  // forward, [rows, 2]; may be absent
     In<unsigned> lengths;  // visible columns of each row; may be absent
@@ -46,13 +46,12 @@ struct SoftmaxParams {
     Divisor queries;
     Divisor heads;
 };
-static_assert(sizeof(SoftmaxParams<float>) == 288, "softmax_dropout.rs: Params");
+static_assert(sizeof(SoftmaxParams<float>) == 312, "softmax_dropout.rs: Params");
 
 /// One row, as the threads that share it see it.
 struct Row {
     unsigned local;              // local row
     unsigned logical;            // logical row
-    unsigned long long first;    // index of its first element
     unsigned long long mask;     // index of its first element in the additive mask
     unsigned long long visible;  // columns
 
@@ -60,7 +59,6 @@ struct Row {
     __device__ __forceinline__ Row(const SoftmaxParams<T>& p, unsigned row) {
         local = p.mask.rows.offset + row;
         logical = MaskReader<false>(p.mask).logical(row);
-        first = local * p.cols;
         const unsigned head = p.queries.quotient(local);
         const unsigned query = local - head * p.queries.divisor;
         mask = (1ull * p.heads.quotient(head) * p.queries.divisor + query) * p.cols;
@@ -68,6 +66,12 @@ struct Row {
         visible = limit <= 0 ? 0 : static_cast<unsigned long long>(limit);
         if (p.lengths.present()) visible = min(visible, 1ull * p.lengths.cached(local));
         visible = min(visible, p.cols);
+    }
+
+    /// An octet's first element in a matrix whose rows begin `stride` elements apart.
+    __device__ __forceinline__ unsigned long long element(unsigned long long stride,
+                                                          unsigned long long octet) const {
+        return local * stride + 8 * octet;
     }
 };
 
@@ -86,7 +90,7 @@ template <typename T, bool aligned>
 __device__ __forceinline__ Scores<T> load_scores(const SoftmaxParams<T>& p, const Row& row,
                                                  unsigned long long octet, unsigned exist) {
     Scores<T> scores;
-    scores.x = p.x.template streaming<aligned>(row.first + 8 * octet, exist);
+    scores.x = p.x.template streaming<aligned>(row.element(p.x.stride, octet), exist);
     // Read again by the other heads.
     if (p.additive.present()) {
         scores.additive = p.additive.template cached<aligned>(row.mask + 8 * octet, exist);
@@ -252,7 +256,7 @@ struct TeamRow {
             loaded[slot] = scores(octet);
             beside(slot, octet);
         });
-        __syncwarp();  // keeps the loads first; all lanes are here
+        __syncwarp();  // keeps the loads first; all threads are here
         seen.each([&](unsigned slot, unsigned, unsigned visible) {
             held[slot] = scaled(p, loaded[slot], visible);
         });
@@ -293,7 +297,7 @@ struct TeamRow {
             const unsigned visible = below(row.visible, octet);
             Octet<T> out = {};
             if (visible > 0) out = get(slot, octet, visible);
-            p.out.template cached<aligned>(row.first + 8ull * octet, exist, out);
+            p.out.template cached<aligned>(row.element(p.out.stride, octet), exist, out);
         });
     }
 };
@@ -328,7 +332,8 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     if (team.row >= p.rows) return;  // the whole team
     TeamRow<T, Walk> row(p, team);
     const auto load_dy = [&](unsigned octet) -> Octet<T> {
-        return p.dy.template streaming<Walk::aligned>(row.row.first + 8ull * octet, below(p.cols, octet));
+        const unsigned long long element = row.row.element(p.dy.stride, octet);
+        return p.dy.template streaming<Walk::aligned>(element, below(p.cols, octet));
     };
     Octet<T> dy[Walk::SLOTS];
     row.load([&](unsigned slot, unsigned octet) { dy[slot] = load_dy(octet); });

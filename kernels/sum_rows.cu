@@ -35,7 +35,7 @@ struct SumRowsParams {
 };
 static_assert(sizeof(SumRowsParams) == 128, "sum_rows.rs: Params");
 
-/// The sum of a column's parts `first` to `end`, in order. All lanes of the warp must be here.
+/// The sum of a column's parts `first` to `end`, in order. All threads of the warp must be here.
 __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long long cols,
                                            unsigned long long column, unsigned long long first,
                                            unsigned long long end) {
@@ -60,25 +60,25 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     const unsigned of_sum = p.blocks_a_sum.remainder(blockIdx.x, which);
     const unsigned span = p.blocks_a_row.quotient(of_sum);
     const unsigned block = p.blocks_a_row.remainder(of_sum, span);
-    const unsigned lane = threadIdx.x % 32;
+    const unsigned rank = threadIdx.x % 32;
     const unsigned warp = threadIdx.x / 32;
-    const unsigned long long column = 32ull * block + lane;
+    const unsigned long long column = 32ull * block + rank;
     const unsigned long long first = 1ull * span * SPAN;
     const unsigned long long left = p.count - first;
     const unsigned parts = left < SPAN ? static_cast<unsigned>(left) : SPAN;
     const unsigned count = (parts + TILE_ROWS - 1) / TILE_ROWS;
-    // The lanes beyond the last column add it up as well: a warp stays together.
+    // The threads beyond the last column add it up as well: a warp stays together.
     const unsigned long long own = min(column, p.cols - 1);
     const In<float> values = p.parts[which];
     for (unsigned group = warp; group < count; group += WARPS) {
         const unsigned end = min((group + 1) * TILE_ROWS, parts);
-        groups[group][lane] = sum_group(values, p.cols, own, first + group * TILE_ROWS, first + end);
+        groups[group][rank] = sum_group(values, p.cols, own, first + group * TILE_ROWS, first + end);
     }
     __syncthreads();
     if (warp != 0 || column >= p.cols) return;
     float total = 0.0f;
     for (unsigned group = 0; group < count; ++group) {
-        total = __fadd_rn(total, groups[group][lane]);
+        total = __fadd_rn(total, groups[group][rank]);
     }
     const unsigned long long at = span * p.cols + column;
     const float sum = __fmul_rn(total, p.factors[which]);

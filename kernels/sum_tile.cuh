@@ -28,17 +28,21 @@ static_assert(sizeof(Tiles) == 40, "sum_rows.rs: Tiles");
 struct TileOctet {
     unsigned long long row;
     unsigned octet;
-    unsigned count;               // elements that exist
-    unsigned long long element;  // index of the first one
+    unsigned count;  // elements that exist
 
-    __device__ __forceinline__ TileOctet(const Tiles& tiles, unsigned long long row, unsigned octet)
-        : row(row), octet(octet), count(0), element(row * tiles.cols + 8ull * octet) {
-        const unsigned long long column = 8ull * octet;
-        if (row >= tiles.rows || column >= tiles.cols) return;
-        const unsigned long long left = tiles.cols - column;
-        count = left < 8 ? static_cast<unsigned>(left) : 8;
+    /// The octet's first element in a matrix whose rows begin `stride` elements apart.
+    __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
+        return row * stride + 8ull * octet;
     }
 };
+
+/// Elements of an octet that exist.
+__device__ __forceinline__ unsigned existing(const Tiles& tiles, unsigned long long row, unsigned octet) {
+    const unsigned long long column = 8ull * octet;
+    if (row >= tiles.rows || column >= tiles.cols) return 0;
+    const unsigned long long left = tiles.cols - column;
+    return left < 8 ? static_cast<unsigned>(left) : 8;
+}
 
 template <bool plain>
 __device__ __forceinline__ Lanes lanes_of(const MaskReader<plain>& draws, const TileOctet& at) {
@@ -55,8 +59,8 @@ __device__ __forceinline__ void finish_tile(const typename Op::Params& p, const 
     const MaskReader<plain> draws(p.mask);
     const Lanes lanes_a = lanes_of(draws, a);
     const Lanes lanes_b = lanes_of(draws, b);
-    terms_a = Op::finish_at(p, a.element, a.count, draws.kept(lanes_a), draws.scale, loaded_a);
-    terms_b = Op::finish_at(p, b.element, b.count, draws.kept(lanes_b), draws.scale, loaded_b);
+    terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.scale, loaded_a);
+    terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.scale, loaded_b);
 }
 
 /// An octet where it exists; +0 otherwise, which changes no sum.
@@ -65,14 +69,14 @@ __device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params
                                                        const TileOctet& at) {
     if (at.count == 0) return {};
     const MaskReader<false> draws(p.mask);
-    const typename Op::Loaded loaded = Op::load_at(p, at.element, at.octet, at.count);
-    return Op::finish_at(p, at.element, at.count, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
+    const typename Op::Loaded loaded = Op::load(p, at);
+    return Op::finish(p, at, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
 }
 
 /// A tile of 64 rows and 64 columns a block. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
-/// `load_at(params, element, octet, count)`, and `finish_at(params, element, count, kept, scale, loaded)`,
-/// which stores the octet's result and returns the terms of its columns. They go through shared memory to
-/// the threads that add them up row by row, a column each.
+/// `load(params, octet)`, and `finish(params, octet, kept, scale, loaded)`, which stores the octet's result and
+/// returns the terms of its columns. They go through shared memory to the threads that add them up row by
+/// row, a column each.
 template <typename Op>
 __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     __shared__ float tile[TILE_ROWS * TILE_COLS];
@@ -82,14 +86,14 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     const unsigned tile_col = tiles.per_row.remainder(blockIdx.x, tile_row);
     const unsigned long long row = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
     const unsigned octet = tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS;
-    const TileOctet a(tiles, row, octet);
-    const TileOctet b(tiles, row + TILE_ROWS / 2, octet);
 
     Values terms_a;
     Values terms_b;
     if ((tile_row + 1ull) * TILE_ROWS <= tiles.rows && (tile_col + 1ull) * TILE_COLS <= tiles.cols) {
-        const typename Op::Loaded loaded_a = Op::load_at(p, a.element, octet, 8);
-        const typename Op::Loaded loaded_b = Op::load_at(p, b.element, octet, 8);
+        const TileOctet a = {row, octet, 8};
+        const TileOctet b = {row + TILE_ROWS / 2, octet, 8};
+        const typename Op::Loaded loaded_a = Op::load(p, a);
+        const typename Op::Loaded loaded_b = Op::load(p, b);
         __syncwarp();  // keeps both loads first; the whole block is here
         if (p.mask.plain) {
             finish_tile<Op, true>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
@@ -97,8 +101,9 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
             finish_tile<Op, false>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
         }
     } else {
-        terms_a = load_and_finish_tile<Op>(p, a);
-        terms_b = load_and_finish_tile<Op>(p, b);
+        const unsigned long long row_b = row + TILE_ROWS / 2;
+        terms_a = load_and_finish_tile<Op>(p, {row, octet, existing(tiles, row, octet)});
+        terms_b = load_and_finish_tile<Op>(p, {row_b, octet, existing(tiles, row_b, octet)});
     }
 #pragma unroll
     for (unsigned j = 0; j < 8; ++j) {
@@ -117,3 +122,12 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     }
     tiles.sums.cached(tile_row * tiles.cols + column, __fmul_rn(sum, tiles.factor));
 }
+
+/// The kernels of an operator `Op<T, aligned>` that sums by tiles, for each storage type.
+#define FD_TILE_KERNELS(name, Params, Op)            \
+    FD_TILE_KERNELS_OF(name, Params, Op, float, f32) \
+    FD_TILE_KERNELS_OF(name, Params, Op, f16, f16)   \
+    FD_TILE_KERNELS_OF(name, Params, Op, bf16, bf16)
+#define FD_TILE_KERNELS_OF(name, Params, Op, T, type)                     \
+    FD_KERNEL(name##_##type, Params<T>, THREADS, sum_tile<Op<T, true>>)   \
+    FD_KERNEL(name##_unaligned_##type, Params<T>, THREADS, sum_tile<Op<T, false>>)

@@ -29,11 +29,11 @@ template <typename T>
 struct SwigluParams {
     Mask mask;
     Octets octets;
-    In<T> gate;
-    In<T> up;
-    Out<T> y;
+    InMatrix<T> gate;
+    InMatrix<T> up;
+    OutMatrix<T> y;
 };
-static_assert(sizeof(SwigluParams<float>) == 232, "swiglu_dropout.rs: ForwardParams");
+static_assert(sizeof(SwigluParams<float>) == 256, "swiglu_dropout.rs: ForwardParams");
 
 template <typename T, bool aligned>
 struct Swiglu {
@@ -43,17 +43,16 @@ struct Swiglu {
         Octet<T> up;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        const unsigned long long element = element_of<aligned>(p.octets, index, position);
-        const unsigned count = position.count(p.octets);
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.gate = p.gate.template streaming<aligned>(element, count);
-        loaded.up = p.up.template streaming<aligned>(element, count);
+        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count);
+        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count);
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& loaded) {
         const Values gate = unpack(loaded.gate);
         const Values up = unpack(loaded.up);
@@ -63,29 +62,23 @@ struct Swiglu {
             const float product = __fmul_rn(Silu(gate.at[j]).value, up.at[j]);
             if (keep.at[j]) y.at[j] = __fmul_rn(product, scale);
         }
-        p.y.template cached<aligned>(element_of<aligned>(p.octets, index, position),
-                                     position.count(p.octets), pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
     }
 };
 
-FD_KERNEL(swiglu_dropout_f32, SwigluParams<float>, THREADS, stream<Swiglu<float, true>>)
-FD_KERNEL(swiglu_dropout_f16, SwigluParams<f16>, THREADS, stream<Swiglu<f16, true>>)
-FD_KERNEL(swiglu_dropout_bf16, SwigluParams<bf16>, THREADS, stream<Swiglu<bf16, true>>)
-FD_KERNEL(swiglu_dropout_unaligned_f32, SwigluParams<float>, THREADS, stream_unaligned<Swiglu<float, false>>)
-FD_KERNEL(swiglu_dropout_unaligned_f16, SwigluParams<f16>, THREADS, stream_unaligned<Swiglu<f16, false>>)
-FD_KERNEL(swiglu_dropout_unaligned_bf16, SwigluParams<bf16>, THREADS, stream_unaligned<Swiglu<bf16, false>>)
+FD_STREAM_KERNELS(swiglu_dropout, SwigluParams, Swiglu)
 
 template <typename T>
 struct SwigluGradParams {
     Mask mask;
     Octets octets;
-    In<T> gate;
-    In<T> up;
-    In<T> dy;
-    Out<T> dgate;
-    Out<T> dup;
+    InMatrix<T> gate;
+    InMatrix<T> up;
+    InMatrix<T> dy;
+    OutMatrix<T> dgate;
+    OutMatrix<T> dup;
 };
-static_assert(sizeof(SwigluGradParams<float>) == 248, "swiglu_dropout.rs: GradParams");
+static_assert(sizeof(SwigluGradParams<float>) == 288, "swiglu_dropout.rs: GradParams");
 
 template <typename T, bool aligned>
 struct SwigluGrad {
@@ -96,18 +89,17 @@ struct SwigluGrad {
         Octet<T> dy;
     };
 
-    static __device__ __forceinline__ Loaded load(const Params& p, Index index) {
-        const Position position(p.octets, index);
-        const unsigned long long element = element_of<aligned>(p.octets, index, position);
-        const unsigned count = position.count(p.octets);
+    template <typename Position>
+    static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.gate = p.gate.template streaming<aligned>(element, count);
-        loaded.up = p.up.template streaming<aligned>(element, count);
-        loaded.dy = p.dy.template streaming<aligned>(element, count);
+        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count);
+        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count);
+        loaded.dy = p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count);
         return loaded;
     }
 
-    static __device__ __forceinline__ void finish(const Params& p, Index index, Position position,
+    template <typename Position>
+    static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& loaded) {
         const Values gate = unpack(loaded.gate);
         const Values up = unpack(loaded.up);
@@ -122,16 +114,14 @@ struct SwigluGrad {
             dgate.at[j] = __fmul_rn(__fmul_rn(g, up.at[j]), silu.slope);
             dup.at[j] = __fmul_rn(g, silu.value);
         }
-        const unsigned long long element = element_of<aligned>(p.octets, index, position);
-        const unsigned count = position.count(p.octets);
-        p.dgate.template cached<aligned>(element, count, pack<T>(dgate));
-        p.dup.template cached<aligned>(element, count, pack<T>(dup));
+        p.dgate.template cached<aligned>(at.element(p.dgate.stride), at.count, pack<T>(dgate));
+        p.dup.template cached<aligned>(at.element(p.dup.stride), at.count, pack<T>(dup));
     }
 };
 
-FD_KERNEL(swiglu_dropout_grad_f32, SwigluGradParams<float>, THREADS, stream<SwigluGrad<float, true>>)
-FD_KERNEL(swiglu_dropout_grad_f16, SwigluGradParams<f16>, THREADS, stream<SwigluGrad<f16, true>>)
-FD_KERNEL(swiglu_dropout_grad_bf16, SwigluGradParams<bf16>, THREADS, stream<SwigluGrad<bf16, true>>)
+FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, float, f32)
+FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, f16, f16)
+FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, bf16, bf16)
 // Four blocks: on its own, ptxas takes 32 registers in the f16 kernel for sm_80, and spills.
 FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_f32, SwigluGradParams<float>, THREADS, 4,
                  stream_unaligned<SwigluGrad<float, false>>)

@@ -1,6 +1,6 @@
 // The threads that share a row, and their walk over its octets.
 //
-// Every collective here wants all threads of its team: a warp's 32 lanes, or a block's 256 threads.
+// Every collective here wants all threads of its team: a warp's 32, or a block's 256 threads.
 
 #pragma once
 

@@ -8,7 +8,7 @@
 //   kernel reads from L2.
 //
 // `aligned` says that the octet starts on a 16-byte boundary and is whole: one 16-byte access (two for
-// f32). Otherwise an octet's `count` elements are moved one by one; the lanes of a warp still cover a
+// f32). Otherwise an octet's `count` elements are moved one by one; the threads of a warp still cover a
 // contiguous range, which the first access brings into L1 and the others find there.
 
 #pragma once
@@ -230,3 +230,17 @@ public:
         atomicMin(pointer + element, value);
     }
 };
+
+/// A matrix that a kernel reads, and the elements from one row's start to the next one's.
+template <typename T>
+struct InMatrix : In<T> {
+    unsigned long long stride;
+};
+
+/// A matrix that a kernel writes.
+template <typename T>
+struct OutMatrix : Out<T> {
+    unsigned long long stride;
+};
+
+static_assert(sizeof(InMatrix<float>) == 16 && sizeof(OutMatrix<float>) == 16, "abi.rs: Matrix");

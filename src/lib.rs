@@ -72,7 +72,8 @@
 //!
 //! # Conventions
 //!
-//! - Tensors are row-major without gaps; every number of rows and columns works, 0 and 1 included, at
+//! - Tensors are row-major, without gaps or with a stride between rows ([`Strided`]); every number of rows and columns works, 0
+//!   and 1 included, at
 //!   any alignment.
 //! - Arithmetic is in f32 with one rounding into the storage type.
 //! - Outputs are given by the caller, and stay untouched when the arguments are refused.
@@ -105,7 +106,7 @@ pub use ops::norm::{Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{AsDropout, Dropout, Mode, Scaling, Shape};
 pub use pass::{Backend, Pass};
-pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Writable};
+pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Strided, Writable};
 
 /// The examples of the README are tested.
 #[doc = include_str!("../README.md")]

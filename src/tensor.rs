@@ -1,6 +1,7 @@
 //! Tensors as the operators take them: anything that a backend can read or write, behind one pair of traits.
 
 use crate::error::Error;
+use crate::ops::Shape;
 
 /// A kind of memory, and what reading and writing a tensor in it gives: slices for the CPU, addresses for a device.
 pub trait Memory {
@@ -16,7 +17,8 @@ pub trait Memory {
 
 /// A tensor of `T` that lies in memory `M`, for reading.
 ///
-/// Implemented for slices, arrays and vectors on the CPU and the emulator, and for cudarc's slices and views on a GPU.
+/// Implemented for slices, arrays and vectors on the CPU and the emulator, for cudarc's slices and views on a GPU, and for
+/// references to what implements it.
 ///
 /// # Safety
 /// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
@@ -24,6 +26,10 @@ pub trait Memory {
 pub unsafe trait Readable<T, M: Memory> {
     /// Length in elements.
     fn elements(&self) -> usize;
+    /// Elements from one row's start to the next one's, where the rows are not contiguous: see [`Strided`].
+    fn row_stride(&self) -> Option<usize> {
+        None
+    }
     /// Gives the tensor to an operator that reads it.
     ///
     /// # Errors
@@ -44,11 +50,106 @@ pub unsafe trait Writable<T, M: Memory>: Readable<T, M> {
     fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error>;
 }
 
+// SAFETY: the tensor is one.
+unsafe impl<T, M: Memory, R: Readable<T, M> + ?Sized> Readable<T, M> for &R {
+    fn elements(&self) -> usize {
+        (**self).elements()
+    }
+
+    fn row_stride(&self) -> Option<usize> {
+        (**self).row_stride()
+    }
+
+    fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
+        (**self).read(memory)
+    }
+}
+
+// SAFETY: as above.
+unsafe impl<T, M: Memory, R: Readable<T, M> + ?Sized> Readable<T, M> for &mut R {
+    fn elements(&self) -> usize {
+        (**self).elements()
+    }
+
+    fn row_stride(&self) -> Option<usize> {
+        (**self).row_stride()
+    }
+
+    fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
+        (**self).read(memory)
+    }
+}
+
+// SAFETY: as above, borrowed exclusively.
+unsafe impl<T, M: Memory, W: Writable<T, M> + ?Sized> Writable<T, M> for &mut W {
+    fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
+        (**self).write(memory)
+    }
+}
+
 /// A tensor of `T` that a pass reads.
 pub type In<'a, T, M> = &'a (dyn Readable<T, M> + 'a);
 
 /// A tensor of `T` that a pass writes.
 pub type Out<'a, T, M> = &'a mut (dyn Writable<T, M> + 'a);
+
+/// A matrix whose rows begin `stride` elements apart: a head's columns in a fused QKV tensor, a shard's columns in the
+/// whole tensor, rows that are padded. The tensor begins with the first row's first element, and ends anywhere between the
+/// last row's last element and the end of its stride. What lies between the rows is not touched.
+///
+/// Each `[rows, cols]` tensor of `dropout`, `dropout_add`, `dropout_add_norm`, `bias_act_dropout`, `swiglu_dropout` and
+/// `softmax_dropout` may be one, each with a stride of its own; every other tensor is contiguous, and a stride is refused
+/// there. A mask knows nothing of strides: columns of a whole tensor draw its mask where
+/// [`Shard::first_col`](crate::Shard::first_col) says which they are.
+///
+/// On a device rows are read and written in whole vectors where their columns and strides are multiples of 8 and their
+/// addresses of 16 bytes, as in contiguous tensors. Two outputs of one pass may be columns of one tensor there, as
+/// [`Pointer`](crate::device::Pointer)s; on the CPU a slice is one output's alone.
+///
+/// ```
+/// use fused_dropout::{Backend, Dropout, Key, Probability, Shape, Source, Strided, cpu::Cpu, ops::dropout};
+/// // The values of a fused QKV tensor, two tokens of 3 * 8 columns, in place.
+/// let mut qkv = vec![1.0f32; 2 * 24];
+/// let drop = Dropout::new(Key::new(42, 7), Probability::ONE);
+/// let mut values = Strided::new(&mut qkv[16..], 24);
+/// Cpu::new().run(&drop, dropout::Forward { shape: Shape::new(2, 8), x: Source::InPlace, y: &mut values })?;
+/// assert_eq!(qkv.iter().sum::<f32>(), 32.0);
+/// # Ok::<(), fused_dropout::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strided<X> {
+    tensor: X,
+    stride: usize,
+}
+
+impl<X> Strided<X> {
+    /// Rows that begin `stride` elements apart, the first of them where `tensor` begins.
+    pub fn new(tensor: X, stride: usize) -> Self {
+        Self { tensor, stride }
+    }
+}
+
+// SAFETY: the tensor is one.
+unsafe impl<T, M: Memory, X: Readable<T, M>> Readable<T, M> for Strided<X> {
+    fn elements(&self) -> usize {
+        self.tensor.elements()
+    }
+
+    fn row_stride(&self) -> Option<usize> {
+        Some(self.stride)
+    }
+
+    fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
+        self.tensor.read(memory)
+    }
+}
+
+// SAFETY: as above.
+unsafe impl<T, M: Memory, X: Writable<T, M>> Writable<T, M> for Strided<X> {
+    fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
+        self.tensor.write(memory)
+    }
+}
 
 /// An input that the output may overwrite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,12 +231,38 @@ pub(crate) fn read<'a, T, M: Memory>(
     tensor.map(|tensor| tensor.read(memory)).transpose()
 }
 
-/// [`Readable::read`] of an input: `None` where it lies in the output.
+/// A `[rows, cols]` tensor in its memory: its elements, and how many lie between the starts of two rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<X> {
+    pub data: X,
+    pub stride: usize,
+}
+
+/// A matrix of `shape` that is read.
+pub(crate) fn matrix<'a, T, M: Memory>(
+    tensor: In<'a, T, M>,
+    shape: Shape,
+    memory: &'a M,
+) -> Result<Matrix<M::In<'a, T>>, Error> {
+    Ok(Matrix { stride: tensor.row_stride().unwrap_or(shape.cols), data: tensor.read(memory)? })
+}
+
+/// A matrix of `shape` that is written.
+pub(crate) fn matrix_mut<'a, 't, T, M: Memory>(
+    tensor: &'a mut (dyn Writable<T, M> + 't),
+    shape: Shape,
+    memory: &'a M,
+) -> Result<Matrix<M::Out<'a, T>>, Error> {
+    Ok(Matrix { stride: tensor.row_stride().unwrap_or(shape.cols), data: tensor.write(memory)? })
+}
+
+/// [`matrix`] of an input: `None` where it lies in the output.
 pub(crate) fn source<'a, T, M: Memory>(
     source: Source<In<'a, T, M>>,
+    shape: Shape,
     memory: &'a M,
-) -> Result<Option<M::In<'a, T>>, Error> {
-    read(source.tensor(), memory)
+) -> Result<Option<Matrix<M::In<'a, T>>>, Error> {
+    source.tensor().map(|tensor| matrix(tensor, shape, memory)).transpose()
 }
 
 /// [`Writable::write`] of an optional tensor.
@@ -152,8 +279,7 @@ macro_rules! host_tensors {
         $implement!(mut [] Vec<T>);
         $implement!(mut [] Box<[T]>);
         $implement!(mut [const N: usize] [T; N]);
-        $implement!([] &[T]);
-        $implement!(mut [] &mut [T]);
+        $implement!(mut [] [T]);
     };
 }
 pub(crate) use host_tensors;

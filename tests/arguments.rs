@@ -4,11 +4,12 @@ use fused_dropout::cpu::Cpu;
 use fused_dropout::ops::dropout_add_norm::Saved;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
-    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, softmax_dropout,
+    bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
+    softmax_dropout,
 };
 use fused_dropout::{
     Activation, AttentionMask, Dropout, Error, Gradient, Groups, In, Key, Mode, Norm, Pass,
-    Probability, RowMap, Scaling, Scores, Shape, Shard, Source,
+    Probability, RowMap, Scaling, Scores, Shape, Shard, Source, Strided,
 };
 use proptest::prelude::*;
 
@@ -460,6 +461,63 @@ fn keys_in_memory_that_do_not_fit_are_refused() {
     let short = &list[1..];
     let error = refused(&drop().row_list(&short));
     assert_eq!(error, "dropout: row_list: expected 2 elements, got 1");
+}
+
+#[test]
+fn row_strides_that_do_not_fit_are_refused() {
+    let (shape, x, mut y) = (Shape::new(3, 4), [1.0f32; 18], [7.0f32; 12]);
+    let mut refused = |elements: usize, stride: usize| {
+        let x = Strided::new(&x[..elements], stride);
+        let pass = dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y };
+        let error = run(&drop(), pass).unwrap_err().to_string();
+        assert_eq!(y, [7.0; 12]);
+        error
+    };
+    let error = refused(12, 3);
+    assert_eq!(error, "dropout: x: expected a row stride of at least 4 columns, got 3");
+    for elements in [0, 13, 16, 17, 18] {
+        let stride = if elements > 15 { 5 } else { 6 };
+        let expected = if stride == 5 { "14 to 15" } else { "16 to 18" };
+        let error = refused(elements, stride);
+        let rows = format!("elements, 3 rows that begin {stride} apart, got {elements}");
+        assert_eq!(error, format!("dropout: x: expected {expected} {rows}"));
+    }
+    let error = refused(18, usize::MAX);
+    assert!(error.starts_with("dropout: x: expected "), "{error}");
+}
+
+#[test]
+fn a_stride_is_refused_where_a_tensor_is_contiguous() {
+    let (shape, x, mut y) = (Shape::new(1, 4), [1.0f32; 4], [7.0f32; 4]);
+    let strided = Strided::new(&x[..], 4);
+    let given = "expected a contiguous tensor, got rows that begin 4 apart";
+    let pass = dropout_add::Forward {
+        shape,
+        x: &strided,
+        bias: Some(&strided),
+        residual: Source::InPlace,
+        y: &mut y,
+    };
+    assert_eq!(run(&drop(), pass).unwrap_err().to_string(), format!("dropout_add: bias: {given}"));
+    let mut dbias = Strided::new([7.0f32; 4], 4);
+    let dbias = Some(Gradient::Write(&mut dbias));
+    let pass = dropout_add::Backward { shape, dy: Source::Tensor(&strided), dx: None, dbias };
+    assert_eq!(run(&drop(), pass).unwrap_err().to_string(), format!("dropout_add: dbias: {given}"));
+    let tables = Tables { token: &strided as In<'_, f32, Cpu>, position: None, segment: None };
+    let ids = [0u32];
+    let lookups = Lookups::tokens(1, &ids as _);
+    let pass = embedding_dropout::Forward { shape, lookups, tables, y: &mut y, report: None };
+    let error = run(&drop(), pass).unwrap_err().to_string();
+    assert_eq!(error, format!("embedding_dropout: token_table: {given}"));
+    let tables = Tables { token: &x as In<'_, f32, Cpu>, position: None, segment: None };
+    let mut strided = Strided::new(&mut y[..], 4);
+    let pass = embedding_dropout::Forward { shape, lookups, tables, y: &mut strided, report: None };
+    let error = run(&drop(), pass).unwrap_err().to_string();
+    assert_eq!(error, format!("embedding_dropout: y: {given}"));
+    let mut keep = Strided::new([7u8; 4], 4);
+    let error = run(&drop(), keep_mask::Bytes { shape, out: &mut keep }).unwrap_err().to_string();
+    assert_eq!(error, format!("keep_mask: out: {given}"));
+    assert_eq!(y, [7.0; 4]);
 }
 
 #[test]

@@ -9,10 +9,10 @@ use fused_dropout::ops::embedding_dropout::{
     Backward, BackwardNorm, Forward, ForwardNorm, Gradients, Ids, Lookup, Lookups, Tables,
     check_report,
 };
-use fused_dropout::ops::softmax_dropout;
+use fused_dropout::ops::{dropout_add_norm, softmax_dropout};
 use fused_dropout::{
     AttentionMask, Backend, Dropout, Gradient, In, Key, Mode, Norm, Probability, RowMap, Scaling,
-    Scores, Shape, Shard, Source,
+    Scores, Shape, Shard, Source, Strided,
 };
 
 /// Ordinary values that depend on their index.
@@ -73,6 +73,67 @@ fn modes_on_a_device() {
     assert_same(&dropped(&emulator, &classic, &x), &half, "classic inference");
 }
 
+/// `rows` rows of a matrix, `gap` elements of 7 apart.
+fn spread(matrix: &[f32], cols: usize, gap: usize) -> Vec<f32> {
+    matrix.chunks(cols).flat_map(|row| row.iter().copied().chain(vec![7.0; gap])).collect()
+}
+
+/// In every form of a kernel that shares a row: a warp's, a block's, and the one that reads a row several times.
+#[test]
+fn rows_with_a_stride_give_the_bits_of_contiguous_rows() {
+    let emulator = Emulator::new();
+    let drop = Dropout::new(Key::new(3, 4), Probability::new(0.3).unwrap());
+    for (cols, gap) in [(1024, 8), (1032, 8), (8200, 8), (8200, 3)] {
+        let scores = Scores { batch: 1, heads: 1, queries: 2, keys: cols, scale: 0.5 };
+        let (shape, norm) = (Shape::new(2, cols), Norm::layer(1e-5));
+        let (x, dy, weight) = (values(2 * cols, 1), values(2 * cols, 2), values(cols, 3));
+        let run = |gap: usize| {
+            let stride = cols + gap;
+            let [x, dy] = [&x, &dy].map(|matrix| spread(matrix, cols, gap));
+            let [x, dy] = [&x, &dy].map(|matrix| Strided::new(matrix, stride));
+            let mut outputs = [(); 4].map(|()| spread(&vec![9.0; 2 * cols], cols, gap));
+            let [y, dx, s, normalised] = &mut outputs;
+            let [mut y, mut dx, mut s, mut normalised] =
+                [y, dx, s, normalised].map(|matrix| Strided::new(matrix, stride));
+            let (mask, statistics) = (AttentionMask::causal(cols as i64 / 2), None);
+            let pass = softmax_dropout::Forward {
+                scores,
+                mask,
+                x: Source::Tensor(&x),
+                y: &mut y,
+                statistics,
+            };
+            emulator.run(&drop, pass).unwrap();
+            let pass = softmax_dropout::Backward {
+                scores,
+                mask,
+                x: &x,
+                statistics: None,
+                dy: Source::Tensor(&dy),
+                dx: &mut dx,
+            };
+            emulator.run(&drop, pass).unwrap();
+            let pass = dropout_add_norm::Forward {
+                shape,
+                norm,
+                x: &x,
+                bias: None,
+                residual: Source::Tensor(&dy),
+                weight: &weight,
+                norm_bias: None,
+                s: Some(&mut s),
+                y: &mut normalised,
+                stats: None,
+            };
+            emulator.run(&drop, pass).unwrap();
+            outputs
+        };
+        for (strided, contiguous) in run(gap).iter().zip(&run(0)) {
+            assert_same(strided, &spread(contiguous, cols, gap), &format!("{cols} + {gap}"));
+        }
+    }
+}
+
 /// A bare address is a tensor like any other: here one that the emulator gave.
 #[test]
 fn bare_addresses() {
@@ -98,7 +159,7 @@ const ROWS: usize = 70;
 const COLS: usize = 24;
 const SHAPE: Shape = Shape { rows: ROWS, cols: COLS };
 
-fn lookup(entries: usize, ids: &Vec<u32>) -> Lookup<In<'_, u32, Emulator>> {
+fn lookup<'a>(entries: usize, ids: In<'a, u32, Emulator>) -> Lookup<In<'a, u32, Emulator>> {
     Lookup { entries, ids: Ids::Given(ids) }
 }
 
@@ -164,7 +225,7 @@ fn ids_outside_of_their_table_are_reported() {
 }
 
 /// y, statistics, the report, and the gradients of the table, the norm's weight and its bias.
-fn embed_norm(ids: &Vec<u32>, dy: &[f32]) -> (Vec<f32>, Vec<f32>, u32, [Vec<f32>; 3]) {
+fn embed_norm(ids: In<'_, u32, Emulator>, dy: &[f32]) -> (Vec<f32>, Vec<f32>, u32, [Vec<f32>; 3]) {
     let emulator = Emulator::new().order(3);
     let drop = Dropout::new(Key::new(4, 5), Probability::ZERO);
     let (norm, table, weight) = (Norm::layer(1e-5), values(5 * COLS, 1), values(COLS, 2));

@@ -8,16 +8,17 @@ use fused_dropout::cuda::Gpu;
 use fused_dropout::ops::dropout::Forward;
 use fused_dropout::{Dropout, Key, Probability, Shape, Source};
 
-/// Runs the case table's checks on the shape of a benchmark's row, and one with a tail, at two probabilities;
+/// Runs the case table's checks on the shape of a benchmark's row, without and with a stride, and one with a tail, at two
+/// probabilities;
 /// and holds the share of kept elements to its binomial bound.
 ///
 /// # Errors
 /// Where a check fails.
 pub fn check(gpu: &Gpu) -> Result<()> {
     for p in [0.1, 0.001] {
-        for cols in [1024, 1021] {
+        for (cols, gap) in [(1024, 0), (1024, 8), (1021, 0)] {
             let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
-            let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
+            let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0, gap };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
                 check(&GpuBackend::on(gpu.clone(), ()), &call, &mut tally);

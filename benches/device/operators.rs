@@ -9,11 +9,11 @@ use fused_dropout::ops::dropout_add_norm::Saved;
 use fused_dropout::ops::embedding_dropout::{Gradients, Ids, Lookup, Lookups, Tables};
 use fused_dropout::ops::{
     bias_act_dropout, dropout, dropout_add, dropout_add_norm, embedding_dropout, keep_mask,
-    softmax_dropout,
+    softmax_dropout, swiglu_dropout,
 };
 use fused_dropout::{
     Activation, AsDropout, AttentionMask, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape,
-    Source,
+    Source, Strided,
 };
 use half::{bf16, f16};
 use rand_philox::Philox;
@@ -27,8 +27,11 @@ pub enum Operator {
     Copy,
     Dropout,
     DropoutAdd,
+    /// On the left half of each row of its tensors.
+    StridedDropoutAdd,
     BiasDropoutAdd,
     BiasGeluDropout,
+    SwigluDropout,
     DropoutAddLayernorm,
     SoftmaxDropout,
     CausalSoftmaxDropout,
@@ -63,7 +66,7 @@ pub struct Case {
 }
 
 /// Every operator with its passes.
-pub const PASSES: [(Operator, Pass); 20] = {
+pub const PASSES: [(Operator, Pass); 23] = {
     use Operator::*;
     use Pass::*;
     [
@@ -72,10 +75,13 @@ pub const PASSES: [(Operator, Pass); 20] = {
         (Dropout, Backward),
         (DropoutAdd, Forward),
         (DropoutAdd, Backward),
+        (StridedDropoutAdd, Forward),
         (BiasDropoutAdd, Forward),
         (BiasDropoutAdd, Backward),
         (BiasGeluDropout, Forward),
         (BiasGeluDropout, Backward),
+        (SwigluDropout, Forward),
+        (SwigluDropout, Backward),
         (DropoutAddLayernorm, Forward),
         (DropoutAddLayernorm, Backward),
         (SoftmaxDropout, Forward),
@@ -142,10 +148,13 @@ impl Case {
             (Operator::Copy | Operator::Dropout, _) => 2 * all,
             (Operator::DropoutAdd, Pass::Forward) => 3 * all,
             (Operator::DropoutAdd, Pass::Backward) => 2 * all,
+            (Operator::StridedDropoutAdd, _) => 3 * all / 2,
             (Operator::BiasDropoutAdd, Pass::Forward) => 3 * all + row,
             (Operator::BiasDropoutAdd, Pass::Backward) => 2 * all + parameters,
             (Operator::BiasGeluDropout, Pass::Forward) => 2 * all + row,
             (Operator::BiasGeluDropout, Pass::Backward) => 3 * all + row + parameters,
+            (Operator::SwigluDropout, Pass::Forward) => 3 * all,
+            (Operator::SwigluDropout, Pass::Backward) => 5 * all,
             (Operator::DropoutAddLayernorm, Pass::Forward) => 4 * all + 2 * row + stats,
             (Operator::DropoutAddLayernorm, Pass::Backward) => {
                 5 * all + row + stats + 2 * parameters
@@ -339,8 +348,12 @@ impl Needs {
         let with = |rows_of_one: usize| [&tables[..], &vec![cols; rows_of_one]].concat();
         match (case.operator, case.pass) {
             (Operator::Copy | Operator::Dropout, _) => Self { inputs: 1, outputs: 1, ..none },
-            (Operator::DropoutAdd, Pass::Forward) => Self { inputs: 2, outputs: 1, ..none },
+            (Operator::DropoutAdd, Pass::Forward) | (Operator::StridedDropoutAdd, _) => {
+                Self { inputs: 2, outputs: 1, ..none }
+            }
             (Operator::DropoutAdd, Pass::Backward) => Self { inputs: 1, outputs: 1, ..none },
+            (Operator::SwigluDropout, Pass::Forward) => Self { inputs: 2, outputs: 1, ..none },
+            (Operator::SwigluDropout, Pass::Backward) => Self { inputs: 3, outputs: 2, ..none },
             (Operator::BiasDropoutAdd, Pass::Forward) => {
                 Self { inputs: 2, outputs: 1, parameters: vec![cols], ..none }
             }
@@ -498,6 +511,26 @@ impl<T: Stored> Tensors<T> {
             (Operator::DropoutAdd | Operator::BiasDropoutAdd, Pass::Backward) => {
                 let dx = Some(out(&mut output) as _);
                 gpu.run(drop, dropout_add::Backward { shape, dy: source(0), dx, dbias: g0 })
+            }
+            (Operator::StridedDropoutAdd, _) => {
+                let [x, residual] = [0, 1].map(|i| Strided::new(&inputs[i], case.cols));
+                let pass = dropout_add::Forward {
+                    shape: Shape::new(case.rows, case.cols / 2),
+                    x: &x as In<'_, T, Gpu>,
+                    bias: None,
+                    residual: Source::Tensor(&residual),
+                    y: &mut Strided::new(out(&mut output), case.cols),
+                };
+                gpu.run(drop, pass)
+            }
+            (Operator::SwigluDropout, Pass::Forward) => {
+                let (gate, up, y) = (source(0), input(1), out(&mut output));
+                gpu.run(drop, swiglu_dropout::Forward { shape, gate, up, y })
+            }
+            (Operator::SwigluDropout, Pass::Backward) => {
+                let (gate, up, dy) = (input(0), input(1), source(2));
+                let (dgate, dup) = (out(&mut output), out(&mut second));
+                gpu.run(drop, swiglu_dropout::Backward { shape, gate, up, dy, dgate, dup })
             }
             (Operator::BiasGeluDropout, Pass::Forward) => {
                 let pass = bias_act_dropout::Forward {

@@ -7,7 +7,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::bias_act_dropout::{Activation, Backward, Forward};
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{Sum, read, source};
+use crate::tensor::{Matrix, Sum, matrix, matrix_mut, read, source};
 
 /// y = D(act(x + bias)).
 pub(crate) fn forward<T: Dtype>(
@@ -15,9 +15,9 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = source(x, cpu)?;
+    let x = source(x, shape, cpu)?;
     let bias = read(bias, cpu)?;
-    Task { cpu: *cpu, draw, shape, activation, bias }.forward(x, y.write(cpu)?);
+    Task { cpu: *cpu, draw, shape, activation, bias }.forward(x, matrix_mut(y, shape, cpu)?);
     Ok(())
 }
 
@@ -28,10 +28,10 @@ pub(crate) fn backward<T: Dtype>(
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = read(bias, cpu)?;
-    let dy = source(dy, cpu)?;
+    let dy = source(dy, shape, cpu)?;
     let dbias = dbias.map(|dbias| Sum::of(dbias, cpu)).transpose()?;
     let task = Task { cpu: *cpu, draw, shape, activation, bias };
-    task.backward(x.read(cpu)?, dy, dx.write(cpu)?, dbias);
+    task.backward(matrix(x, shape, cpu)?, dy, matrix_mut(dx, shape, cpu)?, dbias);
     Ok(())
 }
 
@@ -46,21 +46,27 @@ struct Task<'a, T> {
 
 impl<T: Dtype> Task<'_, T> {
     /// x = y where it is not given.
-    fn forward(&self, x: Option<&[T]>, y: &mut [T]) {
+    fn forward(&self, x: Option<Matrix<&[T]>>, y: Matrix<&mut [T]>) {
         let Self { cpu, draw, shape, .. } = *self;
         let stream = Stream { cpu, draw, shape, inputs: [x, None], in_place: x.is_none() };
         stream.run(
             y,
             #[inline(always)]
             |segment, lanes, y, values| {
-                self.biased(segment.col, x.map_or(y, |x| &x[segment.elements.clone()]), values);
+                self.biased(segment, x.map_or(y, |x| x.at(segment)), values);
                 self.activation.select(draw, lanes, values);
             },
         );
     }
 
     /// dy = dx where it is not given.
-    fn backward(&self, x: &[T], dy: Option<&[T]>, dx: &mut [T], dbias: Option<Sum<'_, Cpu>>) {
+    fn backward(
+        &self,
+        x: Matrix<&[T]>,
+        dy: Option<Matrix<&[T]>>,
+        dx: Matrix<&mut [T]>,
+        dbias: Option<Sum<'_, Cpu>>,
+    ) {
         let Self { cpu, draw, shape, .. } = *self;
         let stream = Stream { cpu, draw, shape, inputs: [Some(x), dy], in_place: dy.is_none() };
         let Some(dbias) = dbias else {
@@ -68,8 +74,8 @@ impl<T: Dtype> Task<'_, T> {
                 dx,
                 #[inline(always)]
                 |segment, lanes, dx, values| {
-                    let dy = dy.map_or(dx, |dy| &dy[segment.elements.clone()]);
-                    self.gradient(segment, lanes, x, dy, values);
+                    let dy = dy.map_or(dx, |dy| dy.at(segment));
+                    self.gradient(segment, lanes, x.at(segment), dy, values);
                 },
             );
         };
@@ -79,19 +85,19 @@ impl<T: Dtype> Task<'_, T> {
             1.0,
             #[inline(always)]
             |segment, lanes, dx, values, sums| {
-                let dy = dy.map_or(dx, |dy| &dy[segment.elements.clone()]);
-                self.gradient(segment, lanes, x, dy, values);
+                let dy = dy.map_or(dx, |dy| dy.at(segment));
+                self.gradient(segment, lanes, x.at(segment), dy, values);
                 sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);
             },
         );
     }
 
-    /// dx of a segment in f32; `x` is the whole tensor, `dy` the segment's part.
+    /// dx of a segment in f32.
     #[inline(always)]
     fn gradient(&self, segment: &Segment, lanes: &[u16], x: &[T], dy: &[T], dx: &mut [f32]) {
         let mut block = Block::new();
         let slope = &mut block.0[..dx.len()];
-        self.biased(segment.col, &x[segment.elements.clone()], slope);
+        self.biased(segment, x, slope);
         self.activation.slope(slope);
         convert::load(dy, dx);
         for (dx, &slope) in dx.iter_mut().zip(&*slope) {
@@ -101,11 +107,11 @@ impl<T: Dtype> Task<'_, T> {
         dropout::select(&MaskParams { scale: 1.0, ..*self.draw }, lanes, dx);
     }
 
-    /// x + bias in f32, from column `col` on.
+    /// x + bias of a segment in f32.
     #[inline(always)]
-    fn biased(&self, col: usize, x: &[T], sum: &mut [f32]) {
+    fn biased(&self, segment: &Segment, x: &[T], sum: &mut [f32]) {
         let Some(bias) = self.bias else { return convert::load(x, sum) };
-        for (sum, (&x, &bias)) in sum.iter_mut().zip(x.iter().zip(&bias[col..])) {
+        for (sum, (&x, &bias)) in sum.iter_mut().zip(x.iter().zip(&bias[segment.cols.clone()])) {
             *sum = convert::widen(x) + convert::widen(bias);
         }
     }

@@ -6,7 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout::{Backward, Forward};
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::source;
+use crate::tensor::{Matrix, matrix_mut, source};
 
 /// y = D(x).
 pub(crate) fn forward<T: Dtype>(
@@ -14,8 +14,8 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = source(x, cpu)?;
-    apply(*cpu, draw, shape, x, y.write(cpu)?);
+    let x = source(x, shape, cpu)?;
+    apply(*cpu, draw, shape, x, matrix_mut(y, shape, cpu)?);
     Ok(())
 }
 
@@ -33,15 +33,15 @@ pub(super) fn apply<T: Dtype>(
     cpu: Cpu,
     draw: &MaskParams<'_>,
     shape: Shape,
-    x: Option<&[T]>,
-    y: &mut [T],
+    x: Option<Matrix<&[T]>>,
+    y: Matrix<&mut [T]>,
 ) {
     let stream = Stream { cpu, draw, shape, inputs: [x, None], in_place: x.is_none() };
     stream.run(
         y,
         #[inline(always)]
         |segment, lanes, y, values| {
-            convert::load(x.map_or(y, |x| &x[segment.elements.clone()]), values);
+            convert::load(x.map_or(y, |x| x.at(segment)), values);
             select(draw, lanes, values);
         },
     );

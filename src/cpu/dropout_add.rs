@@ -6,7 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward};
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{Sum, read, source, write};
+use crate::tensor::{Matrix, Sum, matrix, matrix_mut, read, source};
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype>(
@@ -15,8 +15,9 @@ pub(crate) fn forward<T: Dtype>(
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = read(bias, cpu)?;
-    let residual = source(residual, cpu)?;
-    add(*cpu, draw, shape, x.read(cpu)?, bias, residual, y.write(cpu)?);
+    let residual = source(residual, shape, cpu)?;
+    let (x, y) = (matrix(x, shape, cpu)?, matrix_mut(y, shape, cpu)?);
+    add(*cpu, draw, shape, x, bias, residual, y);
     Ok(())
 }
 
@@ -26,8 +27,8 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let dy = source(dy, cpu)?;
-    let dx = write(dx, cpu)?;
+    let dy = source(dy, shape, cpu)?;
+    let dx = dx.map(|dx| matrix_mut(dx, shape, cpu)).transpose()?;
     let Some(dbias) = dbias else {
         if let Some(dx) = dx {
             dropout::apply(*cpu, draw, shape, dy, dx);
@@ -43,10 +44,10 @@ fn add<T: Dtype>(
     cpu: Cpu,
     draw: &MaskParams<'_>,
     shape: Shape,
-    x: &[T],
+    x: Matrix<&[T]>,
     bias: Option<&[T]>,
-    residual: Option<&[T]>,
-    y: &mut [T],
+    residual: Option<Matrix<&[T]>>,
+    y: Matrix<&mut [T]>,
 ) {
     let stream =
         Stream { cpu, draw, shape, inputs: [Some(x), residual], in_place: residual.is_none() };
@@ -54,10 +55,9 @@ fn add<T: Dtype>(
         y,
         #[inline(always)]
         |segment, lanes, y, sums| {
-            let x = &x[segment.elements.clone()];
-            let bias = bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
-            let residual = residual.map_or(y, |r| &r[segment.elements.clone()]);
-            select_add(draw, lanes, x, bias, residual, sums);
+            let bias = bias.map(|bias| &bias[segment.cols.clone()]);
+            let residual = residual.map_or(y, |residual| residual.at(segment));
+            select_add(draw, lanes, x.at(segment), bias, residual, sums);
         },
     );
 }
@@ -96,8 +96,8 @@ fn gradients<T: Dtype>(
     cpu: Cpu,
     draw: &MaskParams<'_>,
     shape: Shape,
-    dy: Option<&[T]>,
-    dx: Option<&mut [T]>,
+    dy: Option<Matrix<&[T]>>,
+    dx: Option<Matrix<&mut [T]>>,
     dbias: Sum<'_, Cpu>,
 ) {
     let unscaled = MaskParams { scale: 1.0, ..*draw };
@@ -108,7 +108,7 @@ fn gradients<T: Dtype>(
         draw.scale,
         #[inline(always)]
         |segment, lanes, dx, values, sums| {
-            convert::load(dy.map_or(dx, |dy| &dy[segment.elements.clone()]), values);
+            convert::load(dy.map_or(dx, |dy| dy.at(segment)), values);
             dropout::select(&unscaled, lanes, values);
             // A dropped element adds +0, which changes no sum that started from +0.
             sums.iter_mut().zip(&*values).for_each(|(sum, value)| *sum += value);

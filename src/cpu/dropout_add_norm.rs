@@ -6,7 +6,7 @@
 use super::dropout_add::select_add;
 use super::norm::{Affine, Standard};
 use super::octets::Segment;
-use super::split::Line;
+use super::split::{Line, Part};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -14,7 +14,7 @@ use crate::ops::dropout_add_norm::{Backward, Forward, Saved};
 use crate::ops::norm::Norm;
 use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{Sum, read, source, write};
+use crate::tensor::{Matrix, Sum, matrix, matrix_mut, read, source, write};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -24,17 +24,17 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
+    let shape = pass.shape;
     let add = Add {
-        x: pass.x.read(cpu)?,
+        x: matrix(pass.x, shape, cpu)?,
         bias: read(pass.bias, cpu)?,
-        residual: source(pass.residual, cpu)?,
+        residual: source(pass.residual, shape, cpu)?,
     };
     let norm_bias = read(pass.norm_bias, cpu)?;
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
-    let s = write(pass.s, cpu)?;
-    let stats = write(pass.stats, cpu)?;
-    let task = Task { cpu: *cpu, draw, norm: pass.norm, shape: pass.shape };
-    task.forward(&add, &affine, s, pass.y.write(cpu)?, stats);
+    let s = pass.s.map(|s| matrix_mut(s, shape, cpu)).transpose()?;
+    let (y, stats) = (matrix_mut(pass.y, shape, cpu)?, write(pass.stats, cpu)?);
+    Task { cpu: *cpu, draw, norm: pass.norm, shape }.forward(&add, &affine, s, y, stats);
     Ok(())
 }
 
@@ -44,12 +44,13 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
+    let shape = pass.shape;
     let add = match pass.saved {
-        Saved::Sum(s) => Recomputed::Not(s.read(cpu)?),
+        Saved::Sum(s) => Recomputed::Not(matrix(s, shape, cpu)?),
         Saved::Inputs { x, bias, residual } => Recomputed::From(Add {
-            x: x.read(cpu)?,
+            x: matrix(x, shape, cpu)?,
             bias: read(bias, cpu)?,
-            residual: Some(residual.read(cpu)?),
+            residual: Some(matrix(residual, shape, cpu)?),
         }),
     };
     let (stats, _) = pass.stats.read(cpu)?.as_chunks::<2>();
@@ -57,14 +58,15 @@ pub(crate) fn backward<T: Dtype>(
         s: add,
         weight: &convert::widened(pass.weight.read(cpu)?),
         stats,
-        dy: pass.dy.read(cpu)?,
-        ds: read(pass.ds, cpu)?,
+        dy: matrix(pass.dy, shape, cpu)?,
+        ds: pass.ds.map(|ds| matrix(ds, shape, cpu)).transpose()?,
     };
     let [dbias, dweight, dnorm_bias] = [pass.dbias, pass.dweight, pass.dnorm_bias]
         .map(|gradient| gradient.map(|gradient| Sum::of(gradient, cpu)).transpose());
     let grads = ParamGrads { dbias: dbias?, dweight: dweight?, dnorm_bias: dnorm_bias? };
-    let task = Task { cpu: *cpu, draw, norm: pass.norm, shape: pass.shape };
-    task.backward(&given, pass.dresidual.write(cpu)?, pass.dx.write(cpu)?, grads);
+    let dresidual = matrix_mut(pass.dresidual, shape, cpu)?;
+    let dx = matrix_mut(pass.dx, shape, cpu)?;
+    Task { cpu: *cpu, draw, norm: pass.norm, shape }.backward(&given, dresidual, dx, grads);
     Ok(())
 }
 
@@ -77,14 +79,14 @@ struct ParamGrads<G> {
 
 /// What s is computed from; the residual lies in s where it is not given.
 struct Add<'a, T> {
-    x: &'a [T],
+    x: Matrix<&'a [T]>,
     bias: Option<&'a [T]>,
-    residual: Option<&'a [T]>,
+    residual: Option<Matrix<&'a [T]>>,
 }
 
 /// Where the backward pass finds s.
 enum Recomputed<'a, T> {
-    Not(&'a [T]),
+    Not(Matrix<&'a [T]>),
     From(Add<'a, T>),
 }
 
@@ -93,8 +95,8 @@ struct Given<'a, T> {
     s: Recomputed<'a, T>,
     weight: &'a [f32],
     stats: &'a [[f32; 2]],
-    dy: &'a [T],
-    ds: Option<&'a [T]>,
+    dy: Matrix<&'a [T]>,
+    ds: Option<Matrix<&'a [T]>>,
 }
 
 /// A checked call.
@@ -138,8 +140,8 @@ impl Task<'_> {
         &self,
         add: &Add<'_, T>,
         affine: &Affine,
-        s: Option<&mut [T]>,
-        y: &mut [T],
+        s: Option<Matrix<&mut [T]>>,
+        y: Matrix<&mut [T]>,
         stats: Option<&mut [f32]>,
     ) {
         let Shape { rows, cols } = self.shape;
@@ -149,27 +151,26 @@ impl Task<'_> {
         }
         let (weight, norm_bias) = (&affine.weight[..], affine.bias.as_deref());
         let (part, group) = (self.part(), self.group());
-        let streaming = split::streaming(self.cpu, y);
+        let streaming = split::streaming(self.cpu, y.data);
         // In place, the residual's lines are in the caches anyway.
         let streaming_s = streaming.filter(|_| add.residual.is_some());
-        let s = split::optional_chunks(s, part * cols, rows.div_ceil(part)).into_par_iter();
+        let s = split::optional_rows(s, part, rows.div_ceil(part)).into_par_iter();
         let stats = split::optional_chunks(stats, part * 2, rows.div_ceil(part)).into_par_iter();
-        y.par_chunks_mut(part * cols).zip(s).zip(stats).enumerate().for_each_init(
+        let parts: Vec<_> = Part::whole(y).chunks(part).collect();
+        parts.into_par_iter().zip(s).zip(stats).enumerate().for_each_init(
             || self.scratch(),
             |values, (index, ((y, s), stats))| {
-                let mut s = s.into_iter().flat_map(|s| s.chunks_mut(group * cols));
+                let mut s = s.into_iter().flat_map(|s| s.chunks(group));
                 let mut stats = stats.into_iter().flat_map(|stats| stats.as_chunks_mut::<2>().0);
                 self.cpu.vectorised(
                     #[inline(always)]
                     || {
-                        for (index, y) in
-                            (index * part..).step_by(group).zip(y.chunks_mut(group * cols))
-                        {
-                            let values = &mut values[..y.len()];
-                            let s = s.next();
-                            let rows = index..index + y.len() / cols;
-                            self.add(add, rows, values, s, streaming_s);
-                            for (row, y) in values.chunks_mut(cols).zip(y.chunks_mut(cols)) {
+                        for (index, mut y) in (index * part..).step_by(group).zip(y.chunks(group)) {
+                            let y = y.rows(cols);
+                            let values = &mut values[..y.len() * cols];
+                            let rows = index..index + y.len();
+                            self.add(add, rows, values, s.next(), streaming_s);
+                            for (row, y) in values.chunks_mut(cols).zip(y) {
                                 let standard = Standard::of(&self.norm, row);
                                 stats.by_ref().take(1).for_each(|stats| *stats = standard.stats());
                                 for at in (0..cols).step_by(BURST) {
@@ -195,33 +196,35 @@ impl Task<'_> {
         add: &Add<'_, T>,
         rows: Range<usize>,
         values: &mut [f32],
-        mut s: Option<&mut [T]>,
+        mut s: Option<Part<'_, T>>,
         streaming: Option<Line>,
     ) {
-        let base = rows.start * self.shape.cols;
+        let cols = self.shape.cols;
+        let base = rows.start * cols;
+        let strided = s.as_ref().is_some_and(|s| s.stride != cols);
         let mut left = 0;
         self.walk(
             rows,
             #[inline(always)]
             |elements| {
-                split::prefetch(add.x, elements.clone());
-                add.residual.into_iter().for_each(|r| split::prefetch(r, elements.clone()));
+                add.x.prefetch(cols, elements.clone());
+                add.residual.into_iter().for_each(|r| r.prefetch(cols, elements.clone()));
             },
             #[inline(always)]
             |segment, lanes| {
-                let local = segment.elements.start - base..segment.elements.end - base;
-                let x = &add.x[segment.elements.clone()];
-                let bias = add.bias.map(|bias| &bias[segment.col..segment.col + x.len()]);
-                let residual = match (add.residual, s.as_deref()) {
-                    (Some(residual), _) => &residual[segment.elements],
-                    (None, s) => &s.unwrap_or_default()[local.clone()],
+                let Range { start, end } = segment.elements(cols);
+                let (start, end) = (start - base, end - base);
+                let bias = add.bias.map(|bias| &bias[segment.cols.clone()]);
+                let residual = match (add.residual, &s) {
+                    (Some(residual), _) => residual.at(&segment),
+                    (None, s) => s.as_ref().map_or(&[][..], |s| s.at(&segment)),
                 };
-                let sums = &mut values[local.clone()];
-                select_add(self.draw, lanes, x, bias, residual, sums);
+                let sums = &mut values[start..end];
+                select_add(self.draw, lanes, add.x.at(&segment), bias, residual, sums);
                 convert::round::<T>(sums);
-                if let Some(s) = s.as_deref_mut().filter(|_| segment.last) {
-                    split::emit(&values[left..local.end], &mut s[left..local.end], streaming);
-                    left = local.end;
+                if let Some(s) = s.as_mut().filter(|_| segment.last || strided) {
+                    split::emit(&values[left..end], s.up_to(&segment, end - left), streaming);
+                    left = end;
                 }
             },
         );
@@ -242,8 +245,8 @@ impl Task<'_> {
     fn backward<T: Dtype>(
         &self,
         given: &Given<'_, T>,
-        dresidual: &mut [T],
-        dx: &mut [T],
+        dresidual: Matrix<&mut [T]>,
+        dx: Matrix<&mut [T]>,
         grads: ParamGrads<Sum<'_, Cpu>>,
     ) {
         let Shape { rows, cols } = self.shape;
@@ -260,25 +263,22 @@ impl Task<'_> {
             wanted.map(|wanted| wanted.then(|| vec![0.0f32; tiles * cols]));
         let mut sums =
             ParamGrads { dbias: of_dbias, dweight: of_dweight, dnorm_bias: of_dnorm_bias };
-        let parts = dresidual
-            .par_chunks_mut(tile_rows * cols)
-            .zip(dx.par_chunks_mut(tile_rows * cols))
-            .zip(chunks(&mut sums, cols, tiles));
-        let streaming = split::streaming(self.cpu, given.dy);
-        parts.enumerate().for_each_init(
+        let streaming = split::streaming(self.cpu, dx.data);
+        let outs = Part::whole(dresidual).chunks(tile_rows).zip(Part::whole(dx).chunks(tile_rows));
+        let parts: Vec<_> = outs.zip(chunks(&mut sums, cols, tiles)).collect();
+        parts.into_par_iter().enumerate().for_each_init(
             || Scratch { s: self.scratch(), g: self.scratch() },
             |scratch, (index, ((dresidual, dx), mut sums))| {
                 self.cpu.vectorised(
                     #[inline(always)]
                     || {
                         let first = index * tile_rows;
-                        let parts = dresidual.chunks_mut(self.group() * cols);
-                        let parts = parts.zip(dx.chunks_mut(self.group() * cols));
-                        for (group, (dresidual, dx)) in parts.enumerate() {
+                        let parts = dresidual.chunks(self.group()).zip(dx.chunks(self.group()));
+                        for (group, (mut dresidual, dx)) in parts.enumerate() {
                             let first = first + group * self.group();
-                            let rows = first..first + dx.len() / cols;
+                            let rows = first..first + dresidual.rows(cols).len();
                             let g = self.gradient(given, rows.clone(), scratch, &mut sums);
-                            split::emit(g, dresidual, streaming);
+                            self.emit(g, &mut dresidual, streaming);
                             self.drop(rows, g, dx, &mut sums.dbias, streaming);
                         }
                         split::fence();
@@ -303,13 +303,13 @@ impl Task<'_> {
         let cols = self.shape.cols;
         let elements = rows.start * cols..rows.end * cols;
         let (s, g) = (&mut scratch.s[..elements.len()], &mut scratch.g[..elements.len()]);
-        split::prefetch(given.dy, elements.clone());
+        given.dy.prefetch(cols, elements);
         match &given.s {
-            Recomputed::Not(saved) => convert::load(&saved[elements.clone()], s),
+            Recomputed::Not(saved) => self.load(saved, rows.clone(), s),
             Recomputed::From(add) => self.add(add, rows.clone(), s, None, None),
         }
-        convert::load(&given.dy[elements.clone()], g);
-        for (row, (s, g)) in rows.zip(s.chunks(cols).zip(g.chunks_mut(cols))) {
+        self.load(&given.dy, rows.clone(), g);
+        for (row, (s, g)) in rows.clone().zip(s.chunks(cols).zip(g.chunks_mut(cols))) {
             let standard = Standard::saved(self.norm.kind, s, given.stats[row]);
             if let Some(sums) = &mut sums.dnorm_bias {
                 sums.iter_mut().zip(&*g).for_each(|(sum, dy)| *sum += dy);
@@ -322,9 +322,34 @@ impl Task<'_> {
             standard.gradient(self.norm.kind, s, g);
         }
         if let Some(ds) = given.ds {
-            g.iter_mut().zip(&ds[elements]).for_each(|(g, &ds)| *g += convert::widen(ds));
+            for (row, g) in rows.zip(g.chunks_mut(cols)) {
+                let ds = ds.row(row, 0..cols);
+                g.iter_mut().zip(ds).for_each(|(g, &ds)| *g += convert::widen(ds));
+            }
         }
         g
+    }
+
+    /// Rows of a matrix in f32: all at once where they follow each other.
+    #[inline(always)]
+    fn load<T: Dtype>(&self, from: &Matrix<&[T]>, rows: Range<usize>, to: &mut [f32]) {
+        let cols = self.shape.cols;
+        if from.stride == cols {
+            return convert::load(&from.data[rows.start * cols..rows.end * cols], to);
+        }
+        let to = rows.zip(to.chunks_mut(cols));
+        to.for_each(|(row, to)| convert::load(from.row(row, 0..cols), to));
+    }
+
+    /// Rounds rows into their output: all at once where they follow each other.
+    #[inline(always)]
+    fn emit<T: Dtype>(&self, from: &[f32], to: &mut Part<'_, T>, streaming: Option<Line>) {
+        let cols = self.shape.cols;
+        if to.stride == cols {
+            return split::emit(from, to.data, streaming);
+        }
+        let rows = from.chunks(cols).zip(to.rows(cols));
+        rows.for_each(|(from, to)| split::emit(from, to, streaming));
     }
 
     /// dx = D(g) of `rows`, and their part of the sum of kept g.
@@ -333,28 +358,29 @@ impl Task<'_> {
         &self,
         rows: Range<usize>,
         g: &mut [f32],
-        dx: &mut [T],
+        mut dx: Part<'_, T>,
         dbias: &mut Option<&mut [f32]>,
         streaming: Option<Line>,
     ) {
-        let base = rows.start * self.shape.cols;
+        let cols = self.shape.cols;
+        let base = rows.start * cols;
         let unscaled = MaskParams { scale: 1.0, ..*self.draw };
         self.walk(
             rows,
             |_| {},
             #[inline(always)]
             |segment, lanes| {
-                let local = segment.elements.start - base..segment.elements.end - base;
-                let g = &mut g[local.clone()];
+                let Range { start, end } = segment.elements(cols);
+                let g = &mut g[start - base..end - base];
                 dropout::select(&unscaled, lanes, g);
                 if let Some(sums) = dbias {
-                    let sums = &mut sums[segment.col..segment.col + g.len()];
+                    let sums = &mut sums[segment.cols.clone()];
                     // A dropped element adds +0, which changes no sum that started from +0.
                     sums.iter_mut().zip(&*g).for_each(|(sum, g)| *sum += g);
                 }
                 // +0 stays +0: the scale is finite and not negative.
                 g.iter_mut().for_each(|g| *g *= self.draw.scale);
-                split::emit(g, &mut dx[local], streaming);
+                split::emit(g, dx.up_to(&segment, g.len()), streaming);
             },
         );
     }

@@ -13,7 +13,7 @@ use crate::ops::embedding_dropout::{
 };
 use crate::ops::norm::Norm;
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{Gradient, In, read, write};
+use crate::tensor::{Gradient, In, Matrix, read, write};
 use rayon::prelude::*;
 
 /// y = D(token + position + segment).
@@ -130,10 +130,10 @@ impl<'a, T: Dtype> Sum<'a, T> {
 fn embed<T: Dtype>(cpu: Cpu, draw: &MaskParams<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
     let stream = Stream { cpu, draw, shape, inputs: [None; 2], in_place: false };
     stream.run(
-        y,
+        Matrix { data: y, stride: shape.cols },
         #[inline(always)]
         |segment, lanes, _, sums| {
-            sum.load(segment.elements.start / shape.cols, segment.col, sums);
+            sum.load(segment.row, segment.cols.start, sums);
             dropout::select(draw, lanes, sums);
         },
     );
@@ -234,8 +234,7 @@ impl<T: Dtype> NormRows<'_, T> {
             |_| {},
             #[inline(always)]
             |segment, lanes| {
-                let values = &mut values[segment.col..segment.col + lanes.len()];
-                dropout::select(self.draw, lanes, values);
+                dropout::select(self.draw, lanes, &mut values[segment.cols]);
             },
         );
     }
@@ -348,7 +347,7 @@ fn load_dropped<T: Dtype>(
         |elements| split::prefetch(dy, elements),
         #[inline(always)]
         |segment, lanes| {
-            convert::load(&dy[segment.elements], values);
+            convert::load(&dy[segment.elements(shape.cols)], values);
             dropout::select(draw, lanes, values);
         },
     );

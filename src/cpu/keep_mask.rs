@@ -1,11 +1,13 @@
 //! `keep_mask` on the CPU: the mask itself, as bits or bytes, 1 for kept.
 
+use super::Cpu;
 use super::octets::{self, Segment};
-use super::{Cpu, split};
+use super::split::{self, Outputs, Part};
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::keep_mask::{Bits, Bytes};
 use crate::ops::{MaskParams, Shape};
+use crate::tensor::Matrix;
 use std::ops::Range;
 
 /// The mask as bits.
@@ -14,31 +16,40 @@ pub(crate) fn bits(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    split::pieces(
-        shape,
-        out.write(cpu)?,
-        |octet| octet,
-        |range, out| {
-            let mut out = out.iter_mut();
-            walk(
-                cpu,
-                draw,
-                shape,
-                range,
-                #[inline(always)]
-                |_, keep| {
-                    let (octets, rest) = keep.as_chunks::<OCTET>();
-                    out.by_ref().zip(octets).for_each(|(bits, keep)| *bits = pack(*keep));
-                    if !rest.is_empty() {
-                        let mut last = [0; OCTET];
-                        last[..rest.len()].copy_from_slice(rest);
-                        out.by_ref().take(1).for_each(|bits| *bits = pack(last));
-                    }
-                },
-            );
-        },
-    );
+    let out = Octets { first: 0, bits: out.write(cpu)? };
+    split::pieces(shape, out, |range, Octets { bits, .. }| {
+        let mut out = bits.iter_mut();
+        walk(
+            cpu,
+            draw,
+            shape,
+            range,
+            #[inline(always)]
+            |_, keep| {
+                let (octets, rest) = keep.as_chunks::<OCTET>();
+                out.by_ref().zip(octets).for_each(|(bits, keep)| *bits = pack(*keep));
+                if !rest.is_empty() {
+                    let mut last = [0; OCTET];
+                    last[..rest.len()].copy_from_slice(rest);
+                    out.by_ref().take(1).for_each(|bits| *bits = pack(last));
+                }
+            },
+        );
+    });
     Ok(())
+}
+
+/// The masks of octets, from octet `first` on: a byte each.
+struct Octets<'a> {
+    first: usize,
+    bits: &'a mut [u8],
+}
+
+impl Outputs for Octets<'_> {
+    fn split(self, _: Shape, octet: usize) -> (Self, Self) {
+        let (before, behind) = self.bits.split_at_mut(octet - self.first);
+        (Self { first: self.first, bits: before }, Self { first: octet, bits: behind })
+    }
 }
 
 /// The mask as bytes, 0 or 1.
@@ -47,9 +58,8 @@ pub(crate) fn bytes(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let before = |octet| octets::first_element(shape, octet);
-    split::pieces(shape, out.write(cpu)?, before, |range, out| {
-        let base = before(range.start);
+    let out = Matrix { data: out.write(cpu)?, stride: shape.cols };
+    split::pieces(shape, Part::whole(out), |range, mut out| {
         walk(
             cpu,
             draw,
@@ -57,8 +67,7 @@ pub(crate) fn bytes(
             range,
             #[inline(always)]
             |segment, keep| {
-                out[segment.elements.start - base..segment.elements.end - base]
-                    .copy_from_slice(keep);
+                out.up_to(&segment, keep.len()).copy_from_slice(keep);
             },
         );
     });

@@ -47,12 +47,20 @@ pub(super) struct Lanes {
 
 /// A contiguous piece of one row.
 pub(super) struct Segment {
-    /// The elements, counted over the whole local tensor.
-    pub elements: Range<usize>,
-    /// The local column of the first element.
-    pub col: usize,
+    /// The local row.
+    pub row: usize,
+    /// The local columns.
+    pub cols: Range<usize>,
     /// Whether the block ends with it.
     pub last: bool,
+}
+
+impl Segment {
+    /// Its elements in a tensor whose rows begin `stride` elements apart.
+    #[inline(always)]
+    pub fn elements(&self, stride: usize) -> Range<usize> {
+        self.row * stride + self.cols.start..self.row * stride + self.cols.end
+    }
 }
 
 /// Octets of `shape`, a row's last one counted whole.
@@ -60,11 +68,11 @@ pub(super) fn count(shape: Shape) -> usize {
     shape.rows * shape.cols.div_ceil(OCTET)
 }
 
-/// The first element of octet `octet`, counting octets row by row; the tensor's end for the last
-/// octet's successor.
-pub(super) fn first_element(shape: Shape, octet: usize) -> usize {
+/// The first element of octet `octet`, counting octets row by row, in a tensor whose rows begin `stride` elements apart;
+/// the end of the last row's stride for the last octet's successor.
+pub(super) fn first_element(shape: Shape, stride: usize, octet: usize) -> usize {
     let a_row = shape.cols.div_ceil(OCTET);
-    octet / a_row * shape.cols + octet % a_row * OCTET
+    octet / a_row * stride + octet % a_row * OCTET
 }
 
 impl Lanes {
@@ -152,8 +160,8 @@ impl RowLanes {
 }
 
 /// Walks octets `range` of a tensor, a block at a time, and gives `body` every row's piece of a block
-/// with its lanes. `prefetch` is told the elements of a block before its lanes are drawn. Where nothing
-/// random is asked for, the lanes are not drawn and mean nothing.
+/// with its lanes. `prefetch` is told the elements of a block, as a contiguous tensor has them, before its lanes are drawn.
+/// Where nothing random is asked for, the lanes are not drawn and mean nothing.
 #[inline(always)]
 pub(super) fn walk(
     draw: &MaskParams<'_>,
@@ -187,8 +195,7 @@ pub(super) fn walk(
             let octets = (a_row - octet).min(count - done);
             let col = octet * OCTET;
             let end = (col + octets * OCTET).min(shape.cols);
-            let elements = row * shape.cols + col..row * shape.cols + end;
-            let segment = Segment { elements, col, last: done + octets == count };
+            let segment = Segment { row, cols: col..end, last: done + octets == count };
             body(segment, &lanes.lanes()[done * OCTET..done * OCTET + end - col]);
             done += octets;
             octet += octets;

@@ -6,7 +6,7 @@
 use super::math::exp;
 use super::octets::RowLanes;
 use super::reduce::{largest, sum};
-use super::split::Line;
+use super::split::{Line, Part};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -15,7 +15,7 @@ use crate::ops::softmax_dropout::{
     AttentionMask, Backward, Forward, Mask, STATISTICS, Scores, visible,
 };
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::{read, source, write};
+use crate::tensor::{Matrix, matrix, matrix_mut, read, source, write};
 use rayon::prelude::*;
 
 /// y = D(softmax(scale · x + mask)), and the rows' statistics.
@@ -24,9 +24,10 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = source(x, cpu)?;
-    let statistics = write(statistics, cpu)?;
-    Task::new(cpu, draw, scores, &mask)?.forward(x, y.write(cpu)?, statistics);
+    let shape = scores.shape()?;
+    let x = source(x, shape, cpu)?;
+    let (y, statistics) = (matrix_mut(y, shape, cpu)?, write(statistics, cpu)?);
+    Task::new(cpu, draw, scores, &mask)?.forward(x, y, statistics);
     Ok(())
 }
 
@@ -36,10 +37,10 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let statistics = read(statistics, cpu)?;
-    let dy = source(dy, cpu)?;
-    let task = Task::new(cpu, draw, scores, &mask)?;
-    task.backward(x.read(cpu)?, statistics, dy, dx.write(cpu)?);
+    let shape = scores.shape()?;
+    let (x, statistics) = (matrix(x, shape, cpu)?, read(statistics, cpu)?);
+    let (dy, dx) = (source(dy, shape, cpu)?, matrix_mut(dx, shape, cpu)?);
+    Task::new(cpu, draw, scores, &mask)?.backward(x, statistics, dy, dx);
     Ok(())
 }
 
@@ -79,28 +80,34 @@ impl<'a, T: Dtype> Task<'a, T> {
         Scratch { z: vec![0.0; cols], g: vec![0.0; cols], lanes: RowLanes::new() }
     }
 
-    fn forward(&self, x: Option<&[T]>, y: &mut [T], statistics: Option<&mut [f32]>) {
+    fn forward(
+        &self,
+        x: Option<Matrix<&[T]>>,
+        y: Matrix<&mut [T]>,
+        statistics: Option<&mut [f32]>,
+    ) {
         let Shape { rows, cols } = self.shape;
         let saved = statistics.map(|statistics| statistics.as_chunks_mut::<STATISTICS>().0);
         if rows == 0 || cols == 0 {
             // No keys: nothing to normalise over.
             return saved.into_iter().flatten().for_each(|saved| *saved = EMPTY);
         }
-        let streaming = x.and_then(|_| split::streaming(self.cpu, y));
+        let streaming = x.and_then(|_| split::streaming(self.cpu, y.data));
         let group = RowLanes::rows(self.shape);
         let saved = split::optional_chunks(saved, group, rows.div_ceil(group)).into_par_iter();
-        let groups = y.par_chunks_mut(group * cols).zip(saved).enumerate();
-        groups.for_each_init(
+        let groups: Vec<_> = Part::whole(y).chunks(group).collect();
+        groups.into_par_iter().zip(saved).enumerate().for_each_init(
             || self.scratch(),
-            |scratch, (index, (y, saved))| {
+            |scratch, (index, (mut y, saved))| {
                 let first = index * group;
                 let mut saved = saved.into_iter().flatten();
                 self.cpu.vectorised(
                     #[inline(always)]
                     || {
-                        self.draw(&mut scratch.lanes, first, y.len() / cols);
-                        for (row, y) in (first..).zip(y.chunks_mut(cols)) {
-                            let x = x.map_or(&*y, |x| &x[row * cols..(row + 1) * cols]);
+                        let rows = y.rows(cols);
+                        self.draw(&mut scratch.lanes, first, rows.len());
+                        for (row, y) in (first..).zip(rows) {
+                            let x = x.map_or(&*y, |x| x.row(row, 0..cols));
                             let z = self.logits(&mut scratch.z, row, x);
                             let [max, reciprocal] = exponentials(z);
                             self.dropped(&scratch.lanes, row, z, reciprocal);
@@ -116,26 +123,33 @@ impl<'a, T: Dtype> Task<'a, T> {
         );
     }
 
-    fn backward(&self, x: &[T], statistics: Option<&[f32]>, dy: Option<&[T]>, dx: &mut [T]) {
+    fn backward(
+        &self,
+        x: Matrix<&[T]>,
+        statistics: Option<&[f32]>,
+        dy: Option<Matrix<&[T]>>,
+        dx: Matrix<&mut [T]>,
+    ) {
         let Shape { rows, cols } = self.shape;
         if rows == 0 || cols == 0 {
             return;
         }
         let saved = statistics.map(|statistics| statistics.as_chunks::<STATISTICS>().0);
-        let streaming = dy.and_then(|_| split::streaming(self.cpu, dx));
+        let streaming = dy.and_then(|_| split::streaming(self.cpu, dx.data));
         let group = RowLanes::rows(self.shape);
-        dx.par_chunks_mut(group * cols).enumerate().for_each_init(
+        let groups: Vec<_> = Part::whole(dx).chunks(group).collect();
+        groups.into_par_iter().enumerate().for_each_init(
             || self.scratch(),
-            |scratch, (index, dx)| {
+            |scratch, (index, mut dx)| {
                 let first = index * group;
                 self.cpu.vectorised(
                     #[inline(always)]
                     || {
-                        self.draw(&mut scratch.lanes, first, dx.len() / cols);
-                        for (row, dx) in (first..).zip(dx.chunks_mut(cols)) {
-                            let elements = row * cols..(row + 1) * cols;
-                            let dy = dy.map_or(&*dx, |dy| &dy[elements.clone()]);
-                            let p = self.logits(&mut scratch.z, row, &x[elements]);
+                        let rows = dx.rows(cols);
+                        self.draw(&mut scratch.lanes, first, rows.len());
+                        for (row, dx) in (first..).zip(rows) {
+                            let dy = dy.map_or(&*dx, |dy| dy.row(row, 0..cols));
+                            let p = self.logits(&mut scratch.z, row, x.row(row, 0..cols));
                             probabilities(p, saved.map(|saved| saved[row]));
                             let g = &mut scratch.g[..p.len()];
                             convert::load(&dy[..p.len()], g);
@@ -224,8 +238,8 @@ impl<'a, T: Dtype> Task<'a, T> {
             |_| {},
             #[inline(always)]
             |segment, lanes| {
-                let end = values.len().min(segment.col + lanes.len());
-                let values = &mut values[segment.col..end];
+                let end = values.len().min(segment.cols.end);
+                let values = &mut values[segment.cols.start..end];
                 dropout::select(self.draw, &lanes[..values.len()], values);
             },
         );

@@ -1,8 +1,10 @@
 //! Work for threads, and stores that go past the caches.
 
-use super::{Cpu, Level, octets};
+use super::octets::{self, Segment};
+use super::{Cpu, Level};
 use crate::dtype::{Dtype, DtypeId};
 use crate::ops::Shape;
+use crate::tensor::Matrix;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -13,32 +15,72 @@ const MIN_PIECE: usize = 8192;
 /// past them: the line is not read before it is written, which saves a third of a copy's traffic.
 const STREAMING_BYTES: usize = 8 << 20;
 
-/// One output, or two of the same shape, which are split at the same elements.
-pub(super) trait Outputs: Send + Sized {
-    fn split(self, at: usize) -> (Self, Self);
+/// A part of an output matrix: its elements from `first` on.
+pub(super) struct Part<'a, T> {
+    pub data: &'a mut [T],
+    pub stride: usize,
+    first: usize,
 }
 
-impl<T: Send> Outputs for &mut [T] {
-    fn split(self, at: usize) -> (Self, Self) {
-        self.split_at_mut(at)
+impl<'a, T> Part<'a, T> {
+    /// All of a matrix.
+    pub fn whole(Matrix { data, stride }: Matrix<&'a mut [T]>) -> Self {
+        Self { data, stride, first: 0 }
+    }
+
+    /// What a segment has there.
+    #[inline(always)]
+    pub fn at(&self, segment: &Segment) -> &[T] {
+        let Range { start, end } = segment.elements(self.stride);
+        &self.data[start - self.first..end - self.first]
+    }
+
+    /// Where `count` elements up to a segment's end go.
+    #[inline(always)]
+    pub fn up_to(&mut self, segment: &Segment, count: usize) -> &mut [T] {
+        let end = segment.elements(self.stride).end - self.first;
+        &mut self.data[end - count..end]
+    }
+
+    /// Its rows, `cols` columns of each.
+    #[inline(always)]
+    pub fn rows(&mut self, cols: usize) -> impl ExactSizeIterator<Item = &mut [T]> {
+        self.data.chunks_mut(self.stride).map(move |row| &mut row[..cols])
+    }
+
+    /// Parts of `rows` rows, where this one begins with a row.
+    #[inline(always)]
+    pub fn chunks(self, rows: usize) -> impl ExactSizeIterator<Item = Self> {
+        let Self { data, stride, first } = self;
+        let chunks = data.chunks_mut(rows * stride).enumerate();
+        chunks.map(move |(i, data)| Self { data, stride, first: first + i * rows * stride })
     }
 }
 
-impl<T: Send> Outputs for [&mut [T]; 2] {
-    fn split(self, at: usize) -> (Self, Self) {
-        let [(a, behind_a), (b, behind_b)] = self.map(|output| output.split_at_mut(at));
+/// What is split at octets of a shape.
+pub(super) trait Outputs: Send + Sized {
+    /// What lies before octet `octet` of a `shape`, and from there on.
+    fn split(self, shape: Shape, octet: usize) -> (Self, Self);
+}
+
+impl<T: Send> Outputs for Part<'_, T> {
+    fn split(self, shape: Shape, octet: usize) -> (Self, Self) {
+        let Self { data, stride, first } = self;
+        let at = octets::first_element(shape, stride, octet);
+        let (before, behind) = data.split_at_mut(at - first);
+        (Self { data: before, stride, first }, Self { data: behind, stride, first: at })
+    }
+}
+
+impl<O: Outputs> Outputs for [O; 2] {
+    fn split(self, shape: Shape, octet: usize) -> (Self, Self) {
+        let [(a, behind_a), (b, behind_b)] = self.map(|output| output.split(shape, octet));
         ([a, b], [behind_a, behind_b])
     }
 }
 
 /// Splits a tensor into pieces of whole octets and gives each, with its part of `out`, to a thread.
-/// `before(octet)` elements of `out` lie before octet `octet`.
-pub(super) fn pieces<O: Outputs>(
-    shape: Shape,
-    out: O,
-    before: impl Fn(usize) -> usize,
-    body: impl Fn(Range<usize>, O) + Sync,
-) {
+pub(super) fn pieces<O: Outputs>(shape: Shape, out: O, body: impl Fn(Range<usize>, O) + Sync) {
     let total = octets::count(shape);
     let piece = total.div_ceil(4 * rayon::current_num_threads()).max(MIN_PIECE);
     if total <= piece {
@@ -47,14 +89,14 @@ pub(super) fn pieces<O: Outputs>(
         }
         return;
     }
-    let mut rest = out;
+    let (mut start, mut rest) = (0, out);
     let mut work = Vec::with_capacity(total.div_ceil(piece));
-    for start in (0..total).step_by(piece) {
-        let end = (start + piece).min(total);
-        let (part, behind) = rest.split(before(end) - before(start));
-        rest = behind;
-        work.push((start..end, part));
+    while start + piece < total {
+        let (part, behind) = rest.split(shape, start + piece);
+        work.push((start..start + piece, part));
+        (start, rest) = (start + piece, behind);
     }
+    work.push((start..total, rest));
     work.into_par_iter().for_each(|(range, part)| body(range, part));
 }
 
@@ -66,6 +108,18 @@ pub(super) fn optional_chunks<T>(
 ) -> Vec<Option<&mut [T]>> {
     match out {
         Some(out) => out.chunks_mut(len).map(Some).collect(),
+        None => (0..count).map(|_| None).collect(),
+    }
+}
+
+/// The `count` parts of `rows` rows of an output, nothing `count` times where there is no output.
+pub(super) fn optional_rows<T>(
+    out: Option<Matrix<&mut [T]>>,
+    rows: usize,
+    count: usize,
+) -> Vec<Option<Part<'_, T>>> {
+    match out {
+        Some(out) => Part::whole(out).chunks(rows).map(Some).collect(),
         None => (0..count).map(|_| None).collect(),
     }
 }

@@ -2,12 +2,12 @@
 //! random lanes, and one way out.
 
 use super::octets::{self, Segment};
-use super::split::Line;
+use super::split::{Line, Part};
 use super::{Cpu, split};
 use crate::dtype::Dtype;
 use crate::ops::sum_rows::TILE_ROWS;
 use crate::ops::{MaskParams, Shape};
-use crate::tensor::Sum;
+use crate::tensor::{Matrix, Sum};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ pub(super) struct Stream<'a, T> {
     pub draw: &'a MaskParams<'a>,
     pub shape: Shape,
     /// What is read beside the output: asked for ahead of its use.
-    pub inputs: [Option<&'a [T]>; 2],
+    pub inputs: [Option<Matrix<&'a [T]>>; 2],
     /// Whether the output is read too.
     pub in_place: bool,
 }
@@ -37,10 +37,13 @@ impl<T: Dtype> Stream<'_, T> {
     /// Gives every piece of a row, with its lanes and what `out` holds there, to `body`, and rounds the
     /// values that it computes into `out`. `body` must be `#[inline(always)]`, and so compiled for the
     /// level.
-    pub fn run(&self, out: &mut [T], body: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync) {
-        let before = |octet| octets::first_element(self.shape, octet);
-        let streaming = self.streaming(out);
-        split::pieces(self.shape, out, before, |range, out| {
+    pub fn run(
+        &self,
+        out: Matrix<&mut [T]>,
+        body: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync,
+    ) {
+        let streaming = self.streaming(out.data);
+        split::pieces(self.shape, Part::whole(out), |range, out| {
             self.piece(
                 range,
                 Some(out),
@@ -55,7 +58,7 @@ impl<T: Dtype> Stream<'_, T> {
     /// its segment (its last argument), times `factor`, in the order of [`crate::ops::sum_rows`].
     pub fn run_and_sum(
         &self,
-        out: Option<&mut [T]>,
+        out: Option<Matrix<&mut [T]>>,
         sum: Sum<'_, Cpu>,
         factor: f32,
         body: impl Fn(&Segment, &[u16], &[T], &mut [f32], &mut [f32]) + Sync,
@@ -66,9 +69,9 @@ impl<T: Dtype> Stream<'_, T> {
         }
         let octets_a_tile = TILE_ROWS * octets::count(Shape { rows: 1, cols });
         let end = octets::count(self.shape);
-        let streaming = out.as_deref().and_then(|out| self.streaming(out));
+        let streaming = out.as_ref().and_then(|out| self.streaming(out.data));
         let mut sums = vec![0.0f32; self.shape.rows.div_ceil(TILE_ROWS) * cols];
-        let outs = split::optional_chunks(out, TILE_ROWS * cols, sums.len() / cols);
+        let outs = split::optional_rows(out, TILE_ROWS, sums.len() / cols);
         let tiles = outs.into_par_iter().zip(sums.par_chunks_mut(cols));
         tiles.enumerate().for_each(|(tile, (out, sums))| {
             let range = tile * octets_a_tile..((tile + 1) * octets_a_tile).min(end);
@@ -78,7 +81,7 @@ impl<T: Dtype> Stream<'_, T> {
                 streaming,
                 #[inline(always)]
                 |segment, lanes, out, values| {
-                    let sums = &mut sums[segment.col..segment.col + values.len()];
+                    let sums = &mut sums[segment.cols.clone()];
                     body(segment, lanes, out, values, sums);
                 },
             );
@@ -91,11 +94,12 @@ impl<T: Dtype> Stream<'_, T> {
     fn piece(
         &self,
         range: Range<usize>,
-        mut out: Option<&mut [T]>,
+        mut out: Option<Part<'_, T>>,
         streaming: Option<Line>,
         mut body: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
-        let base = octets::first_element(self.shape, range.start);
+        let cols = self.shape.cols;
+        let strided = out.as_ref().is_some_and(|out| out.stride != cols);
         self.cpu.vectorised(
             #[inline(always)]
             || {
@@ -107,20 +111,20 @@ impl<T: Dtype> Stream<'_, T> {
                     #[inline(always)]
                     |elements| {
                         let inputs = self.inputs.into_iter().flatten();
-                        inputs.for_each(|input| split::prefetch(input, elements.clone()));
+                        inputs.for_each(|input| input.prefetch(cols, elements.clone()));
                     },
                     #[inline(always)]
                     |segment, lanes| {
                         let values = &mut block.0[filled..filled + lanes.len()];
-                        let elements = segment.elements.start - base..segment.elements.end - base;
-                        let before = out.as_deref().map_or(&[][..], |out| &out[elements.clone()]);
+                        let before = out.as_ref().map_or(&[][..], |out| out.at(&segment));
                         body(&segment, lanes, before, values);
                         filled += lanes.len();
-                        // Not each segment: a line that two of them share is read before it is written.
-                        if segment.last {
-                            if let Some(out) = out.as_deref_mut() {
-                                let written = elements.end - filled..elements.end;
-                                split::emit(&block.0[..filled], &mut out[written], streaming);
+                        // Not each segment, where rows follow each other: a line that two of them share is read before it
+                        // is written.
+                        if segment.last || strided {
+                            if let Some(out) = &mut out {
+                                let written = out.up_to(&segment, filled);
+                                split::emit(&block.0[..filled], written, streaming);
                             }
                             filled = 0;
                         }

@@ -1,13 +1,14 @@
 //! `swiglu_dropout` on the CPU: y = D(silu(gate) · up), and its gradients.
 
 use super::math::silu_and_slope;
+use super::split::Part;
 use super::stream::{Block, Stream};
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::MaskParams;
 use crate::ops::swiglu_dropout::{Backward, Forward};
-use crate::tensor::source;
+use crate::tensor::{matrix, matrix_mut, source};
 
 /// y = D(silu(gate) · up).
 pub(crate) fn forward<T: Dtype>(
@@ -15,17 +16,16 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let gate = source(gate, cpu)?;
-    let up = up.read(cpu)?;
+    let gate = source(gate, shape, cpu)?;
+    let up = matrix(up, shape, cpu)?;
     let inputs = [Some(up), gate];
     let stream = Stream { cpu: *cpu, draw, shape, inputs, in_place: gate.is_none() };
     stream.run(
-        y.write(cpu)?,
+        matrix_mut(y, shape, cpu)?,
         #[inline(always)]
         |segment, lanes, y, values| {
-            let elements = segment.elements.clone();
-            convert::load(gate.map_or(y, |gate| &gate[elements.clone()]), values);
-            for (value, &up) in values.iter_mut().zip(&up[elements]) {
+            convert::load(gate.map_or(y, |gate| gate.at(segment)), values);
+            for (value, &up) in values.iter_mut().zip(up.at(segment)) {
                 *value = silu_and_slope(*value).0 * convert::widen(up);
             }
             dropout::select(draw, lanes, values);
@@ -40,13 +40,11 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     draw: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let (gate, up) = (gate.read(cpu)?, up.read(cpu)?);
-    let dy = source(dy, cpu)?;
-    let (dgate, dup) = (dgate.write(cpu)?, dup.write(cpu)?);
-    let streaming = split::streaming(*cpu, dgate).filter(|_| dy.is_some());
-    let before = |octet| octets::first_element(shape, octet);
-    split::pieces(shape, [dgate, dup], before, |range, [dgate, dup]| {
-        let base = before(range.start);
+    let (gate, up) = (matrix(gate, shape, cpu)?, matrix(up, shape, cpu)?);
+    let dy = source(dy, shape, cpu)?;
+    let (dgate, dup) = (matrix_mut(dgate, shape, cpu)?, matrix_mut(dup, shape, cpu)?);
+    let streaming = split::streaming(*cpu, dgate.data).filter(|_| dy.is_some());
+    split::pieces(shape, [dgate, dup].map(Part::whole), |range, [mut dgate, mut dup]| {
         cpu.vectorised(
             #[inline(always)]
             || {
@@ -58,18 +56,16 @@ pub(crate) fn backward<T: Dtype>(
                     #[inline(always)]
                     |elements| {
                         let inputs = [Some(gate), Some(up), dy].into_iter().flatten();
-                        inputs.for_each(|input| split::prefetch(input, elements.clone()));
+                        inputs.for_each(|input| input.prefetch(shape.cols, elements.clone()));
                     },
                     #[inline(always)]
                     |segment, lanes| {
-                        let local = segment.elements.start - base..segment.elements.end - base;
                         let (of_gate, g) =
                             (&mut of_gate.0[..lanes.len()], &mut of_up.0[..lanes.len()]);
-                        let dy = dy.map_or(&dup[local.clone()], |dy| &dy[segment.elements.clone()]);
-                        convert::load(&gate[segment.elements.clone()], of_gate);
-                        convert::load(dy, g);
+                        convert::load(gate.at(&segment), of_gate);
+                        convert::load(dy.map_or(dup.at(&segment), |dy| dy.at(&segment)), g);
                         let values = of_gate.iter_mut().zip(&mut *g);
-                        for ((gate, g), &up) in values.zip(&up[segment.elements]) {
+                        for ((gate, g), &up) in values.zip(up.at(&segment)) {
                             let (silu, slope) = silu_and_slope(*gate);
                             let scaled = *g * draw.scale;
                             (*gate, *g) = ((scaled * convert::widen(up)) * slope, scaled * silu);
@@ -78,8 +74,8 @@ pub(crate) fn backward<T: Dtype>(
                         let unscaled = MaskParams { scale: 1.0, ..*draw };
                         dropout::select(&unscaled, lanes, of_gate);
                         dropout::select(&unscaled, lanes, g);
-                        split::emit(of_gate, &mut dgate[local.clone()], streaming);
-                        split::emit(g, &mut dup[local], streaming);
+                        split::emit(of_gate, dgate.up_to(&segment, lanes.len()), streaming);
+                        split::emit(g, dup.up_to(&segment, lanes.len()), streaming);
                     },
                 );
                 split::fence();

@@ -1,8 +1,10 @@
 //! Host memory: slices, arrays and vectors as the CPU's tensors.
 
-use super::Cpu;
+use super::octets::Segment;
+use super::{Cpu, split};
 use crate::error::Error;
-use crate::tensor::{Memory, Readable, Writable, host_tensors};
+use crate::tensor::{Matrix, Memory, Readable, Writable, host_tensors};
+use std::ops::Range;
 
 impl Memory for Cpu {
     type In<'a, T: 'a> = &'a [T];
@@ -34,3 +36,33 @@ macro_rules! host_tensor {
 }
 
 host_tensors!(host_tensor);
+
+impl<'a, T> Matrix<&'a [T]> {
+    /// A segment of a row.
+    #[inline(always)]
+    pub(super) fn at(&self, segment: &Segment) -> &'a [T] {
+        &self.data[segment.elements(self.stride)]
+    }
+
+    /// Columns of a row.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize, cols: Range<usize>) -> &'a [T] {
+        &self.data[row * self.stride + cols.start..row * self.stride + cols.end]
+    }
+
+    /// Asks for elements ahead of their use: `elements` of a contiguous tensor of `cols` columns.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, cols: usize, elements: Range<usize>) {
+        if self.stride == cols {
+            return split::prefetch(self.data, elements);
+        }
+        let (mut row, mut col) = (elements.start / cols, elements.start % cols);
+        let mut left = elements.len();
+        while left > 0 {
+            let count = left.min(cols - col);
+            let first = row * self.stride + col;
+            split::prefetch(self.data, first..first + count);
+            (row, col, left) = (row + 1, 0, left - count);
+        }
+    }
+}

@@ -1,10 +1,12 @@
 //! The parameter structures that host and kernels share; `kernels/mask.cuh` declares the same ones,
 //! field for field.
 
+use crate::device::{Address, Device};
 use crate::error::Error;
 use crate::mask::{Groups, RowMap};
 use crate::ops::MaskParams;
 use crate::ops::norm::{Norm, NormKind};
+use crate::tensor;
 use bytemuck::{Pod, Zeroable};
 
 /// Division by a constant without a division instruction: `(n * multiplier) >> 32 >> shift`, with the
@@ -77,13 +79,36 @@ impl IndexDivisor {
     }
 }
 
+/// A matrix, or where `pointer` is 0 none, and the elements from one row's start to the next one's: `InMatrix` and
+/// `OutMatrix` in `kernels/vector.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Matrix {
+    pub pointer: u64,
+    pub stride: u64,
+}
+
+impl Matrix {
+    pub const NONE: Self = Self { pointer: 0, stride: 0 };
+
+    /// A matrix in a device's memory.
+    pub fn of<D: Device>(matrix: &tensor::Matrix<Address<'_, D>>) -> Self {
+        Self { pointer: matrix.data.pointer, stride: matrix.stride as u64 }
+    }
+
+    /// [`of`](Self::of) a matrix that may be absent.
+    pub fn of_optional<D: Device>(matrix: &Option<tensor::Matrix<Address<'_, D>>>) -> Self {
+        matrix.as_ref().map_or(Self::NONE, Self::of)
+    }
+}
+
 /// The octets of one launch, counted row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Octets {
     pub count: u32,
     pub per_row: IndexDivisor,
-    /// Columns of the launch; also the elements from one row to the next, where it has several.
+    /// Columns of the launch.
     pub cols: u64,
 }
 

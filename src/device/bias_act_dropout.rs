@@ -1,47 +1,45 @@
 //! `bias_act_dropout`: y = D(act(x + bias)), and its gradients.
 
-use super::abi::{Mask, Octets};
+use super::abi::{Mask, Matrix, Octets};
 use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{Device, Launch, aligned, kernel, launch, pointer};
+use super::{Device, Launch, Layout, kernel, launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::bias_act_dropout::{Backward, Forward, NAME};
-use crate::tensor::{Sum, read, source};
+use crate::tensor::{Sum, matrix, matrix_mut, read, source};
 
 /// `BiasActParams` in `kernels/bias_act_dropout.cu`.
 #[repr(C)]
 struct ForwardParams {
     mask: Mask,
     octets: Octets,
-    x: u64,
+    x: Matrix,
     bias: u64,
-    y: u64,
+    y: Matrix,
     activation: u32,
     padding: u32,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 240);
+const _: () = assert!(size_of::<ForwardParams>() == 256);
 
 /// y = D(act(x + bias)).
 pub(crate) fn forward<T: Dtype, D: Device>(
     Forward { shape, activation, x, bias, y }: Forward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (x, bias, y) = (source(x, device)?, read(bias, device)?, y.write(device)?);
-    let (x, bias, y) = (x.as_ref().unwrap_or(&y).pointer, pointer(&bias), y.pointer);
-    let kernel = kernel!(NAME, "bias_act_dropout", T, if aligned(shape.cols, &[x, bias, y]));
+    let (x, bias) = (source(x, shape, device)?, read(bias, device)?);
+    let y = matrix_mut(y, shape, device)?;
+    let matrices = [x.as_ref().unwrap_or(&y), &y].map(Matrix::of);
+    let bias = pointer(&bias);
+    let kernel = kernel!(NAME, "bias_act_dropout", T, in layout(shape, &matrices, &[bias]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
     // y is x.
     unsafe {
-        launch_stream(device, kernel, &mask, shape, |part, mask| ForwardParams {
-            mask,
-            octets: part.octets,
-            x: part.of_tensor::<T>(x),
-            bias: part.of_row::<T>(bias),
-            y: part.of_tensor::<T>(y),
-            activation: activation as u32,
-            padding: 0,
+        launch_stream(device, kernel, &mask, shape, |part, mask| {
+            let [x, y] = matrices.map(|matrix| part.of_matrix::<T>(matrix));
+            let (bias, activation) = (part.of_row::<T>(bias), activation as u32);
+            ForwardParams { mask, octets: part.octets, x, bias, y, activation, padding: 0 }
         })
     }
 }
@@ -50,7 +48,9 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Grad {
-    tensors: [u64; 4],
+    /// x, dy and dx.
+    matrices: [Matrix; 3],
+    bias: u64,
     activation: u32,
     padding: u32,
 }
@@ -62,7 +62,7 @@ struct GradParams {
     octets: Octets,
     grad: Grad,
 }
-const _: () = assert!(size_of::<GradParams>() == 248);
+const _: () = assert!(size_of::<GradParams>() == 272);
 
 /// `BiasActBiasGradParams` in `kernels/bias_act_dropout.cu`.
 #[repr(C)]
@@ -71,24 +71,26 @@ struct BiasGradParams {
     tiles: Tiles,
     grad: Grad,
 }
-const _: () = assert!(size_of::<BiasGradParams>() == 264);
+const _: () = assert!(size_of::<BiasGradParams>() == 288);
 
 /// dx = D(dy) · act'(x + bias), and the bias gradient.
 pub(crate) fn backward<T: Dtype, D: Device>(
     Backward { shape, activation, x, bias, dy, dx, dbias }: Backward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (x, bias) = (x.read(device)?, read(bias, device)?);
-    let (dy, dx) = (source(dy, device)?, dx.write(device)?);
-    let dy = dy.as_ref().unwrap_or(&dx).pointer;
-    let tensors = [x.pointer, pointer(&bias), dy, dx.pointer];
-    let grad = Grad { tensors, activation: activation as u32, padding: 0 };
+    let (x, bias) = (matrix(x, shape, device)?, read(bias, device)?);
+    let (dy, dx) = (source(dy, shape, device)?, matrix_mut(dx, shape, device)?);
+    let matrices = [&x, dy.as_ref().unwrap_or(&dx), &dx].map(Matrix::of);
+    let bias = pointer(&bias);
+    let grad = Grad { matrices, bias, activation: activation as u32, padding: 0 };
+    let layout = layout(shape, &matrices, &[bias]);
     let Some(dbias) = dbias else {
         // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernels allow
         // that dx is dy.
-        return unsafe { without_sums::<T, D>(device, &mask, shape, grad) };
+        return unsafe { without_sums::<T, D>(device, &mask, shape, layout, grad) };
     };
-    let kernel = kernel!(NAME, "bias_act_dropout_bias_grad", T, if aligned(shape.cols, &tensors));
+    let aligned = layout != Layout::Unaligned;
+    let kernel = kernel!(NAME, "bias_act_dropout_bias_grad", T, if aligned);
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, 1.0);
@@ -106,16 +108,16 @@ unsafe fn without_sums<T: Dtype, D: Device>(
     device: &D,
     mask: &Mask,
     shape: Shape,
+    layout: Layout,
     grad: Grad,
 ) -> Result<(), Error> {
-    let kernel = kernel!(NAME, "bias_act_dropout_grad", T, if aligned(shape.cols, &grad.tensors));
-    let [x, bias, dy, dx] = grad.tensors;
+    let kernel = kernel!(NAME, "bias_act_dropout_grad", T, in layout);
     // SAFETY: the caller's promise; the parts stay within the tensors.
     unsafe {
         launch_stream(device, kernel, mask, shape, |part, mask| {
-            let [x, dy, dx] = [x, dy, dx].map(|tensor| part.of_tensor::<T>(tensor));
-            let tensors = [x, part.of_row::<T>(bias), dy, dx];
-            GradParams { mask, octets: part.octets, grad: Grad { tensors, ..grad } }
+            let matrices = grad.matrices.map(|matrix| part.of_matrix::<T>(matrix));
+            let bias = part.of_row::<T>(grad.bias);
+            GradParams { mask, octets: part.octets, grad: Grad { matrices, bias, ..grad } }
         })
     }
 }

@@ -1,25 +1,25 @@
 //! `dropout_add`: y = residual + D(x + bias), and its gradients.
 
-use super::abi::{Mask, Octets};
+use super::abi::{Mask, Matrix, Octets};
 use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{Device, Launch, aligned, dropout, kernel, launch, pointer};
+use super::{Device, Launch, Layout, dropout, kernel, launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward, NAME};
-use crate::tensor::{Sum, read, source, write};
+use crate::tensor::{Sum, matrix, matrix_mut, read, source};
 
 /// `DropoutAddParams` in `kernels/dropout_add.cu`.
 #[repr(C)]
 struct ForwardParams {
     mask: Mask,
     octets: Octets,
-    x: u64,
+    x: Matrix,
     bias: u64,
-    residual: u64,
-    y: u64,
+    residual: Matrix,
+    y: Matrix,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 240);
+const _: () = assert!(size_of::<ForwardParams>() == 264);
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -27,25 +27,23 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
     let shape = pass.shape;
-    let (x, bias) = (pass.x.read(device)?, read(pass.bias, device)?);
-    let (residual, y) = (source(pass.residual, device)?, pass.y.write(device)?);
-    let residual = residual.as_ref().unwrap_or(&y).pointer;
-    let (x, bias, y) = (x.pointer, pointer(&bias), y.pointer);
-    let aligned = aligned(shape.cols, &[x, bias, residual, y]);
+    let (x, bias) = (matrix(pass.x, shape, device)?, read(pass.bias, device)?);
+    let y = matrix_mut(pass.y, shape, device)?;
+    let residual = source(pass.residual, shape, device)?;
+    let matrices = [&x, residual.as_ref().unwrap_or(&y), &y].map(Matrix::of);
+    let bias = pointer(&bias);
+    let layout = layout(shape, &matrices, &[bias]);
     let kernel = match bias {
-        0 => kernel!(NAME, "dropout_add", T, if aligned),
-        _ => kernel!(NAME, "dropout_add_bias", T, if aligned),
+        0 => kernel!(NAME, "dropout_add", T, in layout),
+        _ => kernel!(NAME, "dropout_add_bias", T, in layout),
     };
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
     // y is the residual.
     unsafe {
-        launch_stream(device, kernel, &mask, shape, |part, mask| ForwardParams {
-            mask,
-            octets: part.octets,
-            x: part.of_tensor::<T>(x),
-            bias: part.of_row::<T>(bias),
-            residual: part.of_tensor::<T>(residual),
-            y: part.of_tensor::<T>(y),
+        launch_stream(device, kernel, &mask, shape, |part, mask| {
+            let [x, residual, y] = matrices.map(|matrix| part.of_matrix::<T>(matrix));
+            let bias = part.of_row::<T>(bias);
+            ForwardParams { mask, octets: part.octets, x, bias, residual, y }
         })
     }
 }
@@ -55,21 +53,23 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 struct BiasGradParams {
     mask: Mask,
     tiles: Tiles,
-    dy: u64,
-    dx: u64,
+    dy: Matrix,
+    dx: Matrix,
 }
-const _: () = assert!(size_of::<BiasGradParams>() == 240);
+const _: () = assert!(size_of::<BiasGradParams>() == 256);
 
 /// dx = D(dy), and the bias gradient.
 pub(crate) fn backward<T: Dtype, D: Device>(
     Backward { shape, dy, dx, dbias }: Backward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (dy, dx) = (source(dy, device)?, write(dx, device)?);
+    let dy = source(dy, shape, device)?;
+    let dx = dx.map(|dx| matrix_mut(dx, shape, device)).transpose()?;
     // One of the two is there: the check refused a dy in place of no dx.
-    let (dy, dx) = (dy.as_ref().or(dx.as_ref()).map_or(0, |dy| dy.pointer), pointer(&dx));
+    let matrices = [dy.as_ref().or(dx.as_ref()), dx.as_ref()];
+    let [dy, dx] = matrices.map(|matrix| matrix.map_or(Matrix::NONE, Matrix::of));
     let Some(dbias) = dbias else {
-        if dx == 0 {
+        if dx == Matrix::NONE {
             return Ok(());
         }
         // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
@@ -79,7 +79,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, mask.scale);
     let (tiles, blocks) = tree.by_tiles();
-    let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned(shape.cols, &[dy, dx]));
+    let aligned = layout(shape, &[dy, dx], &[]) != Layout::Unaligned;
+    let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned);
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.
     unsafe {
         if blocks > 0 {

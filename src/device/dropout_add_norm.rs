@@ -1,24 +1,24 @@
 //! `dropout_add_norm`: s = residual + D(x + bias), y = norm(s), and its gradients; see
 //! [`crate::ops::dropout_add_norm`].
 
-use super::abi::{IndexDivisor, Mask, RowNorm};
+use super::abi::{IndexDivisor, Mask, Matrix, RowNorm};
 use super::rows::{self, forms, launch_rows};
 use super::sum_rows::Tree;
-use super::{Address, Device, Launch, aligned, kernel, launch, pointer};
+use super::{Address, Device, Launch, Layout, kernel, launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::dropout_add_norm::{Backward, Forward, NAME, Saved};
 use crate::ops::sum_rows::TILE_ROWS;
-use crate::tensor::{In, Sum, read, source, write};
+use crate::tensor::{self, In, Sum, matrix, matrix_mut, read, source, write};
 
 /// `SumOf` in `kernels/dropout_add_norm.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct SumOf {
-    x: u64,
+    x: Matrix,
     bias: u64,
-    residual: u64,
+    residual: Matrix,
 }
 
 /// `NormForwardParams` in `kernels/dropout_add_norm.cu`.
@@ -29,14 +29,14 @@ struct ForwardParams {
     sum: SumOf,
     weight: u64,
     norm_bias: u64,
-    s: u64,
-    y: u64,
+    s: Matrix,
+    y: Matrix,
     stats: u64,
     cols: u64,
     norm: RowNorm,
     rows: u32,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 272);
+const _: () = assert!(size_of::<ForwardParams>() == 304);
 
 /// `NormBackwardParams` in `kernels/dropout_add_norm.cu`.
 #[derive(Clone, Copy)]
@@ -46,10 +46,10 @@ struct BackwardParams {
     sum: SumOf,
     weight: u64,
     stats: u64,
-    dy: u64,
-    ds: u64,
-    dresidual: u64,
-    dx: u64,
+    dy: Matrix,
+    ds: Matrix,
+    dresidual: Matrix,
+    dx: Matrix,
     means_out: u64,
     means: u64,
     sums: [u64; 3],
@@ -59,7 +59,7 @@ struct BackwardParams {
     tiles_a_row: IndexDivisor,
     factor: f32,
 }
-const _: () = assert!(size_of::<BackwardParams>() == 336);
+const _: () = assert!(size_of::<BackwardParams>() == 384);
 
 /// s = residual + D(x + bias), y = norm(s).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -68,14 +68,15 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let shape = pass.shape;
     rows::check(NAME, shape)?;
-    let (x, bias) = (pass.x.read(device)?, read(pass.bias, device)?);
+    let (x, bias) = (matrix(pass.x, shape, device)?, read(pass.bias, device)?);
     let (weight, norm_bias) = (pass.weight.read(device)?, read(pass.norm_bias, device)?);
-    let (residual, s) = (source(pass.residual, device)?, write(pass.s, device)?);
-    let (y, stats) = (pass.y.write(device)?, write(pass.stats, device)?);
-    let residual = residual.as_ref().map_or(pointer(&s), |residual| residual.pointer);
-    let sum = SumOf { x: x.pointer, bias: pointer(&bias), residual };
+    let residual = source(pass.residual, shape, device)?;
+    let s = pass.s.map(|s| matrix_mut(s, shape, device)).transpose()?;
+    let (y, stats) = (matrix_mut(pass.y, shape, device)?, write(pass.stats, device)?);
+    let residual = residual.as_ref().or(s.as_ref()).map_or(Matrix::NONE, Matrix::of);
+    let sum = SumOf { x: Matrix::of(&x), bias: pointer(&bias), residual };
     let (weight, norm_bias) = (weight.pointer, pointer(&norm_bias));
-    let (s, y, stats) = (pointer(&s), y.pointer, pointer(&stats));
+    let (s, y, stats) = (Matrix::of_optional(&s), Matrix::of(&y), pointer(&stats));
     // Rows without columns still have statistics.
     if shape.cols == 0 && stats == 0 {
         return Ok(());
@@ -93,10 +94,10 @@ pub(crate) fn forward<T: Dtype, D: Device>(
         rows,
     };
     let forms = forms!(NAME, "dropout_add_norm_forward", T);
-    let all = [sum.x, sum.bias, sum.residual, weight, norm_bias, s, y];
+    let layout = layout(shape, &[sum.x, sum.residual, s, y], &[sum.bias, weight, norm_bias]);
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernels allow that
     // s is the residual.
-    unsafe { launch_rows(device, forms, shape, &all, params) }
+    unsafe { launch_rows(device, forms, shape, layout != Layout::Unaligned, params) }
 }
 
 /// dresidual, dx, and the gradients of the parameters.
@@ -106,19 +107,21 @@ pub(crate) fn backward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let shape = pass.shape;
     rows::check(NAME, shape)?;
-    let saved = SavedAddresses::new(pass.saved, device)?;
+    let saved = SavedMatrices::new(pass.saved, shape, device)?;
     let (weight, stats) = (pass.weight.read(device)?, pass.stats.read(device)?);
-    let (dy, ds) = (pass.dy.read(device)?, read(pass.ds, device)?);
-    let (dresidual, dx) = (pass.dresidual.write(device)?, pass.dx.write(device)?);
+    let dy = matrix(pass.dy, shape, device)?;
+    let ds = pass.ds.map(|ds| matrix(ds, shape, device)).transpose()?;
+    let dresidual = matrix_mut(pass.dresidual, shape, device)?;
+    let dx = matrix_mut(pass.dx, shape, device)?;
     let params = BackwardParams {
         mask,
         sum: saved.sum(),
         weight: weight.pointer,
         stats: stats.pointer,
-        dy: dy.pointer,
-        ds: pointer(&ds),
-        dresidual: dresidual.pointer,
-        dx: dx.pointer,
+        dy: Matrix::of(&dy),
+        ds: Matrix::of_optional(&ds),
+        dresidual: Matrix::of(&dresidual),
+        dx: Matrix::of(&dx),
         means_out: 0,
         means: 0,
         sums: [0; 3],
@@ -141,27 +144,27 @@ pub(crate) fn backward<T: Dtype, D: Device>(
 }
 
 /// Where the backward pass finds s: x (absent where s is there), bias, and the residual or s.
-struct SavedAddresses<'a, D: Device + 'a> {
-    x: Option<Address<'a, D>>,
+struct SavedMatrices<'a, D: Device + 'a> {
+    x: Option<tensor::Matrix<Address<'a, D>>>,
     bias: Option<Address<'a, D>>,
-    residual: Address<'a, D>,
+    residual: tensor::Matrix<Address<'a, D>>,
 }
 
-impl<'a, D: Device> SavedAddresses<'a, D> {
-    fn new<T>(saved: Saved<In<'a, T, D>>, device: &'a D) -> Result<Self, Error> {
+impl<'a, D: Device> SavedMatrices<'a, D> {
+    fn new<T>(saved: Saved<In<'a, T, D>>, shape: Shape, device: &'a D) -> Result<Self, Error> {
         Ok(match saved {
-            Saved::Sum(s) => Self { x: None, bias: None, residual: s.read(device)? },
+            Saved::Sum(s) => Self { x: None, bias: None, residual: matrix(s, shape, device)? },
             Saved::Inputs { x, bias, residual } => Self {
-                x: Some(x.read(device)?),
+                x: Some(matrix(x, shape, device)?),
                 bias: read(bias, device)?,
-                residual: residual.read(device)?,
+                residual: matrix(residual, shape, device)?,
             },
         })
     }
 
     fn sum(&self) -> SumOf {
-        let (x, bias) = (pointer(&self.x), pointer(&self.bias));
-        SumOf { x, bias, residual: self.residual.pointer }
+        let (x, residual) = (Matrix::of_optional(&self.x), Matrix::of(&self.residual));
+        SumOf { x, bias: pointer(&self.bias), residual }
     }
 }
 
@@ -178,13 +181,14 @@ unsafe fn launch_backward<T: Dtype, D: Device>(
     let part =
         |first, rows| BackwardParams { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, &tensors(&params), part) }
+    unsafe { launch_rows(device, forms, shape, aligned(shape, &params), part) }
 }
 
-/// The tensors of T.
-fn tensors(params: &BackwardParams) -> [u64; 8] {
+/// Whether the kernels can take whole octets of the tensors of T.
+fn aligned(shape: Shape, params: &BackwardParams) -> bool {
     let SumOf { x, bias, residual } = params.sum;
-    [x, bias, residual, params.weight, params.dy, params.ds, params.dresidual, params.dx]
+    let matrices = [x, residual, params.dy, params.ds, params.dresidual, params.dx];
+    layout(shape, &matrices, &[bias, params.weight]) != Layout::Unaligned
 }
 
 /// Columns of a tile: `NORM_TILE_COLS` in `kernels/dropout_add_norm.cu`.
@@ -208,7 +212,9 @@ unsafe fn with_sums<T: Dtype, D: Device>(
     let means = part(3);
     // SAFETY: the caller's promise; the workspace's parts do not overlap.
     unsafe {
-        let only_means = BackwardParams { dresidual: 0, dx: 0, ds: 0, means_out: means, ..params };
+        let none = Matrix::NONE;
+        let only_means =
+            BackwardParams { dresidual: none, dx: none, ds: none, means_out: means, ..params };
         launch_backward::<T, D>(device, shape, only_means)?;
         launch_tiles::<T, D>(device, shape, BackwardParams { means, ..params }, &trees)?;
         let wanted: Vec<Tree> = trees.into_iter().flatten().collect();
@@ -232,8 +238,7 @@ unsafe fn launch_tiles<T: Dtype, D: Device>(
         factor: trees[0].as_ref().map_or(1.0, |dbias| dbias.first().1),
         ..params
     };
-    let kernel =
-        kernel!(NAME, "dropout_add_norm_tile", T, if aligned(shape.cols, &tensors(&params)));
+    let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned(shape, &params));
     // SAFETY: the caller's promise.
     unsafe { launch(device, kernel, blocks, &params) }
 }

@@ -83,7 +83,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let y = held.hold(pass.y.write(device))?;
     let report = held.report(pass.report, device)?;
     let [token, position, segment] = tables;
-    let kernel = kernel!(NAME, "embedding_dropout", T, if aligned(shape.cols, &[token, position, segment, y]));
+    let kernel = kernel!(NAME, "embedding_dropout", T, if aligned(shape.cols, [token, position, segment, y]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel reads no entry
     // that is not in its table.
     unsafe {
@@ -224,7 +224,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     if blocks == 0 || candidates.count == 0 {
         return Ok(());
     }
-    let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, &[source, gradient]));
+    let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, [source, gradient]));
     let params = TableGradParams {
         mask: *mask,
         dy: source,

@@ -8,9 +8,9 @@
 
 use crate::error::Error;
 use crate::mask::OCTET;
-use crate::ops::{MaskParams, Resident};
+use crate::ops::{MaskParams, Resident, Shape};
 use crate::tensor::{Memory, Readable, Writable};
-use abi::Mask;
+use abi::{Mask, Matrix};
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
@@ -110,7 +110,7 @@ impl<T> Pointer<T> {
     /// # Safety
     /// As long as this value lives, `address` is valid on the device that it is given to, for reads and writes of so many
     /// elements, and aligned to `T`. Nobody else uses them meanwhile, but by work that the caller orders
-    /// behind or before the device's.
+    /// behind or before the device's. What lies between the rows of a [`Strided`](crate::Strided) one may be used.
     pub unsafe fn new(address: u64, elements: usize) -> Self {
         Self { address, elements, of: PhantomData }
     }
@@ -176,13 +176,49 @@ pub(crate) unsafe fn launch<D: Device, P>(
 
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
 /// choice between the aligned kernels and the `unaligned` ones is made. An absent tensor (0) is aligned.
-pub(crate) fn aligned(cols: usize, addresses: &[u64]) -> bool {
-    cols.is_multiple_of(OCTET) && addresses.iter().all(|address| address.is_multiple_of(16))
+pub(crate) fn aligned(cols: usize, addresses: impl IntoIterator<Item = u64>) -> bool {
+    cols.is_multiple_of(OCTET) && addresses.into_iter().all(|address| address.is_multiple_of(16))
+}
+
+/// How kernels find the octets of their matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// Whole octets, one behind the other.
+    Dense,
+    /// Whole octets, and a gap between rows.
+    Strided,
+    /// Elements anywhere.
+    Unaligned,
+}
+
+/// The layout of a pass: of its matrices, and of what it reads beside them, a value a column; what is absent is left out.
+pub(crate) fn layout(shape: Shape, matrices: &[Matrix], rows: &[u64]) -> Layout {
+    let octet = OCTET as u64;
+    let matrices = matrices.iter().filter(|matrix| matrix.pointer != 0);
+    let addresses = matrices.clone().map(|matrix| matrix.pointer).chain(rows.iter().copied());
+    let mut strides = matrices.map(|matrix| matrix.stride).filter(|_| shape.rows > 1);
+    let whole = strides.clone().all(|stride| stride.is_multiple_of(octet));
+    match aligned(shape.cols, addresses) && whole {
+        false => Layout::Unaligned,
+        true if strides.all(|stride| stride == shape.cols as u64) => Layout::Dense,
+        true => Layout::Strided,
+    }
 }
 
 /// The kernel `$name`, which may be given in parts, for the storage type `$T`; after `if` the one for aligned tensors, or
-/// otherwise its `unaligned` twin.
+/// otherwise its `unaligned` twin; after `in` the one for a layout.
 macro_rules! kernel {
+    ($operator:expr, $name:literal, $T:ty, in $layout:expr) => {
+        match $layout {
+            $crate::device::Layout::Dense => $crate::device::kernel!($operator, $name, $T),
+            $crate::device::Layout::Strided => {
+                $crate::device::kernel!($operator, $name "_strided", $T)
+            }
+            $crate::device::Layout::Unaligned => {
+                $crate::device::kernel!($operator, $name "_unaligned", $T)
+            }
+        }
+    };
     ($operator:expr, $name:literal, $T:ty, if $aligned:expr) => {
         match $aligned {
             true => $crate::device::kernel!($operator, $name, $T),

@@ -1,6 +1,6 @@
 //! Kernels whose threads share a row: which form of a kernel, and how many blocks.
 
-use super::{Device, Kernel, aligned, launch};
+use super::{Device, Kernel, launch};
 use crate::error::Error;
 use crate::ops::Shape;
 
@@ -38,8 +38,8 @@ pub(crate) fn check(operator: &'static str, shape: Shape) -> Result<(), Error> {
     Err(Error::argument(operator, "rows", "fewer than 2^32 rows", shape.rows))
 }
 
-/// Launches the form for `shape` and the addresses of its tensors, a part of the rows at a time:
-/// `params(first, rows)` are those of `rows` rows from `first` on.
+/// Launches the form for `shape`, for whole octets where `aligned`, a part of the rows at a time: `params(first, rows)`
+/// are those of `rows` rows from `first` on.
 ///
 /// # Safety
 /// As [`launch`], for every part.
@@ -47,7 +47,7 @@ pub(crate) unsafe fn launch_rows<D: Device, P>(
     device: &D,
     forms: Forms,
     shape: Shape,
-    tensors: &[u64],
+    aligned: bool,
     params: impl Fn(u32, u32) -> P,
 ) -> Result<(), Error> {
     let (form, rows_a_block) = match shape.cols {
@@ -55,7 +55,7 @@ pub(crate) unsafe fn launch_rows<D: Device, P>(
         cols if cols <= BLOCK_COLS => (1, 1),
         _ => (2, 1),
     };
-    let kernel = forms[form + if aligned(shape.cols, tensors) { 0 } else { 3 }];
+    let kernel = forms[form + if aligned { 0 } else { 3 }];
     for first in (0..shape.rows).step_by(LAUNCH_ROWS) {
         let rows = LAUNCH_ROWS.min(shape.rows - first);
         let params = params(first as u32, rows as u32);

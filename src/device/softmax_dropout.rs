@@ -1,23 +1,23 @@
 //! `softmax_dropout`: y = D(softmax(scale * x + mask)) along the keys, and its gradient; see
 //! [`crate::ops::softmax_dropout`].
 
-use super::abi::{self, Divisor};
+use super::abi::{self, Divisor, Matrix};
 use super::rows::{self, Forms, forms, launch_rows};
-use super::{Device, Launch, pointer};
+use super::{Device, Launch, Layout, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::softmax_dropout::{Backward, Forward, NAME, Scores};
-use crate::tensor::{read, source, write};
+use crate::tensor::{matrix, matrix_mut, read, source, write};
 
 /// `SoftmaxParams` in `kernels/softmax_dropout.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Params {
     mask: abi::Mask,
-    x: u64,
-    dy: u64,
-    out: u64,
+    x: Matrix,
+    dy: Matrix,
+    out: Matrix,
     statistics: u64,
     statistics_out: u64,
     lengths: u64,
@@ -29,7 +29,7 @@ struct Params {
     queries: Divisor,
     heads: Divisor,
 }
-const _: () = assert!(size_of::<Params>() == 288);
+const _: () = assert!(size_of::<Params>() == 312);
 
 /// y = D(softmax(scale * x + mask)).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -38,11 +38,12 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let device = to.device;
     let (lengths, additive) = (read(mask.lengths, device)?, read(mask.additive, device)?);
-    let (x, y) = (source(x, device)?, y.write(device)?);
+    let shape = scores.shape()?;
+    let (x, y) = (source(x, shape, device)?, matrix_mut(y, shape, device)?);
     let statistics = write(statistics, device)?;
     let params = Params {
-        x: x.as_ref().unwrap_or(&y).pointer,
-        out: y.pointer,
+        x: Matrix::of(x.as_ref().unwrap_or(&y)),
+        out: Matrix::of(&y),
         statistics_out: pointer(&statistics),
         lengths: pointer(&lengths),
         additive: pointer(&additive),
@@ -51,7 +52,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let forms = forms!(NAME, "softmax_dropout_forward", T);
     // SAFETY: the lengths were checked against the scores; the addresses are held until the end; the kernels allow
     // that y is x.
-    unsafe { launch(device, forms, scores.shape()?, params) }
+    unsafe { launch(device, forms, shape, params) }
 }
 
 /// dx from x, dy, and the rows' statistics where they were saved.
@@ -61,12 +62,13 @@ pub(crate) fn backward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let device = to.device;
     let (lengths, additive) = (read(mask.lengths, device)?, read(mask.additive, device)?);
-    let (x, statistics) = (x.read(device)?, read(statistics, device)?);
-    let (dy, dx) = (source(dy, device)?, dx.write(device)?);
+    let shape = scores.shape()?;
+    let (x, statistics) = (matrix(x, shape, device)?, read(statistics, device)?);
+    let (dy, dx) = (source(dy, shape, device)?, matrix_mut(dx, shape, device)?);
     let params = Params {
-        x: x.pointer,
-        dy: dy.as_ref().unwrap_or(&dx).pointer,
-        out: dx.pointer,
+        x: Matrix::of(&x),
+        dy: Matrix::of(dy.as_ref().unwrap_or(&dx)),
+        out: Matrix::of(&dx),
         statistics: pointer(&statistics),
         lengths: pointer(&lengths),
         additive: pointer(&additive),
@@ -74,7 +76,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     };
     let forms = forms!(NAME, "softmax_dropout_backward", T);
     // SAFETY: as above, for dx and dy.
-    unsafe { launch(device, forms, scores.shape()?, params) }
+    unsafe { launch(device, forms, shape, params) }
 }
 
 /// What forward and backward passes share; the tensors are still to be filled in.
@@ -87,9 +89,9 @@ fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Param
     let divisor = |n: usize| Divisor::new(n.clamp(1, u32::MAX as usize) as u32);
     Ok(Params {
         mask,
-        x: 0,
-        dy: 0,
-        out: 0,
+        x: Matrix::NONE,
+        dy: Matrix::NONE,
+        out: Matrix::NONE,
         statistics: 0,
         statistics_out: 0,
         lengths: 0,
@@ -114,8 +116,8 @@ unsafe fn launch<D: Device>(
     if shape.cols == 0 && params.statistics_out == 0 {
         return Ok(());
     }
-    let tensors = [params.x, params.dy, params.out, params.additive];
+    let layout = layout(shape, &[params.x, params.dy, params.out], &[params.additive]);
     let part = |first, rows| Params { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, &tensors, part) }
+    unsafe { launch_rows(device, forms, shape, layout != Layout::Unaligned, part) }
 }

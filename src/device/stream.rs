@@ -1,7 +1,7 @@
 //! Kernels that take a tensor octet by octet, `stream` in `kernels/kernel.cuh`: the parts of a large tensor, and how many
 //! blocks.
 
-use super::abi::{IndexDivisor, Mask, Octets};
+use super::abi::{IndexDivisor, Mask, Matrix, Octets};
 use super::{Device, Kernel, launch};
 use crate::error::Error;
 use crate::mask::OCTET;
@@ -44,9 +44,15 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// Where the part begins in a tensor of `T` at `address`.
+    /// What the part has of a contiguous tensor of `T` at `address`.
     pub fn of_tensor<T>(&self, address: u64) -> u64 {
         address + self.first_element * size_of::<T>() as u64
+    }
+
+    /// What the part has of a matrix of `T`.
+    pub fn of_matrix<T>(&self, Matrix { pointer, stride }: Matrix) -> Matrix {
+        let first = u64::from(self.row) * stride + OCTET as u64 * u64::from(self.octet);
+        Matrix { pointer: pointer + first * size_of::<T>() as u64, stride }
     }
 
     /// Where the part's columns begin in a row of `T` at `address`; 0 where there is none.

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::mask::{Groups, Key, OCTET, Probability, RowMap, Shard};
-use crate::ops::{Shape, check_len};
+use crate::ops::{Shape, check_tensor};
 use crate::pass::Backend;
 use crate::tensor::{Host, In, Memory, read};
 use std::fmt;
@@ -134,10 +134,10 @@ impl<'a, M: Memory> Dropout<'a, M> {
         memory: &'m M,
     ) -> Result<Resident<'m, M>, Error> {
         if let Some(stream) = self.stream {
-            check_len(operator, "stream", 1, stream.elements())?;
+            check_tensor(operator, "stream", 1, stream)?;
         }
         if let Some(list) = self.row_list {
-            check_len(operator, "row_list", rows, list.elements())?;
+            check_tensor(operator, "row_list", rows, list)?;
             if self.shard.rows != RowMap::WHOLE {
                 let expected = "no other row map beside a row list";
                 return Err(Error::argument(

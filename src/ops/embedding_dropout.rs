@@ -15,9 +15,12 @@
 //! rstd · (g - E\[g\] - xhat · E\[g · xhat\]) (RMS: without E\[g\]), and takes the place of D(dy) above; those of
 //! the norm's weight and bias are Σ h · xhat and Σ h over all rows, in the same order. The sum is computed
 //! again from the tables.
+//!
+//! No tensor may be [`Strided`](crate::Strided): tables are parameters, and y and dy the first hidden state, which nobody
+//! cuts out of another tensor.
 
 use super::norm::{Norm, stats_len};
-use super::{Check, Shape, check_len};
+use super::{Check, Shape, check_tensor};
 use crate::error::Error;
 use crate::tensor::{Gradient, In, Memory, Out};
 
@@ -297,7 +300,7 @@ impl<T, M: Memory> Forward<'_, T, M> {
     pub(crate) fn check(&self) -> Result<Shape, Error> {
         let check = Check::new(NAME, self.shape)?;
         check_tables(self.shape, &self.lookups, Some(&self.tables), &Gradients::NONE)?;
-        check.matrix("y", &*self.y)?;
+        check.contiguous("y", &*self.y)?;
         check_report_len(&self.report)?;
         Ok(self.shape)
     }
@@ -307,7 +310,7 @@ impl<T, M: Memory> Backward<'_, T, M> {
     pub(crate) fn check(&self) -> Result<Shape, Error> {
         let check = Check::new(NAME, self.shape)?;
         check_tables::<T, M>(self.shape, &self.lookups, None, &self.gradients)?;
-        check.matrix("dy", self.dy)?;
+        check.contiguous("dy", self.dy)?;
         Ok(self.shape)
     }
 }
@@ -319,7 +322,7 @@ impl<T, M: Memory> ForwardNorm<'_, T, M> {
         check_tables(self.shape, &self.lookups, Some(&self.tables), &Gradients::NONE)?;
         check.row("weight", self.weight)?;
         self.norm_bias.map_or(Ok(()), |bias| check.row("norm_bias", bias))?;
-        check.matrix("y", &*self.y)?;
+        check.contiguous("y", &*self.y)?;
         self.stats
             .as_ref()
             .map_or(Ok(()), |stats| check.len("stats", stats_len(self.shape.rows), &**stats))?;
@@ -335,7 +338,7 @@ impl<T, M: Memory> BackwardNorm<'_, T, M> {
         check_tables(self.shape, &self.lookups, Some(&self.tables), &self.gradients)?;
         check.row("weight", self.weight)?;
         check.len("stats", stats_len(self.shape.rows), self.stats)?;
-        check.matrix("dy", self.dy)?;
+        check.contiguous("dy", self.dy)?;
         check.gradient("dweight", &self.dweight)?;
         check.gradient("dnorm_bias", &self.dnorm_bias)?;
         Ok(self.shape)
@@ -343,7 +346,7 @@ impl<T, M: Memory> BackwardNorm<'_, T, M> {
 }
 
 fn check_report_len<M: Memory>(report: &Option<Out<'_, u32, M>>) -> Result<(), Error> {
-    report.as_ref().map_or(Ok(()), |report| check_len(NAME, "report", 1, report.elements()))
+    report.as_ref().map_or(Ok(()), |report| check_tensor(NAME, "report", 1, &**report))
 }
 
 /// Checks lookups, tables and gradients against each other. What the ids are is left to [`check_ids`].
@@ -353,27 +356,26 @@ fn check_tables<T, M: Memory>(
     tables: Option<&Tables<In<'_, T, M>>>,
     gradients: &Gradients<Gradient<'_, M>>,
 ) -> Result<(), Error> {
-    let lookups = lookups.try_map(|ids| Ok(ids.elements()))?.all();
+    let lookups = lookups.all();
     let tables = tables.map(|tables| tables.all());
     let gradients = [&gradients.token, &gradients.position, &gradients.segment];
     for (i, names) in NAMES.iter().enumerate() {
-        let table = tables.map(|tables| tables[i].map(|table| table.elements()));
-        let gradient = gradients[i].as_ref().map(|gradient| gradient.tensor().elements());
-        check_table(shape, names, lookups[i], table, gradient)?;
+        let table = tables.map(|tables| tables[i]);
+        check_table(shape, names, lookups[i], table, gradients[i].as_ref())?;
     }
     Ok(())
 }
 
 /// Checks what belongs to one table; `table` is `None` where the call reads no tables.
-fn check_table(
+fn check_table<T, M: Memory>(
     shape: Shape,
     names: &Names,
-    lookup: Option<Lookup<usize>>,
-    table: Option<Option<usize>>,
-    gradient: Option<usize>,
+    lookup: Option<Lookup<In<'_, u32, M>>>,
+    table: Option<Option<In<'_, T, M>>>,
+    gradient: Option<&Gradient<'_, M>>,
 ) -> Result<(), Error> {
     let Some(Lookup { entries, ids }) = lookup else {
-        if table.flatten().or(gradient).is_none() {
+        if table.flatten().is_none() && gradient.is_none() {
             return Ok(());
         }
         return Err(Error::argument(NAME, names.ids, "ids for the table that is given", "none"));
@@ -382,7 +384,7 @@ fn check_table(
         return Err(Error::argument(NAME, names.table, "fewer than 2^32 entries", entries));
     }
     match ids {
-        Ids::Given(len) => check_len(NAME, names.ids, shape.rows, len)?,
+        Ids::Given(ids) => check_tensor(NAME, names.ids, shape.rows, ids)?,
         Ids::Sequence(length) if !(1..=entries).contains(&length) => {
             let expected = format!("sequences of 1 to {entries} rows");
             return Err(Error::argument(NAME, names.ids, expected, length));
@@ -394,10 +396,10 @@ fn check_table(
         Some(None) => {
             return Err(Error::argument(NAME, names.table, "a table for the ids", "none"));
         }
-        Some(Some(table)) => check_len(NAME, names.table, elements, table)?,
+        Some(Some(table)) => check_tensor(NAME, names.table, elements, table)?,
         None => {}
     }
-    gradient.map_or(Ok(()), |given| check_len(NAME, names.gradient, elements, given))
+    gradient.map_or(Ok(()), |given| check_tensor(NAME, names.gradient, elements, given.tensor()))
 }
 
 /// Refuses ids that are in no table.

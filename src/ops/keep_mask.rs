@@ -3,6 +3,8 @@
 //! - **bits**: each row takes `ceil(cols / 8)` bytes; column c is bit `c % 8` of byte `c / 8`, lowest
 //!   bit first; the unused high bits of a row's last byte are 0.
 //! - **bytes**: one byte an element, 0 or 1.
+//!
+//! The mask is not [`Strided`](crate::Strided): it is made to be stored.
 
 use super::{Check, Shape};
 use crate::error::Error;
@@ -42,7 +44,7 @@ impl<M: Memory> Bits<'_, M> {
 
 impl<M: Memory> Bytes<'_, M> {
     pub(crate) fn check(&self) -> Result<Shape, Error> {
-        Check::new(NAME, self.shape)?.matrix("out", &*self.out)?;
+        Check::new(NAME, self.shape)?.contiguous("out", &*self.out)?;
         Ok(self.shape)
     }
 }

@@ -20,7 +20,8 @@ pub mod swiglu_dropout;
 pub use application::{AsDropout, Dropout, Mode, Scaling};
 pub(crate) use application::{MaskParams, Resident};
 
-/// The shape of a row-major tensor without gaps, all leading dimensions counted into `rows`.
+/// The shape of a row-major tensor, all leading dimensions counted into `rows`. Its rows follow each other without gaps,
+/// but for a [`Strided`](crate::Strided) one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Product of the leading dimensions; 0 and 1 included. A flat vector is one row.
@@ -60,8 +61,33 @@ impl Check {
         Ok(Self { operator, shape, elements: shape.elements(operator)? })
     }
 
-    /// `[rows, cols]`.
+    /// `[rows, cols]`, whose rows may have a stride.
     pub fn matrix<T, M: Memory>(
+        &self,
+        name: &'static str,
+        tensor: &dyn Readable<T, M>,
+    ) -> Result<(), Error> {
+        let Some(stride) = tensor.row_stride() else {
+            return self.contiguous(name, tensor);
+        };
+        let Shape { rows, cols } = self.shape;
+        if stride < cols {
+            let expected = format!("a row stride of at least {cols} columns");
+            return Err(Error::argument(self.operator, name, expected, stride));
+        }
+        // Saturating: no tensor has so many elements.
+        let last_row = rows.saturating_sub(1).saturating_mul(stride);
+        let least = last_row.saturating_add(if rows == 0 { 0 } else { cols });
+        let most = rows.saturating_mul(stride);
+        if (least..=most).contains(&tensor.elements()) {
+            return Ok(());
+        }
+        let expected = format!("{least} to {most} elements, {rows} rows that begin {stride} apart");
+        Err(Error::argument(self.operator, name, expected, tensor.elements()))
+    }
+
+    /// `[rows, cols]` without a stride.
+    pub fn contiguous<T, M: Memory>(
         &self,
         name: &'static str,
         tensor: &dyn Readable<T, M>,
@@ -96,9 +122,7 @@ impl Check {
         name: &'static str,
         gradient: &Option<Gradient<'_, M>>,
     ) -> Result<(), Error> {
-        gradient.as_ref().map_or(Ok(()), |gradient| {
-            check_len(self.operator, name, self.shape.cols, gradient.tensor().elements())
-        })
+        gradient.as_ref().map_or(Ok(()), |gradient| self.row(name, gradient.tensor()))
     }
 
     /// Any other length.
@@ -108,11 +132,25 @@ impl Check {
         expected: usize,
         tensor: &dyn Readable<T, M>,
     ) -> Result<(), Error> {
-        check_len(self.operator, name, expected, tensor.elements())
+        check_tensor(self.operator, name, expected, tensor)
     }
 }
 
-/// Refuses a tensor of another length than the operator's shape asks for.
+/// Refuses a tensor of another length than the operator's shape asks for, and one with a stride.
+pub(crate) fn check_tensor<T, M: Memory>(
+    operator: &'static str,
+    argument: &'static str,
+    expected: usize,
+    tensor: &dyn Readable<T, M>,
+) -> Result<(), Error> {
+    if let Some(stride) = tensor.row_stride() {
+        let given = format!("rows that begin {stride} apart");
+        return Err(Error::argument(operator, argument, "a contiguous tensor", given));
+    }
+    check_len(operator, argument, expected, tensor.elements())
+}
+
+/// Refuses another length than the operator's shape asks for.
 pub(crate) fn check_len(
     operator: &'static str,
     argument: &'static str,

@@ -16,6 +16,8 @@
 //! pass had, without two of its reductions. Their log-sum-exp is m + ln S = m - ln(1 / S); it is not what is saved,
 //! since rounded to f32 it loses ln S where |m| is large: a row of n keys that a mask of -1e9 covers has P = 1 / n.
 //! Two parts of a row merge as m = max(m1, m2), S = S1 exp(m1 - m) + S2 exp(m2 - m).
+//!
+//! x, y, dy and dx may be [`Strided`](crate::Strided): rows of keys that are padded. The additive mask is contiguous.
 
 use super::{Check, Shape};
 use crate::error::Error;

@@ -1,6 +1,7 @@
 //! `swiglu_dropout`: y = D(silu(gate) · up), the inner half of a gated feed-forward layer (SwiGLU: Shazeer, 2020).
 //!
-//! silu(x) = x σ(x), σ the logistic function. The backward pass computes it again from gate: nothing else is saved.
+//! silu(x) = x σ(x), σ the logistic function. The backward pass computes it again from gate: nothing else is saved. gate and
+//! up may be the halves of one projection's rows, each a [`Strided`](crate::Strided) tensor.
 
 use super::{Check, Shape};
 use crate::error::Error;

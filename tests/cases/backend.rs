@@ -2,7 +2,9 @@
 
 use super::Call;
 use fused_dropout::cpu::Cpu;
-use fused_dropout::{Backend, Dropout, Error, Memory, Pass, Readable, RowMap, Shard, Writable};
+use fused_dropout::{
+    Backend, Dropout, Error, Memory, Pass, Readable, RowMap, Shape, Shard, Writable,
+};
 
 /// A backend to test.
 pub trait TestBackend {
@@ -16,6 +18,39 @@ pub trait TestBackend {
     fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Self::Tensor<T>;
     /// What the tensor holds, or what was written beside it.
     fn contents<T: bytemuck::Pod>(&self, tensor: &Self::Tensor<T>) -> Result<Vec<T>, String>;
+
+    /// A matrix of the call's shape. Each one of a pass has a `which` of its own, and so a gap between its rows.
+    fn matrix<T: bytemuck::Pod>(
+        &self,
+        content: &[T],
+        call: &Call,
+        which: usize,
+    ) -> Rows<Self::Tensor<T>> {
+        let Shape { rows, cols } = call.shape;
+        let stride = cols + call.gap * (1 + which % 3);
+        let mut all = vec![canary(); rows * stride];
+        for row in 0..rows {
+            all[row * stride..][..cols].copy_from_slice(&content[row * cols..][..cols]);
+        }
+        if which.is_multiple_of(2) && rows > 0 {
+            all.truncate((rows - 1) * stride + cols);
+        }
+        Rows { tensor: self.tensor(&all, call.offset), cols, stride }
+    }
+
+    /// What a matrix holds, or what was written beside its rows.
+    fn rows<T: bytemuck::Pod>(&self, matrix: &Rows<Self::Tensor<T>>) -> Result<Vec<T>, String> {
+        let mut content = self.contents(&matrix.tensor)?;
+        if matrix.stride == matrix.cols {
+            return Ok(content);
+        }
+        let rows: Vec<_> =
+            content.chunks_mut(matrix.stride).map(|row| row.split_at(matrix.cols)).collect();
+        if rows.iter().any(|(_, gap)| !is_canary(gap)) {
+            return Err("wrote between the rows".to_owned());
+        }
+        Ok(rows.into_iter().flat_map(|(row, _)| row).copied().collect())
+    }
 
     /// Runs a pass with the call's dropout: with an explicit row list and, for odd offsets, the stream number in the
     /// backend's memory.
@@ -54,16 +89,52 @@ pub struct Guarded<T: 'static> {
     all: *mut [T],
 }
 
+/// A matrix whose rows begin `stride` elements apart; without a gap it is a contiguous tensor.
+pub struct Rows<X> {
+    tensor: X,
+    cols: usize,
+    stride: usize,
+}
+
+// SAFETY: the tensor is one.
+unsafe impl<T, M: Memory, X: Readable<T, M>> Readable<T, M> for Rows<X> {
+    fn elements(&self) -> usize {
+        self.tensor.elements()
+    }
+
+    fn row_stride(&self) -> Option<usize> {
+        (self.stride != self.cols).then_some(self.stride)
+    }
+
+    fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
+        self.tensor.read(memory)
+    }
+}
+
+// SAFETY: as above.
+unsafe impl<T, M: Memory, X: Writable<T, M>> Writable<T, M> for Rows<X> {
+    fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
+        self.tensor.write(memory)
+    }
+}
+
 /// Elements on each side.
 const GUARD: usize = 16;
 const CANARY: u8 = 0xa5;
 
+fn canary<T: bytemuck::Pod>() -> T {
+    bytemuck::pod_read_unaligned(&vec![CANARY; size_of::<T>()])
+}
+
+fn is_canary<T: bytemuck::Pod>(elements: &[T]) -> bool {
+    bytemuck::cast_slice(elements).iter().all(|&byte: &u8| byte == CANARY)
+}
+
 impl<T: bytemuck::Pod> Guarded<T> {
     pub fn new(content: &[T], offset: usize) -> Self {
-        let canary: T = bytemuck::pod_read_unaligned(&vec![CANARY; size_of::<T>()]);
-        let mut all = vec![canary; GUARD + offset];
+        let mut all = vec![canary(); GUARD + offset];
         all.extend_from_slice(content);
-        all.extend(std::iter::repeat_n(canary, GUARD));
+        all.extend(std::iter::repeat_n(canary::<T>(), GUARD));
         let all = Box::into_raw(all.into_boxed_slice());
         // SAFETY: the allocation is this value's alone until it is dropped, and the three parts do not overlap.
         let (before, rest) = unsafe { &mut *all }.split_at_mut(GUARD + offset);
@@ -72,9 +143,7 @@ impl<T: bytemuck::Pod> Guarded<T> {
     }
 
     pub fn contents(&self) -> Result<Vec<T>, String> {
-        let intact =
-            |guard: &[T]| bytemuck::cast_slice(guard).iter().all(|&byte: &u8| byte == CANARY);
-        match intact(self.before) && intact(self.behind) {
+        match is_canary(self.before) && is_canary(self.behind) {
             true => Ok(self.tensor.to_vec()),
             false => Err("wrote beside the tensor".to_owned()),
         }
@@ -91,24 +160,24 @@ impl<T> Drop for Guarded<T> {
 // SAFETY: what the crate says of a slice.
 unsafe impl<T: 'static, M: Memory> Readable<T, M> for Guarded<T>
 where
-    &'static mut [T]: Writable<T, M>,
+    [T]: Writable<T, M>,
 {
     fn elements(&self) -> usize {
         self.tensor.len()
     }
 
     fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
-        self.tensor.read(memory)
+        Readable::<T, M>::read(&*self.tensor, memory)
     }
 }
 
 // SAFETY: as above.
 unsafe impl<T: 'static, M: Memory> Writable<T, M> for Guarded<T>
 where
-    &'static mut [T]: Writable<T, M>,
+    [T]: Writable<T, M>,
 {
     fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
-        self.tensor.write(memory)
+        Writable::<T, M>::write(&mut *self.tensor, memory)
     }
 }
 

@@ -26,14 +26,14 @@ fn forward<T: Dtype, L: TestBackend>(
     let shape = call.shape;
     let x = far_out::<T>(elements(call), 10, true);
     let bias = values::<T>(shape.cols, 11, true);
-    let x_there = backend.tensor(&x, call.offset);
+    let x_there = backend.matrix(&x, call, 0);
     for bias in [None, Some(&bias[..])] {
         let expected = oracle::bias_act_dropout(&call.dropout, shape, activation, &x, bias);
         let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
         let run = |x, before: &[T]| {
-            let mut y = backend.tensor(before, call.offset);
+            let mut y = backend.matrix(before, call, 1);
             backend.run(call, Forward { shape, activation, x, bias: given(&bias), y: &mut y })?;
-            backend.contents(&y)
+            backend.rows(&y)
         };
         let y = run(Source::Tensor(&x_there), &vec![T::from_f32(5.0); x.len()])?;
         within("y", &y, &expected)?;
@@ -58,15 +58,15 @@ fn backward<T: Dtype, L: TestBackend>(
         };
         let (expected, sums) =
             oracle::bias_act_dropout_backward(&call.dropout, shape, activation, &x, bias, &dy);
-        let (x, dy_there) = (backend.tensor(&x, call.offset), backend.tensor(&dy, call.offset));
+        let (x, dy_there) = (backend.matrix(&x, call, 0), backend.matrix(&dy, call, 1));
         let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
         let before = dy.clone();
         let run = |dy, mut dbias: Option<Gradient<'_, L::B>>| {
-            let mut dx = backend.tensor(&before, call.offset);
+            let mut dx = backend.matrix(&before, call, 2);
             let (bias, dbias) = (given(&bias), dbias.as_mut().map(Gradient::reborrow));
             backend
                 .run(call, Backward { shape, activation, x: &x, bias, dy, dx: &mut dx, dbias })?;
-            backend.contents(&dx)
+            backend.rows(&dx)
         };
         // In place for one of the two.
         let source = if specials { Source::Tensor(&dy_there as _) } else { Source::InPlace };

@@ -103,12 +103,12 @@ fn sums<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String
     let bias = shape.rows.is_multiple_of(2).then_some(&bias[..]);
     let weight = values::<T>(shape.cols, 24, true);
     let expected = oracle::dropout_add(&call.dropout, shape, &x, bias, &residual);
-    let [x_there, residual_there] =
-        [&x, &residual].map(|tensor| backend.tensor(tensor, call.offset));
+    let x_there = backend.matrix(&x, call, 0);
+    let residual_there = backend.matrix(&residual, call, 1);
     let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
     let weight = backend.tensor(&weight, call.offset);
     let run = |content: &[T], residual| {
-        let [mut s, mut y] = [content, &x].map(|before| backend.tensor(before, call.offset));
+        let (mut s, mut y) = (backend.matrix(content, call, 2), backend.matrix(&x, call, 0));
         let pass = Forward {
             shape,
             norm: Norm::layer(1e-5),
@@ -122,7 +122,7 @@ fn sums<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String
             stats: None,
         };
         backend.run(call, pass)?;
-        Ok::<_, String>((backend.contents(&s)?, backend.contents(&y)?))
+        Ok::<_, String>((backend.rows(&s)?, backend.rows(&y)?))
     };
     let (s, y) = run(&x, Source::Tensor(&residual_there))?;
     same("s", &s, &expected)?;
@@ -139,10 +139,11 @@ fn forward<T: Dtype, L: TestBackend>(
     let sums = data.s(call);
     let expected = oracle::normalised(&data.norm, call.shape, &sums, &data.affine());
     let there = |tensor: &[T]| backend.tensor(tensor, call.offset);
-    let (x, residual, weight) = (there(&data.x), there(&data.residual), there(&data.weight));
+    let (x, residual) = (backend.matrix(&data.x, call, 0), backend.matrix(&data.residual, call, 1));
+    let weight = there(&data.weight);
     let bias = data.bias.as_ref().map(|bias| backend.tensor(bias, call.offset / 2));
     let norm_bias = data.norm_bias.as_deref().map(there);
-    let (mut s, mut y) = (there(&data.dy), there(&data.dy));
+    let [mut s, mut y] = [2, 0].map(|which| backend.matrix(&data.dy, call, which));
     let mut stats = backend.tensor(&vec![9.0f32; 2 * call.shape.rows], 0);
     let pass = Forward {
         shape: call.shape,
@@ -158,9 +159,9 @@ fn forward<T: Dtype, L: TestBackend>(
         stats: Some(&mut stats),
     };
     backend.run(call, pass)?;
-    close("y", &backend.contents(&y)?, &expected.y)?;
+    close("y", &backend.rows(&y)?, &expected.y)?;
     close("stats", &backend.contents(&stats)?, &expected.stats)?;
-    same("s", &backend.contents(&s)?, if data.keeps_s { &sums } else { &data.dy })
+    same("s", &backend.rows(&s)?, if data.keeps_s { &sums } else { &data.dy })
 }
 
 fn backward<T: Dtype, L: TestBackend>(
@@ -181,14 +182,15 @@ fn backward<T: Dtype, L: TestBackend>(
         &data.dy,
         data.ds.as_deref(),
     );
-    let there = |tensor: &[T]| backend.tensor(tensor, call.offset);
-    let (x, residual, s) = (there(&data.x), there(&data.residual), there(&sums));
-    let (weight, dy, stats) = (there(&data.weight), there(&data.dy), backend.tensor(&stats, 0));
+    let there = |tensor: &[T], which| backend.matrix(tensor, call, which);
+    let (x, residual, s) = (there(&data.x, 0), there(&data.residual, 1), there(&sums, 2));
+    let (weight, stats) = (backend.tensor(&data.weight, call.offset), backend.tensor(&stats, 0));
+    let dy = there(&data.dy, 3);
     let bias = data.bias.as_ref().map(|bias| backend.tensor(bias, call.offset / 2));
-    let ds = data.ds.as_deref().map(there);
+    let ds = data.ds.as_deref().map(|ds| there(ds, 4));
     let before = values::<f32>(shape.cols, 7, false);
     let run = |add: bool| {
-        let (mut dresidual, mut dx) = (there(&data.dy), there(&data.dy));
+        let [mut dresidual, mut dx] = [5, 6].map(|which| there(&data.dy, which));
         let mut sums = data.grads.map(|_| backend.tensor(&before, 0));
         let [dbias, dweight, dnorm_bias] = &mut sums;
         let gradient = |wanted: bool, tensor| match (wanted, add) {
@@ -217,7 +219,7 @@ fn backward<T: Dtype, L: TestBackend>(
         let sums = sums.each_ref().map(|sum| backend.contents(sum));
         let [dbias, dweight, dnorm_bias] = sums;
         Ok::<_, String>((
-            [backend.contents(&dresidual)?, backend.contents(&dx)?],
+            [backend.rows(&dresidual)?, backend.rows(&dx)?],
             [dbias?, dweight?, dnorm_bias?],
         ))
     };

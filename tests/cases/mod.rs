@@ -54,6 +54,8 @@ pub struct Call {
     pub shape: Shape,
     /// Elements that the tensors start behind an allocation's start.
     pub offset: usize,
+    /// Elements between the rows of a matrix, once, twice or three times; 0: they follow each other.
+    pub gap: usize,
 }
 
 pub const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
@@ -143,7 +145,8 @@ pub fn table() -> Vec<Call> {
             };
             let dropout = Dropout::new(Key::new(seed, stream), p).shard(shard).groups(groups);
             let offset = [0, 0, 1, 3, 0, 8, 5][n % 7];
-            table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset });
+            let gap = [0, 8, 0, 5, 24][n / 5 % 5];
+            table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset, gap });
         }
     }
     table

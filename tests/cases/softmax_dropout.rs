@@ -1,5 +1,6 @@
 //! `softmax_dropout`: the checks of a row of the table.
 
+use super::backend::Rows;
 use super::*;
 use crate::oracle;
 use fused_dropout::ops::softmax_dropout::{Backward, Forward, STATISTICS};
@@ -88,26 +89,24 @@ fn additive<T: Dtype>(rows: usize, cols: usize) -> Vec<T> {
 /// Scores and mask on a backend.
 struct There<'l, T: Dtype, L: TestBackend> {
     backend: &'l L,
+    call: &'l Call,
     scores: Scores,
     causal: Option<i64>,
     lengths: Option<L::Tensor<u32>>,
     additive: Option<L::Tensor<T>>,
-    x: L::Tensor<T>,
-    offset: usize,
-    rows: usize,
+    x: Rows<L::Tensor<T>>,
 }
 
 impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
-    fn new(backend: &'l L, call: &Call, a: &Attention<T>) -> Self {
+    fn new(backend: &'l L, call: &'l Call, a: &Attention<T>) -> Self {
         Self {
             backend,
+            call,
             scores: a.scores,
             causal: a.causal,
             lengths: a.lengths.as_ref().map(|lengths| backend.tensor(lengths, call.offset)),
             additive: a.additive.as_ref().map(|additive| backend.tensor(additive, call.offset)),
-            x: backend.tensor(&a.x, call.offset),
-            offset: call.offset,
-            rows: call.shape.rows,
+            x: backend.matrix(&a.x, call, 0),
         }
     }
 
@@ -117,14 +116,10 @@ impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
     }
 
     /// y, from x or in place, and the statistics.
-    fn forward(
-        &self,
-        call: &Call,
-        in_place: bool,
-        before: &[T],
-    ) -> Result<(Vec<T>, Vec<f32>), String> {
-        let mut y = self.backend.tensor(before, self.offset);
-        let mut statistics = self.backend.tensor(&vec![9.0f32; STATISTICS * self.rows], 0);
+    fn forward(&self, in_place: bool, before: &[T]) -> Result<(Vec<T>, Vec<f32>), String> {
+        let mut y = self.backend.matrix(before, self.call, 1);
+        let saved = vec![9.0f32; STATISTICS * self.call.shape.rows];
+        let mut statistics = self.backend.tensor(&saved, 0);
         let pass = Forward {
             scores: self.scores,
             mask: self.mask(),
@@ -133,19 +128,18 @@ impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
             // Not asked for in place.
             statistics: (!in_place).then_some(&mut statistics as _),
         };
-        self.backend.run(call, pass)?;
-        Ok((self.backend.contents(&y)?, self.backend.contents(&statistics)?))
+        self.backend.run(self.call, pass)?;
+        Ok((self.backend.rows(&y)?, self.backend.contents(&statistics)?))
     }
 
     /// dx, from dy or in place.
     fn backward(
         &self,
-        call: &Call,
         in_place: bool,
         dy: &[T],
         statistics: Option<&[f32]>,
     ) -> Result<Vec<T>, String> {
-        let [dy, mut dx] = [dy, dy].map(|dy| self.backend.tensor(dy, self.offset));
+        let [dy, mut dx] = [1, 2].map(|which| self.backend.matrix(dy, self.call, which));
         let statistics = statistics.map(|statistics| self.backend.tensor(statistics, 0));
         let pass = Backward {
             scores: self.scores,
@@ -155,8 +149,8 @@ impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
             dy: if in_place { Source::InPlace } else { Source::Tensor(&dy) },
             dx: &mut dx,
         };
-        self.backend.run(call, pass)?;
-        self.backend.contents(&dx)
+        self.backend.run(self.call, pass)?;
+        self.backend.rows(&dx)
     }
 }
 
@@ -164,7 +158,7 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
     let a = Attention::<T>::new(call);
     let (expected, rows) = oracle::softmax_dropout(&call.dropout, &a.scores, &a.mask(), &a.x);
     let there = There::new(backend, call, &a);
-    let (y, statistics) = there.forward(call, false, &vec![T::from_f32(5.0); a.x.len()])?;
+    let (y, statistics) = there.forward(false, &vec![T::from_f32(5.0); a.x.len()])?;
     within("y", &y, &expected)?;
     for (r, (given, (max, reciprocal))) in
         statistics.as_chunks::<STATISTICS>().0.iter().zip(&rows).enumerate()
@@ -173,7 +167,7 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
             return Err(format!("statistics[{r}] are {given:?}, not {max} and {reciprocal:?}"));
         }
     }
-    let (again, _) = there.forward(call, true, &a.x)?;
+    let (again, _) = there.forward(true, &a.x)?;
     same("y in place, against y", &again, &y)
 }
 
@@ -188,11 +182,11 @@ fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), St
     for dy in [few.collect(), special.clone()] {
         let expected =
             oracle::softmax_dropout_backward(&call.dropout, &a.scores, &a.mask(), &a.x, &dy);
-        let dx = there.backward(call, false, &dy, None)?;
+        let dx = there.backward(false, &dy, None)?;
         within("dx", &dx, &expected)?;
         // From what the forward pass saved: the same P, so the same bits; here in place.
-        let (_, saved) = there.forward(call, false, &dy)?;
-        let again = there.backward(call, true, &dy, Some(&saved))?;
+        let (_, saved) = there.forward(false, &dy)?;
+        let again = there.backward(true, &dy, Some(&saved))?;
         same("dx with saved statistics, against dx", &again, &dx)?;
     }
     Ok(())

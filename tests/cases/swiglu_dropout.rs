@@ -19,15 +19,15 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
     let (gate, up) =
         (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));
     let expected = oracle::swiglu_dropout(&call.dropout, shape, &gate, &up);
-    let [gate_there, up] = [&gate, &up].map(|tensor| backend.tensor(tensor, call.offset));
-    let mut y = backend.tensor(&vec![T::from_f32(5.0); gate.len()], call.offset);
+    let (gate_there, up) = (backend.matrix(&gate, call, 0), backend.matrix(&up, call, 1));
+    let mut y = backend.matrix(&vec![T::from_f32(5.0); gate.len()], call, 2);
     let gate_source = Source::Tensor(&gate_there as _);
     backend.run(call, Forward { shape, gate: gate_source, up: &up, y: &mut y })?;
-    let y = backend.contents(&y)?;
+    let y = backend.rows(&y)?;
     close("y", &y, &expected)?;
-    let mut again = backend.tensor(&gate, call.offset);
+    let mut again = backend.matrix(&gate, call, 0);
     backend.run(call, Forward { shape, gate: Source::InPlace, up: &up, y: &mut again })?;
-    same("y in place, against y", &backend.contents(&again)?, &y)
+    same("y in place, against y", &backend.rows(&again)?, &y)
 }
 
 fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
@@ -36,12 +36,13 @@ fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), St
         (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));
     let dy = values::<T>(elements(call), 32, true);
     let [dgate, dup] = oracle::swiglu_dropout_backward(&call.dropout, shape, &gate, &up, &dy);
-    let [gate, up, dy_there] = [&gate, &up, &dy].map(|tensor| backend.tensor(tensor, call.offset));
+    let (gate, up) = (backend.matrix(&gate, call, 0), backend.matrix(&up, call, 1));
+    let dy_there = backend.matrix(&dy, call, 2);
     let run = |dy_source| {
-        let [mut dgate, mut dup] = [&dy, &dy].map(|before| backend.tensor(before, call.offset));
+        let [mut dgate, mut dup] = [1, 2].map(|which| backend.matrix(&dy, call, which));
         let (gate, up, dy) = (&gate, &up, dy_source);
         backend.run(call, Backward { shape, gate, up, dy, dgate: &mut dgate, dup: &mut dup })?;
-        Ok::<_, String>([backend.contents(&dgate)?, backend.contents(&dup)?])
+        Ok::<_, String>([backend.rows(&dgate)?, backend.rows(&dup)?])
     };
     let given = run(Source::Tensor(&dy_there))?;
     close("dgate", &given[0], &dgate)?;

@@ -4,7 +4,7 @@
 use super::{Embeddings, Held, TABLE_GRAD_ROWS, check_rows, table_gradient, table_gradients};
 use crate::device::abi::{Mask, RowNorm};
 use crate::device::rows::{Forms, forms, launch_rows};
-use crate::device::{Device, Launch, pointer};
+use crate::device::{Device, Launch, aligned, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -154,5 +154,5 @@ unsafe fn launch_norm<D: Device>(
     let tensors = [token, position, segment, weight, norm_bias, y, dy, ds, slopes];
     let part = |first, rows| NormParams { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, &tensors, part) }
+    unsafe { launch_rows(device, forms, shape, aligned(shape.cols, tensors), part) }
 }

@@ -61,7 +61,7 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
     let (factor, labels) = (factor.read(device)?, labels.read(device)?);
     let (logits, loss) = (logits.write(device)?, loss.write(device)?);
     let losses = device.workspace(shape.rows)?;
-    let aligned = aligned(shape.cols, &[logits.pointer]);
+    let aligned = aligned(shape.cols, [logits.pointer]);
     let (kernel, rows_a_block) = match shape.cols <= WARP_COLS {
         true => (kernel!(NAME, "cross_entropy_warp", T, if aligned), 8),
         false => (kernel!(NAME, "cross_entropy_block", T, if aligned), 1),
