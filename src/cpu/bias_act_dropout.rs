@@ -13,11 +13,11 @@ use crate::tensor::{Matrix, Sum, matrix, matrix_mut, read, source};
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, activation, x, bias, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let x = source(x, shape, cpu)?;
     let bias = read(bias, cpu)?;
-    Task { cpu: *cpu, draw, shape, activation, bias }.forward(x, matrix_mut(y, shape, cpu)?);
+    Task { cpu: *cpu, params, shape, activation, bias }.forward(x, matrix_mut(y, shape, cpu)?);
     Ok(())
 }
 
@@ -25,12 +25,12 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, activation, x, bias, dy, dx, dbias }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = read(bias, cpu)?;
     let dy = source(dy, shape, cpu)?;
     let dbias = dbias.map(|dbias| Sum::of(dbias, cpu)).transpose()?;
-    let task = Task { cpu: *cpu, draw, shape, activation, bias };
+    let task = Task { cpu: *cpu, params, shape, activation, bias };
     task.backward(matrix(x, shape, cpu)?, dy, matrix_mut(dx, shape, cpu)?, dbias);
     Ok(())
 }
@@ -38,7 +38,7 @@ pub(crate) fn backward<T: Dtype>(
 /// A checked call.
 struct Task<'a, T> {
     cpu: Cpu,
-    draw: &'a MaskParams<'a>,
+    params: &'a MaskParams<'a>,
     shape: Shape,
     activation: Activation,
     bias: Option<&'a [T]>,
@@ -47,14 +47,14 @@ struct Task<'a, T> {
 impl<T: Dtype> Task<'_, T> {
     /// x = y where it is not given.
     fn forward(&self, x: Option<Matrix<&[T]>>, y: Matrix<&mut [T]>) {
-        let Self { cpu, draw, shape, .. } = *self;
-        let stream = Stream { cpu, draw, shape, inputs: [x, None], in_place: x.is_none() };
+        let Self { cpu, params, shape, .. } = *self;
+        let stream = Stream { cpu, params, shape, inputs: [x, None], in_place: x.is_none() };
         stream.run(
             y,
             #[inline(always)]
             |segment, lanes, y, values| {
                 self.biased(segment, x.map_or(y, |x| x.at(segment)), values);
-                self.activation.select(draw, lanes, values);
+                self.activation.select(params, lanes, values);
             },
         );
     }
@@ -67,8 +67,8 @@ impl<T: Dtype> Task<'_, T> {
         dx: Matrix<&mut [T]>,
         dbias: Option<Sum<'_, Cpu>>,
     ) {
-        let Self { cpu, draw, shape, .. } = *self;
-        let stream = Stream { cpu, draw, shape, inputs: [Some(x), dy], in_place: dy.is_none() };
+        let Self { cpu, params, shape, .. } = *self;
+        let stream = Stream { cpu, params, shape, inputs: [Some(x), dy], in_place: dy.is_none() };
         let Some(dbias) = dbias else {
             return stream.run(
                 dx,
@@ -101,10 +101,10 @@ impl<T: Dtype> Task<'_, T> {
         self.activation.slope(slope);
         convert::load(dy, dx);
         for (dx, &slope) in dx.iter_mut().zip(&*slope) {
-            *dx = (*dx * self.draw.scale) * slope;
+            *dx = (*dx * self.params.scale) * slope;
         }
         // Selected last: a slope that is not finite does not revive a dropped element.
-        dropout::select(&MaskParams { scale: 1.0, ..*self.draw }, lanes, dx);
+        dropout::select(&MaskParams { scale: 1.0, ..*self.params }, lanes, dx);
     }
 
     /// x + bias of a segment in f32.

@@ -22,7 +22,7 @@ use std::ops::Range;
 pub(crate) fn forward<T: Dtype>(
     pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = pass.shape;
     let add = Add {
@@ -34,7 +34,7 @@ pub(crate) fn forward<T: Dtype>(
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
     let s = pass.s.map(|s| matrix_mut(s, shape, cpu)).transpose()?;
     let (y, stats) = (matrix_mut(pass.y, shape, cpu)?, write(pass.stats, cpu)?);
-    Task { cpu: *cpu, draw, norm: pass.norm, shape }.forward(&add, &affine, s, y, stats);
+    Task { cpu: *cpu, params, norm: pass.norm, shape }.forward(&add, &affine, s, y, stats);
     Ok(())
 }
 
@@ -42,7 +42,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = pass.shape;
     let add = match pass.saved {
@@ -66,7 +66,7 @@ pub(crate) fn backward<T: Dtype>(
     let grads = ParamGrads { dbias: dbias?, dweight: dweight?, dnorm_bias: dnorm_bias? };
     let dresidual = matrix_mut(pass.dresidual, shape, cpu)?;
     let dx = matrix_mut(pass.dx, shape, cpu)?;
-    Task { cpu: *cpu, draw, norm: pass.norm, shape }.backward(&given, dresidual, dx, grads);
+    Task { cpu: *cpu, params, norm: pass.norm, shape }.backward(&given, dresidual, dx, grads);
     Ok(())
 }
 
@@ -102,7 +102,7 @@ struct Given<'a, T> {
 /// A checked call.
 struct Task<'a> {
     cpu: Cpu,
-    draw: &'a MaskParams<'a>,
+    params: &'a MaskParams<'a>,
     norm: Norm,
     shape: Shape,
 }
@@ -220,7 +220,7 @@ impl Task<'_> {
                     (None, s) => s.as_ref().map_or(&[][..], |s| s.at(&segment)),
                 };
                 let sums = &mut values[start..end];
-                select_add(self.draw, lanes, add.x.at(&segment), bias, residual, sums);
+                select_add(self.params, lanes, add.x.at(&segment), bias, residual, sums);
                 convert::round::<T>(sums);
                 if let Some(s) = s.as_mut().filter(|_| segment.last || strided) {
                     split::emit(&values[left..end], s.up_to(&segment, end - left), streaming);
@@ -239,7 +239,7 @@ impl Task<'_> {
         body: impl FnMut(Segment, &[u16]),
     ) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
-        octets::walk(self.draw, self.shape, rows.start * a_row..rows.end * a_row, prefetch, body);
+        octets::walk(self.params, self.shape, rows.start * a_row..rows.end * a_row, prefetch, body);
     }
 
     fn backward<T: Dtype>(
@@ -286,7 +286,7 @@ impl Task<'_> {
                 );
             },
         );
-        finish(sums.dbias, self.draw.scale, dbias);
+        finish(sums.dbias, self.params.scale, dbias);
         finish(sums.dweight, 1.0, dweight);
         finish(sums.dnorm_bias, 1.0, dnorm_bias);
     }
@@ -364,7 +364,7 @@ impl Task<'_> {
     ) {
         let cols = self.shape.cols;
         let base = rows.start * cols;
-        let unscaled = MaskParams { scale: 1.0, ..*self.draw };
+        let unscaled = MaskParams { scale: 1.0, ..*self.params };
         self.walk(
             rows,
             |_| {},
@@ -379,7 +379,7 @@ impl Task<'_> {
                     sums.iter_mut().zip(&*g).for_each(|(sum, g)| *sum += g);
                 }
                 // +0 stays +0: the scale is finite and not negative.
-                g.iter_mut().for_each(|g| *g *= self.draw.scale);
+                g.iter_mut().for_each(|g| *g *= self.params.scale);
                 split::emit(g, dx.up_to(&segment, g.len()), streaming);
             },
         );

@@ -20,11 +20,11 @@ use rayon::prelude::*;
 pub(crate) fn forward<T: Dtype>(
     pass: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let lookups = ids(&pass.lookups, cpu)?;
     let sum = Sum::new(pass.shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
-    embed(*cpu, draw, pass.shape, &sum, pass.y.write(cpu)?);
+    embed(*cpu, params, pass.shape, &sum, pass.y.write(cpu)?);
     Ok(())
 }
 
@@ -32,24 +32,24 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     pass: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let lookups = ids(&pass.lookups, cpu)?;
-    table_gradients(cpu, draw, pass.shape, &lookups, pass.dy.read(cpu)?, pass.gradients)
+    table_gradients(cpu, params, pass.shape, &lookups, pass.dy.read(cpu)?, pass.gradients)
 }
 
 /// y = D(norm(token + position + segment)).
 pub(crate) fn forward_norm<T: Dtype>(
     pass: ForwardNorm<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
     let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
     let norm_bias = read(pass.norm_bias, cpu)?;
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
     let stats = write(pass.stats, cpu)?;
-    let rows = NormRows { cpu: *cpu, draw, norm: pass.norm, shape, sum };
+    let rows = NormRows { cpu: *cpu, params, norm: pass.norm, shape, sum };
     rows.forward(&affine, pass.y.write(cpu)?, stats);
     Ok(())
 }
@@ -58,19 +58,19 @@ pub(crate) fn forward_norm<T: Dtype>(
 pub(crate) fn backward_norm<T: Dtype>(
     pass: BackwardNorm<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (shape, lookups) = (pass.shape, ids(&pass.lookups, cpu)?);
     let sum = Sum::new(shape, &lookups, &pass.tables.try_map(|table| table.read(cpu))?);
     let dy = pass.dy.read(cpu)?;
-    let rows = NormRows { cpu: *cpu, draw, norm: pass.norm, shape, sum };
+    let rows = NormRows { cpu: *cpu, params, norm: pass.norm, shape, sum };
     let (weight, stats) = (pass.weight.read(cpu)?, pass.stats.read(cpu)?);
     let (ds, slopes) = match dy {
         [] => Default::default(),
         _ => rows.backward(weight, stats, dy, pass.dweight.is_some()),
     };
     // Everything is kept of what is a gradient already.
-    let kept = &MaskParams { threshold: 0, scale: 1.0, ..*draw };
+    let kept = &MaskParams { threshold: 0, scale: 1.0, ..*params };
     table_gradients(cpu, kept, shape, &lookups, &ds, pass.gradients)?;
     // A parameter is an entry that every row takes.
     let all = Lookup { entries: 1, ids: Ids::Sequence(1) };
@@ -78,7 +78,7 @@ pub(crate) fn backward_norm<T: Dtype>(
         table_gradient(cpu, kept, shape, &all, &slopes, gradient)?;
     }
     if let Some(gradient) = pass.dnorm_bias {
-        table_gradient(cpu, draw, shape, &all, dy, gradient)?;
+        table_gradient(cpu, params, shape, &all, dy, gradient)?;
     }
     Ok(())
 }
@@ -127,14 +127,14 @@ impl<'a, T: Dtype> Sum<'a, T> {
 }
 
 /// y = D(sum).
-fn embed<T: Dtype>(cpu: Cpu, draw: &MaskParams<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
-    let stream = Stream { cpu, draw, shape, inputs: [None; 2], in_place: false };
+fn embed<T: Dtype>(cpu: Cpu, params: &MaskParams<'_>, shape: Shape, sum: &Sum<'_, T>, y: &mut [T]) {
+    let stream = Stream { cpu, params, shape, inputs: [None; 2], in_place: false };
     stream.run(
         Matrix { data: y, stride: shape.cols },
         #[inline(always)]
         |segment, lanes, _, sums| {
             sum.load(segment.row, segment.cols.start, sums);
-            dropout::select(draw, lanes, sums);
+            dropout::select(params, lanes, sums);
         },
     );
 }
@@ -142,7 +142,7 @@ fn embed<T: Dtype>(cpu: Cpu, draw: &MaskParams<'_>, shape: Shape, sum: &Sum<'_, 
 /// A checked call of the normalised form. A thread takes a row at a time, which stays in its caches in f32.
 struct NormRows<'a, T> {
     cpu: Cpu,
-    draw: &'a MaskParams<'a>,
+    params: &'a MaskParams<'a>,
     norm: Norm,
     shape: Shape,
     sum: Sum<'a, T>,
@@ -227,14 +227,14 @@ impl<T: Dtype> NormRows<'_, T> {
     fn drop(&self, row: usize, values: &mut [f32]) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
         octets::walk(
-            self.draw,
+            self.params,
             self.shape,
             row * a_row..(row + 1) * a_row,
             #[inline(always)]
             |_| {},
             #[inline(always)]
             |segment, lanes| {
-                dropout::select(self.draw, lanes, &mut values[segment.cols]);
+                dropout::select(self.params, lanes, &mut values[segment.cols]);
             },
         );
     }
@@ -243,7 +243,7 @@ impl<T: Dtype> NormRows<'_, T> {
 /// D(dy) as the gradients of the tables.
 fn table_gradients<T: Dtype>(
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     lookups: &Lookups<&[u32]>,
     dy: &[T],
@@ -251,7 +251,7 @@ fn table_gradients<T: Dtype>(
 ) -> Result<(), Error> {
     for (lookup, gradient) in lookups.all().into_iter().zip(gradients.all()) {
         if let (Some(lookup), Some(gradient)) = (lookup, gradient) {
-            table_gradient(cpu, draw, shape, &lookup, dy, gradient)?;
+            table_gradient(cpu, params, shape, &lookup, dy, gradient)?;
         }
     }
     Ok(())
@@ -260,7 +260,7 @@ fn table_gradients<T: Dtype>(
 /// D(dy) as the gradient of one table.
 fn table_gradient<T: Dtype>(
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     lookup: &Lookup<&[u32]>,
     dy: &[T],
@@ -272,7 +272,7 @@ fn table_gradient<T: Dtype>(
         gradient.fill(0.0);
     }
     if shape.rows > 0 && shape.cols > 0 {
-        add_gradient(*cpu, draw, shape, lookup, dy, gradient);
+        add_gradient(*cpu, params, shape, lookup, dy, gradient);
     }
     Ok(())
 }
@@ -281,7 +281,7 @@ fn table_gradient<T: Dtype>(
 /// rows that took it; so nothing depends on who does it.
 fn add_gradient<T: Dtype>(
     cpu: Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     lookup: &Lookup<&[u32]>,
     dy: &[T],
@@ -312,7 +312,7 @@ fn add_gradient<T: Dtype>(
                 let values = &mut values[..gradient.len()];
                 split::prefetch(gradient, 0..gradient.len());
                 for &(_, row) in group {
-                    load_dropped(draw, shape, dy, row as usize, col, values);
+                    load_dropped(params, shape, dy, row as usize, col, values);
                     tree.add(row as usize, values);
                 }
                 tree.finish(gradient);
@@ -331,7 +331,7 @@ fn columns_a_thread(shape: Shape, entries: usize) -> usize {
 /// D(dy) of a row, from column `col` on: at most a block of octets.
 #[inline(always)]
 fn load_dropped<T: Dtype>(
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     dy: &[T],
     row: usize,
@@ -340,7 +340,7 @@ fn load_dropped<T: Dtype>(
 ) {
     let first = row * shape.cols.div_ceil(OCTET) + col / OCTET;
     octets::walk(
-        draw,
+        params,
         shape,
         first..first + values.len().div_ceil(OCTET),
         #[inline(always)]
@@ -348,7 +348,7 @@ fn load_dropped<T: Dtype>(
         #[inline(always)]
         |segment, lanes| {
             convert::load(&dy[segment.elements(shape.cols)], values);
-            dropout::select(draw, lanes, values);
+            dropout::select(params, lanes, values);
         },
     );
 }

@@ -14,14 +14,14 @@ use std::ops::Range;
 pub(crate) fn bits(
     Bits { shape, out }: Bits<'_, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let out = Octets { first: 0, bits: out.write(cpu)? };
     split::pieces(shape, out, |range, Octets { bits, .. }| {
         let mut out = bits.iter_mut();
         walk(
             cpu,
-            draw,
+            params,
             shape,
             range,
             #[inline(always)]
@@ -56,13 +56,13 @@ impl Outputs for Octets<'_> {
 pub(crate) fn bytes(
     Bytes { shape, out }: Bytes<'_, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let out = Matrix { data: out.write(cpu)?, stride: shape.cols };
     split::pieces(shape, Part::whole(out), |range, mut out| {
         walk(
             cpu,
-            draw,
+            params,
             shape,
             range,
             #[inline(always)]
@@ -77,7 +77,7 @@ pub(crate) fn bytes(
 /// Gives the mask of every piece of a row to `body`, a byte an element.
 fn walk(
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     range: Range<usize>,
     mut body: impl FnMut(Segment, &[u8]),
@@ -87,7 +87,7 @@ fn walk(
         #[inline(always)]
         || {
             octets::walk(
-                draw,
+                params,
                 shape,
                 range,
                 |_| {},
@@ -96,7 +96,7 @@ fn walk(
                     let keep = &mut keep[..lanes.len()];
                     for (keep, &lane) in keep.iter_mut().zip(lanes) {
                         // At threshold 0 the lanes mean nothing, and each of them is kept.
-                        *keep = u8::from(u32::from(lane) >= draw.threshold);
+                        *keep = u8::from(u32::from(lane) >= params.threshold);
                     }
                     body(segment, keep);
                 },

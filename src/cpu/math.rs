@@ -193,14 +193,14 @@ fn map(values: &mut [f32], function: impl Fn(f32) -> f32) {
 impl Activation {
     /// D(act(x)) in place of x.
     #[inline(always)]
-    pub(super) fn select(self, draw: &MaskParams<'_>, lanes: &[u16], x: &mut [f32]) {
+    pub(super) fn select(self, params: &MaskParams<'_>, lanes: &[u16], x: &mut [f32]) {
         match self {
-            Self::Gelu => select_of(draw, lanes, x, gelu),
-            Self::GeluTanh => select_of(draw, lanes, x, gelu_tanh),
-            Self::Relu => select_of(draw, lanes, x, relu),
-            Self::Silu => select_of(draw, lanes, x, silu),
-            Self::Tanh => select_of(draw, lanes, x, tanh),
-            Self::Identity => select_of(draw, lanes, x, |x| x),
+            Self::Gelu => select_of(params, lanes, x, gelu),
+            Self::GeluTanh => select_of(params, lanes, x, gelu_tanh),
+            Self::Relu => select_of(params, lanes, x, relu),
+            Self::Silu => select_of(params, lanes, x, silu),
+            Self::Tanh => select_of(params, lanes, x, tanh),
+            Self::Identity => select_of(params, lanes, x, |x| x),
         }
     }
 

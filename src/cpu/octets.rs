@@ -88,16 +88,16 @@ impl Lanes {
 
     /// Counters `at` are those of a row's octets from `octet` on.
     #[inline(always)]
-    fn count(&mut self, draw: &MaskParams<'_>, row: usize, octet: usize, at: Range<usize>) {
-        self.rows[at.clone()].fill(draw.row(row));
-        self.octets[at].iter_mut().zip(octet..).for_each(|(c, octet)| *c = draw.octet(octet));
+    fn count(&mut self, params: &MaskParams<'_>, row: usize, octet: usize, at: Range<usize>) {
+        self.rows[at.clone()].fill(params.row(row));
+        self.octets[at].iter_mut().zip(octet..).for_each(|(c, octet)| *c = params.octet(octet));
     }
 
     /// Draws the lanes of the first `count` counters.
     #[inline(always)]
-    fn draw(&mut self, draw: &MaskParams<'_>, count: usize) {
-        let key = draw.key.philox_key();
-        let stream = draw.key.stream;
+    fn draw(&mut self, params: &MaskParams<'_>, count: usize) {
+        let key = params.key.philox_key();
+        let stream = params.key.stream;
         let count = count.next_multiple_of(LANES);
         let (words, _) = self.words.as_chunks_mut::<2>();
         let counters = self.octets[..count].iter().zip(&self.rows[..count]);
@@ -105,7 +105,7 @@ impl Lanes {
             let c = philox([u64::from(octet), u64::from(row), stream, stream >> 32], key);
             *words = [(c[0] & 0xffff_ffff) | (c[1] << 32), (c[2] & 0xffff_ffff) | (c[3] << 32)];
         }
-        if draw.groups.columns_together {
+        if params.groups.columns_together {
             // Lane 0 for all of its octet.
             let lanes: &mut [[u16; OCTET]] = bytemuck::cast_slice_mut(&mut self.words);
             lanes.iter_mut().for_each(|octet| *octet = [octet[0]; OCTET]);
@@ -135,7 +135,7 @@ impl RowLanes {
     #[inline(always)]
     pub fn draw(
         &mut self,
-        draw: &MaskParams<'_>,
+        params: &MaskParams<'_>,
         rows: Range<usize>,
         cols: impl Fn(usize) -> usize,
     ) {
@@ -143,12 +143,12 @@ impl RowLanes {
         let mut count = 0;
         for (row, start) in rows.zip(&mut self.starts) {
             let octets = cols(row).div_ceil(OCTET);
-            self.lanes.count(draw, row, 0, count..count + octets);
+            self.lanes.count(params, row, 0, count..count + octets);
             *start = count;
             count += octets;
         }
-        if draw.threshold != 0 && draw.threshold != 65536 {
-            self.lanes.draw(draw, count);
+        if params.threshold != 0 && params.threshold != 65536 {
+            self.lanes.draw(params, count);
         }
     }
 
@@ -164,14 +164,14 @@ impl RowLanes {
 /// Where nothing random is asked for, the lanes are not drawn and mean nothing.
 #[inline(always)]
 pub(super) fn walk(
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
     shape: Shape,
     range: Range<usize>,
     prefetch: impl Fn(Range<usize>),
     mut body: impl FnMut(Segment, &[u16]),
 ) {
     let a_row = shape.cols.div_ceil(OCTET);
-    let random = draw.threshold != 0 && draw.threshold != 65536;
+    let random = params.threshold != 0 && params.threshold != 65536;
     let mut lanes = Lanes::new();
     let mut start = range.start;
     let (mut row, mut octet) = (start / a_row.max(1), start % a_row.max(1));
@@ -184,11 +184,11 @@ pub(super) fn walk(
             let (mut row, mut octet, mut done) = (row, octet, 0);
             while done < count {
                 let octets = (a_row - octet).min(count - done);
-                lanes.count(draw, row, octet, done..done + octets);
+                lanes.count(params, row, octet, done..done + octets);
                 done += octets;
                 (row, octet) = (row + 1, 0);
             }
-            lanes.draw(draw, count);
+            lanes.draw(params, count);
         }
         let mut done = 0;
         while done < count {

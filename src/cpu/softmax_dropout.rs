@@ -22,12 +22,12 @@ use rayon::prelude::*;
 pub(crate) fn forward<T: Dtype>(
     Forward { scores, mask, x, y, statistics }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = scores.shape()?;
     let x = source(x, shape, cpu)?;
     let (y, statistics) = (matrix_mut(y, shape, cpu)?, write(statistics, cpu)?);
-    Task::new(cpu, draw, scores, &mask)?.forward(x, y, statistics);
+    Task::new(cpu, params, scores, &mask)?.forward(x, y, statistics);
     Ok(())
 }
 
@@ -35,19 +35,19 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { scores, mask, x, statistics, dy, dx }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = scores.shape()?;
     let (x, statistics) = (matrix(x, shape, cpu)?, read(statistics, cpu)?);
     let (dy, dx) = (source(dy, shape, cpu)?, matrix_mut(dx, shape, cpu)?);
-    Task::new(cpu, draw, scores, &mask)?.backward(x, statistics, dy, dx);
+    Task::new(cpu, params, scores, &mask)?.backward(x, statistics, dy, dx);
     Ok(())
 }
 
 /// A checked call.
 struct Task<'a, T> {
     cpu: Cpu,
-    draw: &'a MaskParams<'a>,
+    params: &'a MaskParams<'a>,
     scores: Scores,
     mask: AttentionMask<&'a [u32], &'a [T]>,
     shape: Shape,
@@ -63,7 +63,7 @@ struct Scratch {
 impl<'a, T: Dtype> Task<'a, T> {
     fn new(
         cpu: &'a Cpu,
-        draw: &'a MaskParams<'a>,
+        params: &'a MaskParams<'a>,
         scores: Scores,
         mask: &Mask<'a, T, Cpu>,
     ) -> Result<Self, Error> {
@@ -72,7 +72,7 @@ impl<'a, T: Dtype> Task<'a, T> {
             lengths: read(mask.lengths, cpu)?,
             additive: read(mask.additive, cpu)?,
         };
-        Ok(Self { cpu: *cpu, draw, scores, mask, shape: scores.shape()? })
+        Ok(Self { cpu: *cpu, params, scores, mask, shape: scores.shape()? })
     }
 
     fn scratch(&self) -> Scratch {
@@ -180,7 +180,7 @@ impl<'a, T: Dtype> Task<'a, T> {
     fn draw(&self, lanes: &mut RowLanes, first: usize, rows: usize) {
         if RowLanes::rows(self.shape) > 1 {
             lanes.draw(
-                self.draw,
+                self.params,
                 first..first + rows,
                 #[inline(always)]
                 |row| self.seen(row),
@@ -227,12 +227,12 @@ impl<'a, T: Dtype> Task<'a, T> {
             values.iter_mut().for_each(|value| *value *= factor);
         }
         if RowLanes::rows(self.shape) > 1 {
-            return dropout::select(self.draw, lanes.of(row), values);
+            return dropout::select(self.params, lanes.of(row), values);
         }
         let first = row * self.shape.cols.div_ceil(OCTET);
         let range = first..first + values.len().div_ceil(OCTET);
         octets::walk(
-            self.draw,
+            self.params,
             self.shape,
             range,
             |_| {},
@@ -240,7 +240,7 @@ impl<'a, T: Dtype> Task<'a, T> {
             |segment, lanes| {
                 let end = values.len().min(segment.cols.end);
                 let values = &mut values[segment.cols.start..end];
-                dropout::select(self.draw, &lanes[..values.len()], values);
+                dropout::select(self.params, &lanes[..values.len()], values);
             },
         );
     }

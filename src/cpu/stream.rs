@@ -14,7 +14,7 @@ use std::ops::Range;
 /// One pass over tensors of a shape.
 pub(super) struct Stream<'a, T> {
     pub cpu: Cpu,
-    pub draw: &'a MaskParams<'a>,
+    pub params: &'a MaskParams<'a>,
     pub shape: Shape,
     /// What is read beside the output: asked for ahead of its use.
     pub inputs: [Option<Matrix<&'a [T]>>; 2],
@@ -105,7 +105,7 @@ impl<T: Dtype> Stream<'_, T> {
             || {
                 let (mut block, mut filled) = (Block::new(), 0);
                 octets::walk(
-                    self.draw,
+                    self.params,
                     self.shape,
                     range,
                     #[inline(always)]

@@ -14,12 +14,12 @@ use crate::tensor::{matrix, matrix_mut, source};
 pub(crate) fn forward<T: Dtype>(
     Forward { shape, gate, up, y }: Forward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let gate = source(gate, shape, cpu)?;
     let up = matrix(up, shape, cpu)?;
     let inputs = [Some(up), gate];
-    let stream = Stream { cpu: *cpu, draw, shape, inputs, in_place: gate.is_none() };
+    let stream = Stream { cpu: *cpu, params, shape, inputs, in_place: gate.is_none() };
     stream.run(
         matrix_mut(y, shape, cpu)?,
         #[inline(always)]
@@ -28,7 +28,7 @@ pub(crate) fn forward<T: Dtype>(
             for (value, &up) in values.iter_mut().zip(up.at(segment)) {
                 *value = silu_and_slope(*value).0 * convert::widen(up);
             }
-            dropout::select(draw, lanes, values);
+            dropout::select(params, lanes, values);
         },
     );
     Ok(())
@@ -38,7 +38,7 @@ pub(crate) fn forward<T: Dtype>(
 pub(crate) fn backward<T: Dtype>(
     Backward { shape, gate, up, dy, dgate, dup }: Backward<'_, T, Cpu>,
     cpu: &Cpu,
-    draw: &MaskParams<'_>,
+    params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let (gate, up) = (matrix(gate, shape, cpu)?, matrix(up, shape, cpu)?);
     let dy = source(dy, shape, cpu)?;
@@ -50,7 +50,7 @@ pub(crate) fn backward<T: Dtype>(
             || {
                 let (mut of_gate, mut of_up) = (Block::new(), Block::new());
                 octets::walk(
-                    draw,
+                    params,
                     shape,
                     range,
                     #[inline(always)]
@@ -67,11 +67,11 @@ pub(crate) fn backward<T: Dtype>(
                         let values = of_gate.iter_mut().zip(&mut *g);
                         for ((gate, g), &up) in values.zip(up.at(&segment)) {
                             let (silu, slope) = silu_and_slope(*gate);
-                            let scaled = *g * draw.scale;
+                            let scaled = *g * params.scale;
                             (*gate, *g) = ((scaled * convert::widen(up)) * slope, scaled * silu);
                         }
                         // Selected last: a factor that is not finite does not revive a dropped element.
-                        let unscaled = MaskParams { scale: 1.0, ..*draw };
+                        let unscaled = MaskParams { scale: 1.0, ..*params };
                         dropout::select(&unscaled, lanes, of_gate);
                         dropout::select(&unscaled, lanes, g);
                         split::emit(of_gate, dgate.up_to(&segment, lanes.len()), streaming);
