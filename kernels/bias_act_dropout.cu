@@ -51,9 +51,9 @@ struct BiasAct {
     template <typename Position>
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded = {};
-        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
+        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count());
         if (p.bias.present()) {
-            loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count);
+            loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count());
         }
         return loaded;
     }
@@ -68,7 +68,7 @@ struct BiasAct {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmul_rn(activated.at[j], scale);
         }
-        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count(), pack<T>(y));
     }
 };
 
@@ -115,10 +115,10 @@ struct BiasActBackward {
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         const BiasActGrad<T>& grad = p.grad;
         Loaded loaded = {};
-        loaded.x = grad.x.template streaming<aligned>(at.element(grad.x.stride), at.count);
-        loaded.dy = grad.dy.template streaming<aligned>(at.element(grad.dy.stride), at.count);
+        loaded.x = grad.x.template streaming<aligned>(at.element(grad.x.stride), at.count());
+        loaded.dy = grad.dy.template streaming<aligned>(at.element(grad.dy.stride), at.count());
         if (grad.bias.present()) {
-            loaded.bias = grad.bias.template cached<aligned>(8ull * at.octet, at.count);
+            loaded.bias = grad.bias.template cached<aligned>(8ull * at.octet, at.count());
         }
         return loaded;
     }
@@ -136,7 +136,7 @@ struct BiasActBackward {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) dx.at[j] = __fmul_rn(__fmul_rn(dy.at[j], scale), slope.at[j]);
         }
-        p.grad.dx.template cached<aligned>(at.element(p.grad.dx.stride), at.count, pack<T>(dx));
+        p.grad.dx.template cached<aligned>(at.element(p.grad.dx.stride), at.count(), pack<T>(dx));
         return dx;
     }
 };

@@ -23,7 +23,7 @@ struct Dropout {
 
     template <typename Position>
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
-        return p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
+        return p.x.template streaming<aligned>(at.element(p.x.stride), at.count());
     }
 
     template <typename Position>
@@ -35,7 +35,7 @@ struct Dropout {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmul_rn(values.at[j], scale);
         }
-        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count(), pack<T>(y));
     }
 };
 

@@ -47,10 +47,10 @@ struct DropoutAdd {
     template <typename Position>
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count);
+        loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count());
         loaded.residual =
-            p.residual.template streaming<aligned>(at.element(p.residual.stride), at.count);
-        if (with_bias) loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count);
+            p.residual.template streaming<aligned>(at.element(p.residual.stride), at.count());
+        if (with_bias) loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count());
         return loaded;
     }
 
@@ -68,7 +68,7 @@ struct DropoutAdd {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) y.at[j] = __fmaf_rn(x.at[j], scale, y.at[j]);
         }
-        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count(), pack<T>(y));
     }
 };
 
@@ -96,7 +96,7 @@ struct BiasGrad {
     using Loaded = Octet<T>;
 
     static __device__ __forceinline__ Loaded load(const Params& p, const TileOctet& at) {
-        return p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count);
+        return p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count());
     }
 
     static __device__ __forceinline__ Values finish(const Params& p, const TileOctet& at,
@@ -112,7 +112,7 @@ struct BiasGrad {
             dx.at[j] = __fmul_rn(kept_dy.at[j], scale);
         }
         if (p.dx.present()) {
-            p.dx.template cached<aligned>(at.element(p.dx.stride), at.count, pack<T>(dx));
+            p.dx.template cached<aligned>(at.element(p.dx.stride), at.count(), pack<T>(dx));
         }
         return kept_dy;
     }

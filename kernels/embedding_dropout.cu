@@ -54,7 +54,7 @@ struct EmbeddingDropout {
         Loaded loaded = {};
         loaded.exist = entries.exist;
         if (entries.exist) {
-            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, at.count);
+            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, at.count());
         }
         return loaded;
     }
@@ -70,7 +70,7 @@ struct EmbeddingDropout {
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j] && loaded.exist) y.at[j] = __fmul_rn(sum.at[j], scale);
         }
-        p.y.template cached<aligned>(at.element(p.octets.cols), at.count, pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.octets.cols), at.count(), pack<T>(y));
     }
 };
 

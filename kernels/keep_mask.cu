@@ -39,7 +39,7 @@ struct KeepBits {
     template <typename Position>
     static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float, Loaded) {
-        const unsigned exist = (1u << at.count) - 1;
+        const unsigned exist = (1u << at.count()) - 1;
         const unsigned bits = keep_bits(keep) & exist;
         // Rows are whole bytes, so octet and byte have the same index.
         p.out.cached(at.index.sum(), static_cast<unsigned char>(bits));
@@ -62,7 +62,7 @@ struct KeepBytes {
         const unsigned bits = keep_bits(keep);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
-            if (j < at.count) p.out.cached(element + j, static_cast<unsigned char>(bits >> j & 1));
+            if (j < at.count()) p.out.cached(element + j, static_cast<unsigned char>(bits >> j & 1));
         }
     }
 };

@@ -104,16 +104,21 @@ struct Index {
 /// Where an octet of a launch lies. `dense`: rows are whole octets and follow each other in every matrix, so octets do.
 template <bool dense>
 struct Position {
+    const Octets& octets;
     Index index;
     unsigned row;
     unsigned octet;
-    unsigned count;  // elements of the octet that lie within the row
 
-    __device__ __forceinline__ Position(const Octets& octets, Index index) : index(index) {
+    __device__ __forceinline__ Position(const Octets& octets, Index index)
+        : octets(octets), index(index) {
         row = octets.per_row.quotient(index.sum());
         octet = octets.per_row.remainder(index.sum(), row);
+    }
+
+    /// Elements of the octet that lie within the row.
+    __device__ __forceinline__ unsigned count() const {
         const unsigned long long left = octets.cols - 8ull * octet;
-        count = left < 8 ? static_cast<unsigned>(left) : 8;
+        return left < 8 ? static_cast<unsigned>(left) : 8;
     }
 
     /// The octet's first element in a matrix whose rows begin `stride` elements apart.

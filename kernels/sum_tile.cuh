@@ -28,7 +28,10 @@ static_assert(sizeof(Tiles) == 40, "sum_rows.rs: Tiles");
 struct TileOctet {
     unsigned long long row;
     unsigned octet;
-    unsigned count;  // elements that exist
+    unsigned existing;
+
+    /// Elements that exist.
+    __device__ __forceinline__ unsigned count() const { return existing; }
 
     /// The octet's first element in a matrix whose rows begin `stride` elements apart.
     __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
@@ -37,7 +40,7 @@ struct TileOctet {
 };
 
 /// Elements of an octet that exist.
-__device__ __forceinline__ unsigned existing(const Tiles& tiles, unsigned long long row, unsigned octet) {
+__device__ __forceinline__ unsigned existing_of(const Tiles& tiles, unsigned long long row, unsigned octet) {
     const unsigned long long column = 8ull * octet;
     if (row >= tiles.rows || column >= tiles.cols) return 0;
     const unsigned long long left = tiles.cols - column;
@@ -67,7 +70,7 @@ __device__ __forceinline__ void finish_tile(const typename Op::Params& p, const 
 template <typename Op>
 __device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params& p,
                                                        const TileOctet& at) {
-    if (at.count == 0) return {};
+    if (at.count() == 0) return {};
     const MaskReader<false> draws(p.mask);
     const typename Op::Loaded loaded = Op::load(p, at);
     return Op::finish(p, at, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
@@ -102,8 +105,8 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
         }
     } else {
         const unsigned long long row_b = row + TILE_ROWS / 2;
-        terms_a = load_and_finish_tile<Op>(p, {row, octet, existing(tiles, row, octet)});
-        terms_b = load_and_finish_tile<Op>(p, {row_b, octet, existing(tiles, row_b, octet)});
+        terms_a = load_and_finish_tile<Op>(p, {row, octet, existing_of(tiles, row, octet)});
+        terms_b = load_and_finish_tile<Op>(p, {row_b, octet, existing_of(tiles, row_b, octet)});
     }
 #pragma unroll
     for (unsigned j = 0; j < 8; ++j) {

@@ -46,8 +46,8 @@ struct Swiglu {
     template <typename Position>
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count);
-        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count);
+        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count());
+        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count());
         return loaded;
     }
 
@@ -62,7 +62,7 @@ struct Swiglu {
             const float product = __fmul_rn(Silu(gate.at[j]).value, up.at[j]);
             if (keep.at[j]) y.at[j] = __fmul_rn(product, scale);
         }
-        p.y.template cached<aligned>(at.element(p.y.stride), at.count, pack<T>(y));
+        p.y.template cached<aligned>(at.element(p.y.stride), at.count(), pack<T>(y));
     }
 };
 
@@ -92,9 +92,9 @@ struct SwigluGrad {
     template <typename Position>
     static __device__ __forceinline__ Loaded load(const Params& p, const Position& at) {
         Loaded loaded;
-        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count);
-        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count);
-        loaded.dy = p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count);
+        loaded.gate = p.gate.template streaming<aligned>(at.element(p.gate.stride), at.count());
+        loaded.up = p.up.template streaming<aligned>(at.element(p.up.stride), at.count());
+        loaded.dy = p.dy.template streaming<aligned>(at.element(p.dy.stride), at.count());
         return loaded;
     }
 
@@ -114,8 +114,8 @@ struct SwigluGrad {
             dgate.at[j] = __fmul_rn(__fmul_rn(g, up.at[j]), silu.slope);
             dup.at[j] = __fmul_rn(g, silu.value);
         }
-        p.dgate.template cached<aligned>(at.element(p.dgate.stride), at.count, pack<T>(dgate));
-        p.dup.template cached<aligned>(at.element(p.dup.stride), at.count, pack<T>(dup));
+        p.dgate.template cached<aligned>(at.element(p.dgate.stride), at.count(), pack<T>(dgate));
+        p.dup.template cached<aligned>(at.element(p.dup.stride), at.count(), pack<T>(dup));
     }
 };
 
