@@ -14,7 +14,7 @@ struct DropoutParams {
     In<T> x;
     Out<T> y;
 };
-static_assert(sizeof(DropoutParams<float>) == 224, "dropout.rs: Params");
+static_assert(sizeof(DropoutParams<float>) == 232, "dropout.rs: Params");
 
 template <typename T, bool aligned>
 struct Dropout {

@@ -33,7 +33,7 @@ struct DropoutAddParams {
     In<T> residual;
     Out<T> y;
 };
-static_assert(sizeof(DropoutAddParams<float>) == 240, "dropout_add.rs: ForwardParams");
+static_assert(sizeof(DropoutAddParams<float>) == 248, "dropout_add.rs: ForwardParams");
 
 template <typename T, bool with_bias, bool aligned>
 struct DropoutAdd {
@@ -103,7 +103,7 @@ struct BiasGradParams {
     In<T> dy;
     Out<T> dx;  // may be absent
 };
-static_assert(sizeof(BiasGradParams<float>) == 240, "dropout_add.rs: BiasGradParams");
+static_assert(sizeof(BiasGradParams<float>) == 264, "dropout_add.rs: BiasGradParams");
 
 /// dx, and kept dy as the terms of dbias.
 template <typename T, bool aligned>

@@ -33,7 +33,7 @@ struct SwigluParams {
     In<T> up;
     Out<T> y;
 };
-static_assert(sizeof(SwigluParams<float>) == 232, "swiglu_dropout.rs: ForwardParams");
+static_assert(sizeof(SwigluParams<float>) == 240, "swiglu_dropout.rs: ForwardParams");
 
 template <typename T, bool aligned>
 struct Swiglu {
@@ -85,7 +85,7 @@ struct SwigluGradParams {
     Out<T> dgate;
     Out<T> dup;
 };
-static_assert(sizeof(SwigluGradParams<float>) == 248, "swiglu_dropout.rs: GradParams");
+static_assert(sizeof(SwigluGradParams<float>) == 256, "swiglu_dropout.rs: GradParams");
 
 template <typename T, bool aligned>
 struct SwigluGrad {

@@ -17,7 +17,8 @@ pub fn check(gpu: &Gpu) -> Result<()> {
     for p in [0.1, 0.001] {
         for cols in [1024, 1021] {
             let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
-            let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0 };
+            let call =
+                Call { dropout: drop, shape: Shape::new(16, cols), offset: 0, resident_p: false };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
                 check(&GpuBackend::on(gpu.clone(), ()), &call, &mut tally);

@@ -37,7 +37,7 @@ struct Params {
     x: u64,
     y: u64,
 }
-const _: () = assert!(size_of::<Params>() == 224);
+const _: () = assert!(size_of::<Params>() == 232);
 
 /// y = D(x).
 ///

@@ -19,7 +19,7 @@ struct ForwardParams {
     residual: u64,
     y: u64,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 240);
+const _: () = assert!(size_of::<ForwardParams>() == 248);
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -58,7 +58,7 @@ struct BiasGradParams {
     dy: u64,
     dx: u64,
 }
-const _: () = assert!(size_of::<BiasGradParams>() == 240);
+const _: () = assert!(size_of::<BiasGradParams>() == 264);
 
 /// dx = D(dy), and the bias gradient.
 pub(crate) fn backward<T: Dtype, D: Device>(
@@ -77,7 +77,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     };
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
-    let tree = Tree::new(shape, &dbias, workspace.pointer, mask.scale);
+    let tree = Tree::new(shape, &dbias, workspace.pointer, mask.factor());
     let (tiles, blocks) = tree.by_tiles();
     let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned(shape.cols, &[dy, dx]));
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.

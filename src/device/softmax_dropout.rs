@@ -29,7 +29,7 @@ struct Params {
     queries: Divisor,
     heads: Divisor,
 }
-const _: () = assert!(size_of::<Params>() == 288);
+const _: () = assert!(size_of::<Params>() == 296);
 
 /// y = D(softmax(scale * x + mask)).
 pub(crate) fn forward<T: Dtype, D: Device>(

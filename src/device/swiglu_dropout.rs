@@ -17,7 +17,7 @@ struct ForwardParams {
     up: u64,
     y: u64,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 232);
+const _: () = assert!(size_of::<ForwardParams>() == 240);
 
 /// y = D(silu(gate) · up).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -51,7 +51,7 @@ struct GradParams {
     dgate: u64,
     dup: u64,
 }
-const _: () = assert!(size_of::<GradParams>() == 248);
+const _: () = assert!(size_of::<GradParams>() == 256);
 
 /// dgate and dup.
 pub(crate) fn backward<T: Dtype, D: Device>(

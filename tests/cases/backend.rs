@@ -2,7 +2,9 @@
 
 use super::Call;
 use fused_dropout::cpu::Cpu;
-use fused_dropout::{Backend, Dropout, Error, Memory, Pass, Readable, RowMap, Shard, Writable};
+use fused_dropout::{
+    Backend, Dropout, Error, Memory, Pass, Probability, Readable, RowMap, Shard, Writable,
+};
 
 /// A backend to test.
 pub trait TestBackend {
@@ -17,8 +19,8 @@ pub trait TestBackend {
     /// What the tensor holds, or what was written beside it.
     fn contents<T: bytemuck::Pod>(&self, tensor: &Self::Tensor<T>) -> Result<Vec<T>, String>;
 
-    /// Runs a pass with the call's dropout: with an explicit row list and, for odd offsets, the stream number in the
-    /// backend's memory.
+    /// Runs a pass with the call's dropout: with an explicit row list, for odd offsets the stream number, and for some
+    /// calls the probability in the backend's memory.
     fn run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), String> {
         self.try_run(call, pass).map_err(|error| error.to_string())
     }
@@ -30,11 +32,15 @@ pub trait TestBackend {
             RowMap::Explicit(list) => Some(self.tensor(list, 0)),
             _ => None,
         };
+        let packed = self.tensor(&[given.p.packed()], 0);
+        // Nobody may look at the host's, where there is another.
+        let p = if call.resident_p { other_than(given.p) } else { given.p };
         let resident = call.offset % 2 == 1;
         let dropout = match resident {
-            true => Dropout::<Self::B>::resident(given.key.seed, &number, given.p),
-            false => Dropout::new(given.key, given.p).into(),
+            true => Dropout::<Self::B>::resident(given.key.seed, &number, p),
+            false => Dropout::new(given.key, p).into(),
         };
+        let dropout = if call.resident_p { dropout.resident_p(&packed) } else { dropout };
         let dropout = dropout.mode(given.mode).scaling(given.scaling).groups(given.groups);
         let dropout = match &list {
             Some(list) => {
@@ -43,6 +49,15 @@ pub trait TestBackend {
             None => dropout.shard(given.shard),
         };
         self.runs_on().run(&dropout, pass)
+    }
+}
+
+/// A probability that draws another mask, or a mask where the other one draws none.
+fn other_than(p: Probability) -> Probability {
+    match p.threshold() {
+        0 | 65536 => Probability::new(0.3).unwrap(),
+        threshold if threshold % 2 == 0 => Probability::ZERO,
+        _ => Probability::ONE,
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Call {
     pub shape: Shape,
     /// Elements that the tensors start behind an allocation's start.
     pub offset: usize,
+    /// Whether the probability lies in the backend's memory.
+    pub resident_p: bool,
 }
 
 pub const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
@@ -143,7 +145,10 @@ pub fn table() -> Vec<Call> {
             };
             let dropout = Dropout::new(Key::new(seed, stream), p).shard(shard).groups(groups);
             let offset = [0, 0, 1, 3, 0, 8, 5][n % 7];
-            table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset });
+            // With the stream number in memory, and without; never with classic scaling, which refuses it.
+            let resident_p = n % 2 == 0;
+            let dropout = dropout.mode(mode).scaling(scaling);
+            table.push(Call { dropout, shape, offset, resident_p });
         }
     }
     table
