@@ -27,7 +27,7 @@ struct BiasActParams {
     Activation activation;
     unsigned padding;
 };
-static_assert(sizeof(BiasActParams<float>) == 256, "bias_act_dropout.rs: ForwardParams");
+static_assert(sizeof(BiasActParams<float>) == 264, "bias_act_dropout.rs: ForwardParams");
 
 /// x or x + bias in f32.
 template <typename T>
@@ -91,7 +91,7 @@ struct BiasActGradParams {
     Octets octets;
     BiasActGrad<T> grad;
 };
-static_assert(sizeof(BiasActGradParams<float>) == 272, "bias_act_dropout.rs: GradParams");
+static_assert(sizeof(BiasActGradParams<float>) == 280, "bias_act_dropout.rs: GradParams");
 
 template <typename T>
 struct BiasActBiasGradParams {
@@ -99,7 +99,7 @@ struct BiasActBiasGradParams {
     Tiles tiles;
     BiasActGrad<T> grad;
 };
-static_assert(sizeof(BiasActBiasGradParams<float>) == 288, "bias_act_dropout.rs: BiasGradParams");
+static_assert(sizeof(BiasActBiasGradParams<float>) == 312, "bias_act_dropout.rs: BiasGradParams");
 
 /// dx, element by element (`GradParams`) or in tiles, with the terms of dbias (`BiasGradParams`).
 template <typename T, typename GradParams, bool aligned>

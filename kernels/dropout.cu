@@ -14,7 +14,7 @@ struct DropoutParams {
     InMatrix<T> x;
     OutMatrix<T> y;
 };
-static_assert(sizeof(DropoutParams<float>) == 240, "dropout.rs: Params");
+static_assert(sizeof(DropoutParams<float>) == 248, "dropout.rs: Params");
 
 template <typename T, bool aligned>
 struct Dropout {

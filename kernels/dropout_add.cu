@@ -33,7 +33,7 @@ struct DropoutAddParams {
     InMatrix<T> residual;
     OutMatrix<T> y;
 };
-static_assert(sizeof(DropoutAddParams<float>) == 264, "dropout_add.rs: ForwardParams");
+static_assert(sizeof(DropoutAddParams<float>) == 272, "dropout_add.rs: ForwardParams");
 
 template <typename T, bool with_bias, bool aligned>
 struct DropoutAdd {
@@ -87,7 +87,7 @@ struct BiasGradParams {
     InMatrix<T> dy;
     OutMatrix<T> dx;  // may be absent
 };
-static_assert(sizeof(BiasGradParams<float>) == 256, "dropout_add.rs: BiasGradParams");
+static_assert(sizeof(BiasGradParams<float>) == 280, "dropout_add.rs: BiasGradParams");
 
 /// dx, and kept dy as the terms of dbias.
 template <typename T, bool aligned>

@@ -55,7 +55,7 @@ struct NormForwardParams {
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
 };
-static_assert(sizeof(NormForwardParams<float>) == 304, "dropout_add_norm.rs: ForwardParams");
+static_assert(sizeof(NormForwardParams<float>) == 312, "dropout_add_norm.rs: ForwardParams");
 
 template <typename T>
 struct NormBackwardParams {
@@ -70,13 +70,14 @@ struct NormBackwardParams {
     Out<float> means_out;  // [rows, 3]: delta, E[g], E[g * xhat]
     In<float> means;       // the same, for the tiles
     Out<float> sums[3];    // [tiles of rows, cols]: dbias, dweight, dnorm_bias; each may be absent
+    Factor factor;         // of dbias: the scale where a tile holds all rows, otherwise 1
     unsigned long long cols;
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
     IndexDivisor tiles_a_row;  // ceil(cols / 32)
-    float factor;              // of dbias: the scale where a tile holds all rows, otherwise 1
+    unsigned padding;
 };
-static_assert(sizeof(NormBackwardParams<float>) == 384, "dropout_add_norm.rs: BackwardParams");
+static_assert(sizeof(NormBackwardParams<float>) == 408, "dropout_add_norm.rs: BackwardParams");
 
 /// What an octet of s is before it is computed.
 template <typename T>
@@ -89,21 +90,20 @@ struct Terms {
 template <typename T, bool aligned>
 struct SumRow {
     const SumOf<T>& of;
-    const MaskReader<false> draws;
+    const Mask& mask;
     unsigned logical;
     unsigned local;
 
     __device__ __forceinline__ SumRow(const SumOf<T>& of, const Mask& mask, unsigned row)
-        : of(of), draws(mask), logical(draws.logical(row)), local(mask.rows.offset + row) {}
+        : of(of),
+          mask(mask),
+          logical(MaskReader<false>(mask).logical(row)),
+          local(mask.rows.offset + row) {}
 
     /// An octet's first element in a matrix whose rows begin `stride` elements apart.
     __device__ __forceinline__ unsigned long long element(unsigned long long stride,
                                                           unsigned octet) const {
         return local * stride + 8ull * octet;
-    }
-
-    __device__ __forceinline__ Kept kept(unsigned octet) const {
-        return draws.kept(draws.lanes(logical, octet));
     }
 
     __device__ __forceinline__ Terms<T> load(unsigned octet, unsigned count) const {
@@ -125,11 +125,12 @@ struct SumRow {
 #pragma unroll
             for (int j = 0; j < 8; ++j) x.at[j] = __fadd_rn(x.at[j], bias.at[j]);
         }
-        const Kept keep = kept(octet);
+        const MaskReader<false> draws(mask);  // read late: it is not held beside the row
+        const Kept keep = draws.kept(draws.lanes(logical, octet));
         Values s = unpack(terms.residual);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) s.at[j] = __fmaf_rn(x.at[j], draws.scale, s.at[j]);
+            if (keep.at[j]) s.at[j] = __fmaf_rn(x.at[j], draws.odds.scale, s.at[j]);
         }
         return unpack(pack<T>(s));
     }
@@ -218,7 +219,8 @@ struct GradientRow {
     __device__ __forceinline__ Values write(unsigned octet, unsigned count, const Standard& standard,
                                             const NormGradient& gradient, const NormPair& pair,
                                             const Octet<T>& ds) const {
-        const Kept keep = sum.kept(octet);
+        const MaskReader<false> draws(p.mask);
+        const Kept keep = draws.kept(draws.lanes(sum.logical, octet));
         Values t = unpack(ds);
         Values kept = {};
         Values dx;
@@ -228,7 +230,7 @@ struct GradientRow {
             t.at[j] = __fadd_rn(t.at[j], gradient.apply(standard, xhat, pair.g.at[j]));
             if (keep.at[j]) kept.at[j] = t.at[j];
             // +0 times the scale, which is finite, is +0.
-            dx.at[j] = __fmul_rn(kept.at[j], sum.draws.scale);
+            dx.at[j] = __fmul_rn(kept.at[j], draws.odds.scale);
         }
         p.dresidual.template cached<aligned>(sum.element(p.dresidual.stride, octet), count, pack<T>(t));
         p.dx.template cached<aligned>(sum.element(p.dx.stride, octet), count, pack<T>(dx));
@@ -339,7 +341,7 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     for (unsigned r = 0; r < NORM_TILE_ROWS; ++r) {
         sum = __fadd_rn(sum, terms[which][r * NORM_TILE_OCTETS + column / 8].at[column % 8]);
     }
-    if (which == 0) sum = __fmul_rn(sum, p.factor);
+    if (which == 0) sum = __fmul_rn(sum, p.factor.get());
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 

@@ -38,7 +38,7 @@ struct EmbeddingParams {
     Out<T> y;
     Out<unsigned> report;
 };
-static_assert(sizeof(EmbeddingParams<float>) == 328, "embedding_dropout.rs: ForwardParams");
+static_assert(sizeof(EmbeddingParams<float>) == 336, "embedding_dropout.rs: ForwardParams");
 
 template <typename T, bool aligned>
 struct EmbeddingDropout {
@@ -104,7 +104,7 @@ struct TableGradParams {
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)
 };
-static_assert(sizeof(TableGradParams<float>) == 336, "embedding_dropout.rs: TableGradParams");
+static_assert(sizeof(TableGradParams<float>) == 344, "embedding_dropout.rs: TableGradParams");
 
 /// The rows of a span that take an entry, a bit each.
 struct Matches {
@@ -214,7 +214,7 @@ struct Column {
                 const Values values = unpack(dy[i]);
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const float g = __fmul_rn(values.at[j], draws.scale);
+                    const float g = __fmul_rn(values.at[j], draws.odds.scale);
                     if (keep.at[j]) sum.at[j] = __fadd_rn(sum.at[j], g);
                 }
             }

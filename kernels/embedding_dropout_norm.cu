@@ -37,20 +37,18 @@ struct EmbeddingNormParams {
     RowNorm norm;
     unsigned rows;  // of this launch, from local row mask.rows.offset on
 };
-static_assert(sizeof(EmbeddingNormParams<float>) == 376, "embedding_dropout.rs: NormParams");
+static_assert(sizeof(EmbeddingNormParams<float>) == 384, "embedding_dropout.rs: NormParams");
 
 /// One row, as the team that shares it sees it.
 template <typename T, bool aligned>
 struct EmbeddingRow {
     const EmbeddingNormParams<T>& p;
-    const MaskReader<false> draws;
     unsigned row;    // of the launch
     unsigned local;  // local row
     Entries entries;
 
     __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
         : p(p),
-          draws(p.mask),
           row(row),
           local(p.mask.rows.offset + row),
           entries(p.embeddings.lookups, local) {}
@@ -73,11 +71,12 @@ struct EmbeddingRow {
 
     /// D of an octet.
     __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
+        const MaskReader<false> draws(p.mask);  // read late: it is not held beside the row
         const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
         Values dropped = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.scale);
+            if (keep.at[j]) dropped.at[j] = __fmul_rn(values.at[j], draws.odds.scale);
         }
         return dropped;
     }
@@ -213,13 +212,12 @@ __device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParam
     });
 }
 
-/// The kernels of one form and storage type. Without its bound the backward pass of unaligned wide rows of 16 bits
-/// spills on sm_80.
+/// The kernels of one form and storage type. Without their bound those of unaligned rows spill on sm_80.
 #define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
     FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
               embedding_norm_forward<T, walk<true>>)                                               \
-    FD_KERNEL(embedding_dropout_norm_forward_##form##_unaligned_##type, EmbeddingNormParams<T>, THREADS, \
-              embedding_norm_forward<T, walk<false>>)                                              \
+    FD_KERNEL_BLOCKS(embedding_dropout_norm_forward_##form##_unaligned_##type, EmbeddingNormParams<T>, \
+                     THREADS, 2, embedding_norm_forward<T, walk<false>>)                           \
     FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
               embedding_norm_backward<T, walk<true>>)                                              \
     FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_unaligned_##type, EmbeddingNormParams<T>, \

@@ -12,7 +12,7 @@ struct KeepMaskParams {
     Octets octets;
     Out<unsigned char> out;
 };
-static_assert(sizeof(KeepMaskParams) == 216, "keep_mask.rs: Params");
+static_assert(sizeof(KeepMaskParams) == 224, "keep_mask.rs: Params");
 
 /// The mask of an octet, bit j for element j.
 __device__ __forceinline__ unsigned keep_bits(const Kept& keep) {

@@ -45,8 +45,8 @@ __device__ __forceinline__ void finish_both(const typename Op::Params& params, I
     // Both Philox blocks before the rest: their rounds alternate and share each pair of round keys.
     const Lanes lanes_a = draws.lanes(draws.logical(at.row), at.octet);
     const Lanes lanes_b = draws.lanes(draws.logical(beyond.row), beyond.octet);
-    Op::finish(params, at, draws.kept(lanes_a), draws.scale, a);
-    Op::finish(params, beyond, draws.kept(lanes_b), draws.scale, b);
+    Op::finish(params, at, draws.kept(lanes_a), draws.odds.scale, a);
+    Op::finish(params, beyond, draws.kept(lanes_b), draws.odds.scale, b);
 }
 
 /// One octet, where it exists.
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_and_finish(const typename Op::Params& param
     const typename Op::Loaded loaded = Op::load(params, Position<dense>(params.octets, index));
     const Position<dense> at(params.octets, index);
     const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
-    Op::finish(params, at, draws.kept(lanes), draws.scale, loaded);
+    Op::finish(params, at, draws.kept(lanes), draws.odds.scale, loaded);
 }
 
 /// A streaming kernel, an octet after the other: for tensors that are not aligned, where an octet alone

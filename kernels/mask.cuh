@@ -63,25 +63,56 @@ struct Rows {
     }
 };
 
+/// What is dropped, and what kept values are multiplied by: `Probability::packed` in src/mask.rs.
+struct Odds {
+    unsigned high_threshold;  // as in `Mask`
+    float scale;
+
+    /// Those that lie in device memory.
+    static __device__ __forceinline__ Odds at(const In<unsigned long long>& probability) {
+        const unsigned long long packed = probability.cached(0);
+        return {static_cast<unsigned>(packed), bits_as<float>(static_cast<unsigned>(packed >> 32))};
+    }
+};
+
+/// A factor that the host gives, or the scale of a probability in device memory.
+struct Factor {
+    In<unsigned long long> probability;  // packed; absent: `value`
+    float value;
+    unsigned padding;
+
+    __device__ __forceinline__ float get() const {
+        return probability.present() ? Odds::at(probability).scale : value;
+    }
+};
+
+/// In place of a threshold, where no random numbers are needed. Less DROPS_ALL, each is a word whose lanes
+/// `compare` keeps, and drops, by it.
+constexpr unsigned KEEPS_ALL = 1;
+constexpr unsigned DROPS_ALL = 2;
+
 /// The mask of one launch.
 struct Mask {
     unsigned round_keys[20];
     In<unsigned long long> stream_pointer;  // the stream number, where it is in device memory
     unsigned stream[2];                     // the stream number otherwise, low word first
-    unsigned high_threshold;                // the threshold, 1 ..= 65535, in the upper half of a word
-    unsigned random;  // 1; where no random numbers are needed, 2 (all are kept) or 0 (all dropped)
+    In<unsigned long long> probability;     // packed, where it is in device memory; otherwise the next two:
+    unsigned high_threshold;  // the threshold, 1 ..= 65535, in the upper half of a word; where no random numbers
+                              // are needed, KEEPS_ALL or DROPS_ALL
     float scale;
     unsigned first_octet;
+    unsigned padding;
     Rows rows;
     Divisor group_rows;         // logical rows that share their decisions
     unsigned columns_together;  // 1: lane 0 of octet 0 decides about all columns of a row
     unsigned contiguous;        // 1: the logical row is rows.first + the launch's row
-    unsigned plain;  // 1: contiguous, random, no groups, the stream number not in device memory
+    unsigned plain;  // 1: contiguous, random, no groups, neither stream number nor probability in device memory
 };
 
 static_assert(sizeof(Divisor) == 12 && sizeof(IndexDivisor) == 12, "abi.rs: Divisor, IndexDivisor");
 static_assert(sizeof(Rows) == 48, "abi.rs: Rows");
-static_assert(sizeof(Mask) == 184, "abi.rs: Mask");
+static_assert(sizeof(Mask) == 192, "abi.rs: Mask");
+static_assert(sizeof(Factor) == 16, "abi.rs: Factor");
 
 /// The octets of a launch, counted row by row: octet `index` of the launch is octet
 /// `index % per_row` of row `index / per_row`.
@@ -149,8 +180,13 @@ __device__ __forceinline__ uint2 stream_number(const Mask& mask) {
     return make_uint2(static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
 }
 
-/// Whether each lane of `word` is at least the threshold, which is not 0; `high_threshold` is the
-/// threshold in the upper half of a word.
+/// The odds of a launch.
+__device__ __forceinline__ Odds odds_of(const Mask& mask) {
+    if (!mask.probability.present()) return {mask.high_threshold, mask.scale};
+    return Odds::at(mask.probability);
+}
+
+/// Whether each lane of `word` is at least the threshold, which is not 0; `high_threshold` is as in `Mask`.
 ///
 /// Two instructions for sm_90: LEA, whose carry out of (word << 16) + 2^32 - (threshold << 16) says
 /// that the low lane is at least the threshold, and ISETP. Compiled, not timed, the others take three:
@@ -172,21 +208,19 @@ __device__ __forceinline__ void compare(unsigned word, unsigned high_threshold, 
 /// The lanes of an octet: two a word, low half first.
 using Lanes = uint4;
 
-/// What a thread takes from the parameters once, for all its octets. `plain` says that the mask is
-/// (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels have a
-/// path of their own that asks nothing.
+/// What a thread takes from the parameters, or from device memory, for its octets. `plain` says that the
+/// mask is (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels
+/// have a path of their own that asks nothing.
 template <bool plain>
 struct MaskReader {
     const Mask& mask;
     uint2 stream;  // stream number, low word first
-    unsigned high_threshold;
-    float scale;
+    Odds odds;
 
     __device__ __forceinline__ explicit MaskReader(const Mask& mask)
         : mask(mask),
           stream(plain ? make_uint2(mask.stream[0], mask.stream[1]) : stream_number(mask)),
-          high_threshold(mask.high_threshold),
-          scale(in_register(mask.scale)) {}
+          odds(plain ? Odds{mask.high_threshold, in_register(mask.scale)} : odds_of(mask)) {}
 
     /// The row whose lanes decide about the launch's row `row`.
     __device__ __forceinline__ unsigned logical(unsigned row) const {
@@ -198,7 +232,7 @@ struct MaskReader {
 
     /// The lanes of octet `octet` of the launch, in logical row `row`.
     __device__ __forceinline__ Lanes lanes(unsigned row, unsigned octet) const {
-        if (plain || mask.random == 1) {
+        if (plain || odds.high_threshold > DROPS_ALL) {
             const bool together = !plain && mask.columns_together;
             const unsigned column = together ? 0 : mask.first_octet + octet;
             const Lanes lanes =
@@ -207,17 +241,17 @@ struct MaskReader {
             const unsigned both = (lanes.x & 0xffffu) * 0x10001u;
             return make_uint4(both, both, both, both);
         }
-        const unsigned all = mask.random ? 0xffffffffu : 0u;
+        const unsigned all = odds.high_threshold - DROPS_ALL;
         return make_uint4(all, all, all, all);
     }
 
     /// Which elements the lanes keep.
     __device__ __forceinline__ Kept kept(Lanes lanes) const {
         Kept kept;
-        compare(lanes.x, high_threshold, kept.at[0], kept.at[1]);
-        compare(lanes.y, high_threshold, kept.at[2], kept.at[3]);
-        compare(lanes.z, high_threshold, kept.at[4], kept.at[5]);
-        compare(lanes.w, high_threshold, kept.at[6], kept.at[7]);
+        compare(lanes.x, odds.high_threshold, kept.at[0], kept.at[1]);
+        compare(lanes.y, odds.high_threshold, kept.at[2], kept.at[3]);
+        compare(lanes.z, odds.high_threshold, kept.at[4], kept.at[5]);
+        compare(lanes.w, odds.high_threshold, kept.at[6], kept.at[7]);
         return kept;
     }
 };

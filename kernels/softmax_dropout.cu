@@ -46,7 +46,7 @@ struct SoftmaxParams {
     Divisor queries;
     Divisor heads;
 };
-static_assert(sizeof(SoftmaxParams<float>) == 312, "softmax_dropout.rs: Params");
+static_assert(sizeof(SoftmaxParams<float>) == 320, "softmax_dropout.rs: Params");
 
 /// One row, as the threads that share it see it.
 struct Row {
@@ -191,15 +191,15 @@ __device__ __forceinline__ Octet<T> dropped(const Values& e, const Kept& keep, f
     return pack<T>(y);
 }
 
-/// g of an octet: D(dy).
+/// g of an octet: D(dy), `scale` being the dropout's.
 template <typename T>
-__device__ __forceinline__ Values gradient(const SoftmaxParams<T>& p, const Octet<T>& dy,
-                                           const Kept& keep, unsigned visible) {
+__device__ __forceinline__ Values gradient(const Octet<T>& dy, const Kept& keep, float scale,
+                                           unsigned visible) {
     const Values values = unpack(dy);
     Values g = {};
 #pragma unroll
     for (unsigned j = 0; j < 8; ++j) {
-        if (keep.at[j] && j < visible) g.at[j] = __fmul_rn(values.at[j], p.mask.scale);
+        if (keep.at[j] && j < visible) g.at[j] = __fmul_rn(values.at[j], scale);
     }
     return g;
 }
@@ -313,11 +313,11 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     const Statistics statistics = row.statistics(max_scratch, sum_scratch);
     if (team.rank == 0) save(p, row.row, statistics);
 
-    const float factor = __fmul_rn(statistics.reciprocal, p.mask.scale);
-    const MaskReader<false> draws(p.mask);
     row.write([&](unsigned slot, unsigned octet, unsigned visible) {
         Values e = row.z(slot, octet, visible);
         if (!Walk::held) exponentiate(e, shift_of(statistics.maximum));
+        const MaskReader<false> draws(p.mask);  // read late: it is not held beside the row
+        const float factor = __fmul_rn(statistics.reciprocal, draws.odds.scale);
         const Kept keep = draws.kept(draws.lanes(row.row.logical, octet));
         return dropped<T>(e, keep, factor, visible);
     });
@@ -351,9 +351,10 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         }
     }
 
-    const MaskReader<false> draws(p.mask);
     const auto g_of = [&](const Octet<T>& dy, unsigned octet, unsigned visible) -> Values {
-        return gradient(p, dy, draws.kept(draws.lanes(row.row.logical, octet)), visible);
+        const MaskReader<false> draws(p.mask);  // as in the forward pass
+        const Kept keep = draws.kept(draws.lanes(row.row.logical, octet));
+        return gradient(dy, keep, draws.odds.scale, visible);
     };
     // P, and in `g` the gradient: at hand where they are held, otherwise from loads that are issued together.
     Values g[Walk::SLOTS];

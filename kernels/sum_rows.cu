@@ -26,14 +26,13 @@ struct SumRowsParams {
     In<float> parts[SUMS];  // [count, cols]
     Out<float> sums[SUMS];  // [ceil(count / 4096), cols], at least one row
     In<float> before[SUMS];  // null; or `sums`, where they are added to
+    Factor factors[SUMS];    // the scale on the last level, otherwise 1
     unsigned long long count;
     unsigned long long cols;
     IndexDivisor blocks_a_row;  // ceil(cols / 32)
     IndexDivisor blocks_a_sum;
-    float factors[SUMS];        // the scale on the last level, otherwise 1
-    unsigned padding;
 };
-static_assert(sizeof(SumRowsParams) == 128, "sum_rows.rs: Params");
+static_assert(sizeof(SumRowsParams) == 160, "sum_rows.rs: Params");
 
 /// The sum of a column's parts `first` to `end`, in order. All threads of the warp must be here.
 __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long long cols,
@@ -81,7 +80,7 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
         total = __fadd_rn(total, groups[group][rank]);
     }
     const unsigned long long at = span * p.cols + column;
-    const float sum = __fmul_rn(total, p.factors[which]);
+    const float sum = __fmul_rn(total, p.factors[which].get());
     const In<float> before = p.before[which];
     p.sums[which].cached(at, before.present() ? __fadd_rn(before.cached(at), sum) : sum);
 }

@@ -19,10 +19,11 @@ struct Tiles {
     Out<float> sums;  // [tiles of rows, cols]
     unsigned long long rows;
     unsigned long long cols;
+    Factor factor;         // of the sums
     IndexDivisor per_row;  // ceil(cols / 64)
-    float factor;          // of the sums
+    unsigned padding;
 };
-static_assert(sizeof(Tiles) == 40, "sum_rows.rs: Tiles");
+static_assert(sizeof(Tiles) == 56, "sum_rows.rs: Tiles");
 
 /// An octet of a tile.
 struct TileOctet {
@@ -62,8 +63,8 @@ __device__ __forceinline__ void finish_tile(const typename Op::Params& p, const 
     const MaskReader<plain> draws(p.mask);
     const Lanes lanes_a = lanes_of(draws, a);
     const Lanes lanes_b = lanes_of(draws, b);
-    terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.scale, loaded_a);
-    terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.scale, loaded_b);
+    terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.odds.scale, loaded_a);
+    terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.odds.scale, loaded_b);
 }
 
 /// An octet where it exists; +0 otherwise, which changes no sum.
@@ -73,7 +74,7 @@ __device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params
     if (at.count() == 0) return {};
     const MaskReader<false> draws(p.mask);
     const typename Op::Loaded loaded = Op::load(p, at);
-    return Op::finish(p, at, draws.kept(lanes_of(draws, at)), draws.scale, loaded);
+    return Op::finish(p, at, draws.kept(lanes_of(draws, at)), draws.odds.scale, loaded);
 }
 
 /// A tile of 64 rows and 64 columns a block. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
@@ -123,7 +124,7 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     for (unsigned r = 0; r < TILE_ROWS; ++r) {
         sum = __fadd_rn(sum, tile[r * TILE_COLS + threadIdx.x]);
     }
-    tiles.sums.cached(tile_row * tiles.cols + column, __fmul_rn(sum, tiles.factor));
+    tiles.sums.cached(tile_row * tiles.cols + column, __fmul_rn(sum, tiles.factor.get()));
 }
 
 /// The kernels of an operator `Op<T, aligned>` that sums by tiles, for each storage type.

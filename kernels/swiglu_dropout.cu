@@ -33,7 +33,7 @@ struct SwigluParams {
     InMatrix<T> up;
     OutMatrix<T> y;
 };
-static_assert(sizeof(SwigluParams<float>) == 256, "swiglu_dropout.rs: ForwardParams");
+static_assert(sizeof(SwigluParams<float>) == 264, "swiglu_dropout.rs: ForwardParams");
 
 template <typename T, bool aligned>
 struct Swiglu {
@@ -78,7 +78,7 @@ struct SwigluGradParams {
     OutMatrix<T> dgate;
     OutMatrix<T> dup;
 };
-static_assert(sizeof(SwigluGradParams<float>) == 288, "swiglu_dropout.rs: GradParams");
+static_assert(sizeof(SwigluGradParams<float>) == 296, "swiglu_dropout.rs: GradParams");
 
 template <typename T, bool aligned>
 struct SwigluGrad {

@@ -100,6 +100,44 @@ impl Probability {
         // The quotient of two exact f32 values, correctly rounded.
         65536.0 / (65536 - self.threshold) as f32
     }
+
+    /// The one u64 that [`Dropout::resident_p`](crate::Dropout::resident_p) reads from a backend's memory, as kernels want it:
+    /// in the high 32 bits those of [`scale`](Self::scale), in the low ones `threshold · 2^16`, or 1 where nothing is dropped
+    /// and 2 where everything is.
+    ///
+    /// ```
+    /// use fused_dropout::Probability;
+    /// let packed = Probability::new(0.5)?.packed();
+    /// assert_eq!(packed as u32, 32768 << 16);
+    /// assert_eq!(f32::from_bits((packed >> 32) as u32), 2.0);
+    /// # Ok::<(), fused_dropout::Error>(())
+    /// ```
+    pub fn packed(self) -> u64 {
+        u64::from(self.scale().to_bits()) << 32 | u64::from(high_threshold(self.threshold))
+    }
+
+    /// The probability that [`packed`](Self::packed) made `packed` of, if there is one.
+    pub(crate) fn of_packed(packed: u64) -> Option<Self> {
+        let threshold = match packed as u32 {
+            KEEPS_ALL => 0,
+            DROPS_ALL => 65536,
+            high => high >> 16,
+        };
+        Some(Self { threshold }).filter(|p| p.packed() == packed)
+    }
+}
+
+/// In place of a threshold in the upper half of a word, where no random numbers are needed.
+pub(crate) const KEEPS_ALL: u32 = 1;
+pub(crate) const DROPS_ALL: u32 = 2;
+
+/// A threshold, 0 ..= 65536, as kernels compare with it: in the upper half of a word, as which 0 and 65536 are the same.
+pub(crate) fn high_threshold(threshold: u32) -> u32 {
+    match threshold {
+        0 => KEEPS_ALL,
+        65536 => DROPS_ALL,
+        _ => threshold << 16,
+    }
 }
 
 /// The key of one application of dropout: the run's seed, and the number of the application.
@@ -365,6 +403,18 @@ mod tests {
         }
         for p in [0.0, -0.0, 1.0, half_a_step.next_up(), 0.1, (1.0 - half_a_step).next_down()] {
             assert_eq!(Probability::nonvanishing(p), Probability::new(p), "{p}");
+        }
+    }
+
+    #[test]
+    fn every_probability_comes_back_from_its_packed_form_and_nothing_else_does() {
+        for threshold in 0..=65536 {
+            let p = Probability { threshold };
+            assert_eq!(Probability::of_packed(p.packed()), Some(p));
+        }
+        let half = Probability { threshold: 32768 }.packed();
+        for garbage in [0, 3, u64::MAX, half + 1, half + 65536, half ^ 1 << 40] {
+            assert_eq!(Probability::of_packed(garbage), None, "{garbage:x}");
         }
     }
 

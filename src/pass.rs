@@ -7,6 +7,7 @@ use crate::cpu::{self, Cpu};
 use crate::device::{self, Device, Launch};
 use crate::dtype::Dtype;
 use crate::error::Error;
+use crate::mask::Probability;
 use crate::ops::{self, AsDropout, MaskParams, Shape};
 use crate::tensor::Memory;
 
@@ -111,6 +112,13 @@ impl Backend for Cpu {
         if let Some(stream) = resident.stream {
             draw.key.stream = stream[0];
         }
+        if let Some(packed) = resident.p {
+            let p = Probability::of_packed(packed[0]).ok_or_else(|| {
+                let given = format!("{:#x}", packed[0]);
+                Error::argument(P::OPERATOR, "p", "what Probability::packed makes", given)
+            })?;
+            (draw.threshold, draw.scale) = (p.threshold(), p.scale());
+        }
         if let Some(list) = resident.row_list {
             draw.rows = crate::RowMap::Explicit(list);
         }
@@ -129,7 +137,7 @@ impl<D: Device> Backend for D {
     {
         let (shape, dropout) = (pass.check()?, dropout.of_memory());
         let draw = dropout.mask_params(P::OPERATOR, shape)?;
-        let key = dropout.resident_parts(P::OPERATOR, shape.rows, self)?;
-        P::on_device(pass.on(), Launch::new(self, P::OPERATOR, &draw, &key)?)
+        let resident = dropout.resident_parts(P::OPERATOR, shape.rows, self)?;
+        P::on_device(pass.on(), Launch::new(self, P::OPERATOR, &draw, &resident)?)
     }
 }

@@ -461,6 +461,22 @@ fn keys_in_memory_that_do_not_fit_are_refused() {
     let short = &list[1..];
     let error = refused(&drop().row_list(&short));
     assert_eq!(error, "dropout: row_list: expected 2 elements, got 1");
+    let error = refused(&drop().resident_p(&numbers));
+    assert_eq!(error, "dropout: p: expected 1 elements, got 2");
+    let half = [Probability::new(0.5).unwrap().packed()];
+    for mode in [Mode::Training, Mode::Inference] {
+        let error = refused(&drop().mode(mode).scaling(Scaling::Classic).resident_p(&half));
+        assert_eq!(
+            error,
+            "dropout: scaling: expected inverted scaling beside a resident p, got classic"
+        );
+    }
+    // What is no threshold, and a scale that is another probability's.
+    for garbage in [3, half[0] + 65536] {
+        let error = refused(&drop().resident_p(&[garbage]));
+        let expected = format!("what Probability::packed makes, got {garbage:#x}");
+        assert_eq!(error, format!("dropout: p: expected {expected}"));
+    }
 }
 
 #[test]

@@ -62,6 +62,33 @@ fn a_key_in_memory_draws_what_the_same_key_on_the_host_does() {
     assert_same(&y, &x, "refused");
 }
 
+/// One application whose probability changes in memory, as a captured graph has it.
+#[test]
+fn a_probability_in_memory_drops_what_the_same_one_on_the_host_does() {
+    let (emulator, x) = (Emulator::new(), values(240, 1));
+    let drop = |p| Dropout::new(Key::new(3, 4), Probability::new(p).unwrap());
+    for p in [0.5, 0.0, 0.1, 1.0, 1.0 / 65536.0] {
+        let (packed, other) = ([drop(p).p.packed()], drop(0.7));
+        let expected = dropped(&Cpu::new(), &drop(p), &x);
+        assert_same(
+            &dropped(&emulator, &other.resident_p::<Emulator>(&packed), &x),
+            &expected,
+            "the emulator",
+        );
+        assert_same(
+            &dropped(&Cpu::new(), &other.resident_p::<Cpu>(&packed), &x),
+            &expected,
+            "the CPU",
+        );
+        let inference = other.mode(Mode::Inference).resident_p::<Emulator>(&packed);
+        assert_same(&dropped(&emulator, &inference, &x), &x, "inference");
+    }
+    // What no probability is is refused where it is seen, and harms nobody's memory where it is not.
+    for garbage in [[0], [3], [u64::MAX]] {
+        dropped(&emulator, &drop(0.7).resident_p::<Emulator>(&garbage), &x);
+    }
+}
+
 #[test]
 fn modes_on_a_device() {
     let (emulator, x) = (Emulator::new(), values(240, 1));

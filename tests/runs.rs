@@ -183,6 +183,37 @@ fn a_run_that_was_stopped_goes_on_by_the_command_that_it_prints() {
     assert_eq!(results(&folder.join("-out")), results(&whole));
 }
 
+/// Before the schedule's step the losses are those with dropout, or those without, and from there on others. A run that was
+/// stopped goes on with its schedule.
+#[test]
+fn dropout_until_a_step_and_from_one() {
+    let folder = folder("schedule");
+    let text = some_text(&folder);
+    let new = |option: &str, out: &str| {
+        let mut command = gpt(&text, &folder.join(out));
+        command.arg(option);
+        command
+    };
+    let losses =
+        |out: &str| results(&folder.join(out)).0["step_losses"].as_array().unwrap().clone();
+    finishes(new("--dropout=0.2", "always"));
+    finishes(new("--dropout=0", "never"));
+    for (option, before) in [("--dropout-until=4", "always"), ("--dropout-from=4", "never")] {
+        finishes(new(option, option));
+        let (before, scheduled) = (losses(before), losses(option));
+        assert_eq!(scheduled[..4], before[..4], "{option}");
+        assert_ne!(scheduled[4], before[4], "{option}");
+        let out = option.replace("--", "stopped-");
+        finishes(stopped(new(option, &out), is_row));
+        assert_eq!(results(&folder.join(out)), results(&folder.join(option)));
+    }
+    let mut other = program("train_gpt", &["--resume", "--dropout-from=5"], &folder.join("always"));
+    is_refused(other, &["cannot resume", "dropout_from"]);
+    other = new("--dropout-until=4", "both");
+    other.arg("--dropout-from=5");
+    is_refused(other, &["--dropout-until", "--dropout-from"]);
+}
+
 #[test]
 fn a_bert_goes_on_from_either_of_its_stages() {
     let folder = folder("bert");

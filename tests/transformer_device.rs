@@ -4,12 +4,17 @@
 use fused_dropout::Error;
 use fused_dropout::transformer::backend::Backend;
 use fused_dropout::transformer::{
-    AdamW, Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, Optimizer, Params, Pass, shifted,
+    AdamW, DropoutSchedule, Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, Optimizer, Params,
+    Pass, shifted,
 };
 
 const BATCH: usize = 2;
 const LENGTH: usize = 9;
 const VOCAB: usize = 21;
+
+/// Schedules that change within four steps.
+pub(crate) const SCHEDULES: [DropoutSchedule; 3] =
+    [DropoutSchedule::Until(2), DropoutSchedule::FallingUntil(3), DropoutSchedule::From(1)];
 
 /// A GPT with dropout 0.2 at every site.
 fn gpt() -> Gpt {
@@ -37,6 +42,7 @@ pub(crate) struct Training<'b, B: Backend> {
     run: GptRun<B>,
     batch: GptBatch<B>,
     seed: u64,
+    schedule: DropoutSchedule,
 }
 
 impl<'b, B: Backend> Training<'b, B> {
@@ -49,7 +55,13 @@ impl<'b, B: Backend> Training<'b, B> {
         let (ids, choice) = (ids(0), None);
         let input = GptInput { ids: &ids, labels: &shifted(&ids, LENGTH), choice };
         let batch = gpt.batch(backend, &run, &input)?;
-        Ok(Self { backend, gpt, params, optimizer, grads, run, batch, seed })
+        let schedule = DropoutSchedule::Constant;
+        Ok(Self { backend, gpt, params, optimizer, grads, run, batch, seed, schedule })
+    }
+
+    /// The same with another schedule of dropout.
+    pub(crate) fn scheduled(self, schedule: DropoutSchedule) -> Self {
+        Self { schedule, ..self }
     }
 
     /// What the host writes before step `step`.
@@ -62,7 +74,7 @@ impl<'b, B: Backend> Training<'b, B> {
 
     /// The step: what a graph can capture.
     pub(crate) fn work(&mut self, step: u64) -> Result<(), Error> {
-        let pass = Pass::train(self.seed, step);
+        let pass = Pass::train(self.seed, step).scheduled(self.schedule);
         let Self { backend, gpt, params, optimizer, grads, run, batch, .. } = self;
         gpt.forward(*backend, params, run, batch, pass)?;
         gpt.loss(*backend, run, batch)?;
@@ -171,6 +183,43 @@ mod emulated {
         let mut repeated = Training::new(&device, 7, false).unwrap();
         assert_eq!(repeated.repeated_losses(4, |_| {}), losses);
         assert_eq!(repeated.weights(), expected.weights());
+    }
+
+    /// A schedule in device memory is the one that the host gives: each step has its own probabilities, and after the
+    /// last change nothing is as it would be without a schedule.
+    #[test]
+    fn a_resident_schedule_gives_the_bits_of_the_hosts() {
+        let device = emulated::<f32>();
+        let constant = Training::new(&device, 7, false).unwrap().losses(4, |_| {});
+        for schedule in SCHEDULES {
+            let device = emulated::<f32>();
+            let mut expected = Training::new(&device, 7, false).unwrap().scheduled(schedule);
+            let losses = expected.losses(4, |_| {});
+            assert_ne!(losses, constant, "{schedule:?}");
+
+            let device = emulated::<f32>();
+            let mut resident = Training::new(&device, 7, false).unwrap().scheduled(schedule);
+            assert_eq!(resident.losses(4, |step| device.resident(step).unwrap()), losses);
+            assert_eq!(resident.weights(), expected.weights(), "{schedule:?}");
+        }
+        // Models with schedules of their own take turns on a device.
+        let device = emulated::<f32>();
+        let mut models =
+            SCHEDULES.map(|schedule| Training::new(&device, 7, false).unwrap().scheduled(schedule));
+        let mut turns = [(); SCHEDULES.len()].map(|()| Vec::new());
+        for step in 0..4 {
+            for (model, losses) in models.iter_mut().zip(&mut turns) {
+                model.prepare(step).unwrap();
+                device.resident(step).unwrap();
+                model.work(step).unwrap();
+                losses.push(model.loss().unwrap());
+            }
+        }
+        for (schedule, losses) in SCHEDULES.into_iter().zip(turns) {
+            let device = emulated::<f32>();
+            let mut expected = Training::new(&device, 7, false).unwrap().scheduled(schedule);
+            assert_eq!(expected.losses(4, |_| {}), losses, "{schedule:?}");
+        }
     }
 
     /// A loss of 3 from logits that went through some 30 roundings of 2^-9 each: 0.05 would need most of them to agree

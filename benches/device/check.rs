@@ -18,7 +18,8 @@ pub fn check(gpu: &Gpu) -> Result<()> {
     for p in [0.1, 0.001] {
         for (cols, gap) in [(1024, 0), (1024, 8), (1021, 0)] {
             let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
-            let call = Call { dropout: drop, shape: Shape::new(16, cols), offset: 0, gap };
+            let shape = Shape::new(16, cols);
+            let call = Call { dropout: drop, shape, offset: 0, gap, resident_p: false };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {
                 check(&GpuBackend::on(gpu.clone(), ()), &call, &mut tally);

@@ -12,8 +12,8 @@ use fused_dropout::ops::{
     softmax_dropout, swiglu_dropout,
 };
 use fused_dropout::{
-    Activation, AsDropout, AttentionMask, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape,
-    Source, Strided,
+    Activation, AttentionMask, Dropout, Dtype, Error, Gradient, In, Norm, Scores, Shape, Source,
+    Strided,
 };
 use half::{bf16, f16};
 use rand_philox::Philox;
@@ -312,14 +312,8 @@ impl<T: Stored> Stack<T> {
 
 /// A pass of an operator with its tensors.
 pub trait Work {
-    /// Launches it on a set of tensors; `number`, where it is given, is the stream number in device memory.
-    fn launch(
-        &mut self,
-        gpu: &Gpu,
-        set: usize,
-        drop: &Dropout<'_>,
-        number: Option<&CudaSlice<u64>>,
-    ) -> Result<(), Error>;
+    /// Launches it on a set of tensors.
+    fn launch(&mut self, gpu: &Gpu, set: usize, drop: &Dropout<'_, Gpu>) -> Result<(), Error>;
     /// The bytes of a set's outputs, and of the gradients of parameters, which all sets share.
     fn outputs(&self, gpu: &Gpu, set: usize) -> Result<Vec<u8>, DriverError>;
     /// Fills all outputs with zeros.
@@ -441,7 +435,7 @@ fn many<S>(
 }
 
 impl<T: Stored> Tensors<T> {
-    fn run(&mut self, gpu: &Gpu, set: usize, drop: &impl AsDropout<Gpu>) -> Result<(), Error> {
+    fn run(&mut self, gpu: &Gpu, set: usize, drop: &Dropout<'_, Gpu>) -> Result<(), Error> {
         let case = self.case;
         let (shape, scores) = (case.shape(), case.scores());
         let (activation, norm) = (Activation::GeluTanh, Norm::layer(1e-5));
@@ -647,17 +641,8 @@ impl<T: Stored> Tensors<T> {
 }
 
 impl<T: Stored> Work for Tensors<T> {
-    fn launch(
-        &mut self,
-        gpu: &Gpu,
-        set: usize,
-        drop: &Dropout<'_>,
-        number: Option<&CudaSlice<u64>>,
-    ) -> Result<(), Error> {
-        match number {
-            Some(number) => self.run(gpu, set, &Dropout::resident(drop.key.seed, number, drop.p)),
-            None => self.run(gpu, set, drop),
-        }
+    fn launch(&mut self, gpu: &Gpu, set: usize, drop: &Dropout<'_, Gpu>) -> Result<(), Error> {
+        self.run(gpu, set, drop)
     }
 
     fn outputs(&self, gpu: &Gpu, set: usize) -> Result<Vec<u8>, DriverError> {

@@ -50,7 +50,7 @@ impl Timer {
         let mut run = || {
             // Another mask for each call, as in training.
             let drop = |call| Dropout::new(Key::new(42, call as u64), p);
-            (0..calls).try_for_each(|call| work.launch(gpu, call % sets, &drop(call), None))
+            (0..calls).try_for_each(|call| work.launch(gpu, call % sets, &drop(call).into()))
         };
         run()?;
         let stream = gpu.stream();

@@ -7,7 +7,8 @@ use super::common::trainer::{Scores, Task};
 use super::text::{Text, even_windows};
 use fused_dropout::transformer::backend::{Backend, F32};
 use fused_dropout::transformer::{
-    Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, IGNORED, Params, Pass, Specs,
+    DropoutSchedule, Gpt, GptBatch, GptConfig, GptInput, GptRun, Grads, IGNORED, Params, Pass,
+    Specs,
 };
 use fused_dropout::{Dtype, Error};
 use rand_philox::u32_to_unit_f32;
@@ -25,6 +26,7 @@ pub struct LanguageModel<'a, B: Backend> {
     gpt: Gpt,
     text: &'a Text,
     seed: u64,
+    schedule: DropoutSchedule,
     /// Sequences of a step.
     sequences: usize,
     epochs: Epochs,
@@ -49,7 +51,13 @@ impl<'a, B: Backend> LanguageModel<'a, B> {
         let batch = gpt.batch(backend, &run, &nothing)?;
         // One window less than the text has, so that each epoch may begin elsewhere.
         let epochs = Epochs::new(text.train.len() / context - 1, seed);
-        Ok(Self { gpt, text, seed, sequences, epochs, run, batch })
+        let schedule = DropoutSchedule::Constant;
+        Ok(Self { gpt, text, seed, schedule, sequences, epochs, run, batch })
+    }
+
+    /// The same with drop probabilities that follow a schedule.
+    pub fn scheduled(self, schedule: DropoutSchedule) -> Self {
+        Self { schedule, ..self }
     }
 
     pub fn gpt(&self) -> &Gpt {
@@ -166,8 +174,8 @@ impl<B: Backend> Task<B> for LanguageModel<'_, B> {
         number: u64,
         grads: &mut Grads<B>,
     ) -> Result<(), Error> {
-        // Seed and number say what is dropped; the backward pass draws the same masks again.
-        let pass = Pass::train(self.seed, number);
+        // Seed, number and schedule say what is dropped; the backward pass draws the same masks again.
+        let pass = Pass::train(self.seed, number).scheduled(self.schedule);
         let (run, batch) = (&mut self.run, &self.batch);
         self.gpt.forward(backend, params, run, batch, pass)?;
         self.gpt.loss(backend, run, batch)?;

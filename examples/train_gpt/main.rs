@@ -115,7 +115,8 @@ impl Training {
     ) -> Result<Opened<'a, B>> {
         let Self { settings, text, .. } = self;
         let config = settings.config(text.vocabulary.len(), dropout)?;
-        let model = LanguageModel::new(backend, config, text, settings.size.batch, settings.seed)?;
+        let model = LanguageModel::new(backend, config, text, settings.size.batch, settings.seed)?
+            .scheduled(settings.schedule());
         let session = Session {
             folder,
             settings: settings.clone(),

@@ -9,7 +9,7 @@ use super::common::trainer::Plan;
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum, value_parser};
 use encoding_rs::Encoding;
-use fused_dropout::transformer::{AdamW, GptConfig, Schedule};
+use fused_dropout::transformer::{AdamW, DropoutSchedule, GptConfig, Schedule};
 use fused_dropout::{Activation, Probability};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -39,6 +39,12 @@ pub struct Arguments {
     /// Drop probability at every site, 0 to 1 in steps of 1/65536 [default: nanogpt-cpu 0.0, nanogpt 0.2, as in nanoGPT]
     #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     dropout: Option<f64>,
+    /// No dropout from this step on: early dropout, against underfitting
+    #[arg(long, value_name = "STEP", conflicts_with = "dropout_from")]
+    dropout_until: Option<u64>,
+    /// No dropout before this step: late dropout, against overfitting
+    #[arg(long, value_name = "STEP")]
+    dropout_from: Option<u64>,
     /// Training steps; the learning rate falls over all of them [default: the preset's]
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..1 << 44))]
     steps: Option<u64>,
@@ -86,6 +92,11 @@ pub struct Settings {
     pub size: Size,
     /// The drop probability of each run.
     pub dropouts: Vec<f64>,
+    /// The step from which nothing is dropped, and the one before which nothing is; at most one of them.
+    #[serde(default)]
+    pub dropout_until: Option<u64>,
+    #[serde(default)]
+    pub dropout_from: Option<u64>,
     pub steps: u64,
     pub seed: u64,
     pub device: Device,
@@ -139,6 +150,8 @@ impl Arguments {
             encoding: None,
             size: preset.size(),
             dropouts: vec![preset.dropout()],
+            dropout_until: None,
+            dropout_from: None,
             steps: preset.steps(),
             seed: 1337,
             device: Device::Cpu,
@@ -158,6 +171,8 @@ impl Arguments {
             encoding: self.encoding.or(base.encoding),
             size: self.preset.map_or(base.size, Preset::size),
             dropouts: self.dropout.map_or(base.dropouts, |p| vec![p]),
+            dropout_until: self.dropout_until.or(base.dropout_until),
+            dropout_from: self.dropout_from.or(base.dropout_from),
             steps: self.steps.unwrap_or(base.steps),
             seed: self.seed.unwrap_or(base.seed),
             device: self.device.unwrap_or(base.device),
@@ -175,6 +190,10 @@ impl settings::Settings for Settings {
             matches!(self.dropouts.len(), 1 | 2),
             "expected 1 or 2 dropouts, got {}",
             self.dropouts.len()
+        );
+        ensure!(
+            self.dropout_until.is_none() || self.dropout_from.is_none(),
+            "expected dropout_until or dropout_from, got both"
         );
         ensure!(self.steps > 0, "expected at least 1 step, got 0");
         ensure!(self.eval_interval > 0, "expected an eval_interval of at least 1, got 0");
@@ -228,6 +247,15 @@ impl Settings {
             eos_token_id: None,
             num_labels: 1,
         })
+    }
+
+    /// At which steps there is dropout.
+    pub fn schedule(&self) -> DropoutSchedule {
+        match (self.dropout_until, self.dropout_from) {
+            (Some(step), _) => DropoutSchedule::Until(step),
+            (None, Some(step)) => DropoutSchedule::From(step),
+            (None, None) => DropoutSchedule::Constant,
+        }
     }
 
     /// nanoGPT's optimiser and rates.

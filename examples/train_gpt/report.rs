@@ -10,7 +10,7 @@ use super::language_model::LanguageModel;
 use super::options::Settings;
 use super::text::Text;
 use anyhow::Result;
-use fused_dropout::transformer::{Backend, GptConfig};
+use fused_dropout::transformer::{Backend, DropoutSchedule, GptConfig};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -75,8 +75,13 @@ pub fn title<B: Backend>(
     model: &LanguageModel<'_, B>,
 ) -> String {
     let size = settings.size;
+    let when = match settings.schedule() {
+        DropoutSchedule::Until(step) => format!(" until step {step}"),
+        DropoutSchedule::From(step) => format!(" from step {step}"),
+        _ => String::new(),
+    };
     format!(
-        "Dropout {}: {} layers, {} heads, width {}, {} weights; batches of {} x {} of {} characters",
+        "Dropout {}{when}: {} layers, {} heads, width {}, {} weights; batches of {} x {} of {} characters",
         realised(dropout),
         size.layers,
         size.heads,

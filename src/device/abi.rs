@@ -1,11 +1,11 @@
 //! The parameter structures that host and kernels share; `kernels/mask.cuh` declares the same ones,
 //! field for field.
 
-use crate::device::{Address, Device};
+use super::{Address, Device, pointer};
 use crate::error::Error;
-use crate::mask::{Groups, RowMap};
-use crate::ops::MaskParams;
+use crate::mask::{DROPS_ALL, Groups, KEEPS_ALL, RowMap, high_threshold};
 use crate::ops::norm::{Norm, NormKind};
+use crate::ops::{MaskParams, Resident};
 use crate::tensor;
 use bytemuck::{Pod, Zeroable};
 
@@ -128,7 +128,8 @@ pub(crate) struct Rows {
     pub heads: Divisor,
 }
 
-/// The mask of one launch: Philox key and counter, threshold and scale.
+/// The mask of one launch: Philox key and counter, threshold and scale. A packed probability is what
+/// [`Probability::packed`](crate::Probability::packed) says.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct Mask {
@@ -138,13 +139,16 @@ pub(crate) struct Mask {
     pub stream_pointer: u64,
     /// Stream number, low word first, where `stream_pointer` is null.
     pub stream: [u32; 2],
-    /// The threshold, 1 ..= 65535, in the upper half of a word: a lane below it is dropped.
+    /// The probability, packed, read at run time from here unless null.
+    pub probability: u64,
+    /// Where it is null: the threshold, 1 ..= 65535, in the upper half of a word: a lane below it is dropped. Where no
+    /// random numbers are needed, [`KEEPS_ALL`] or [`DROPS_ALL`].
     pub high_threshold: u32,
-    /// 1; where no random numbers are needed, 2 (all are kept) or 0 (all are dropped).
-    pub random: u32,
+    /// Where it is null: what kept values are multiplied by.
     pub scale: f32,
     /// Octet of the launch's column 0.
     pub first_octet: u32,
+    pub padding: u32,
     pub rows: Rows,
     /// Logical rows that share their decisions.
     pub group_rows: Divisor,
@@ -152,19 +156,20 @@ pub(crate) struct Mask {
     pub columns_together: u32,
     /// 1: the logical row is `rows.first` + the launch's row, and no thread divides.
     pub contiguous: u32,
-    /// 1: contiguous, random, not in groups, and the stream number not in device memory. The usual case, for which
-    /// the streaming kernels have a path of their own.
+    /// 1: contiguous, random, not in groups, and neither stream number nor probability in device memory. The usual
+    /// case, for which the streaming kernels have a path of their own.
     pub plain: u32,
 }
 
 impl Mask {
     /// The mask of `params` for the part of the tensor that starts at local row `row` and octet `octet`.
-    pub fn new(
+    pub fn new<D: Device>(
         operator: &'static str,
         params: &MaskParams<'_>,
-        stream_pointer: u64,
-        row_list: u64,
+        resident: &Resident<'_, D>,
     ) -> Result<Self, Error> {
+        let (stream_pointer, probability) = (pointer(&resident.stream), pointer(&resident.p));
+        let row_list = pointer(&resident.row_list);
         if row_list == 0 && matches!(params.rows, RowMap::Explicit(_)) {
             return Err(Error::argument(
                 operator,
@@ -174,21 +179,17 @@ impl Mask {
             ));
         }
         let (first, heads, queries, head_stride, batch_stride) = params.rows.coefficients();
-        // 0 and 65536 need no random numbers, and the kernels' compare can express neither.
-        let (threshold, random) = match params.threshold {
-            0 => (1, 2),
-            65536 => (1, 0),
-            threshold => (threshold, 1),
-        };
+        let high_threshold = high_threshold(params.threshold);
         let contiguous = row_list == 0 && matches!(params.rows, RowMap::Contiguous { .. });
         Ok(Self {
             round_keys: round_keys(params.key.philox_key()),
             stream_pointer,
             stream: [params.key.stream as u32, (params.key.stream >> 32) as u32],
-            high_threshold: threshold << 16,
-            random,
+            probability,
+            high_threshold,
             scale: params.scale,
             first_octet: params.first_octet,
+            padding: 0,
             rows: Rows {
                 list: row_list,
                 first,
@@ -202,20 +203,29 @@ impl Mask {
             columns_together: u32::from(params.groups.columns_together),
             contiguous: u32::from(contiguous),
             plain: u32::from(
-                contiguous && random == 1 && params.groups == Groups::NONE && stream_pointer == 0,
+                contiguous
+                    && high_threshold > DROPS_ALL
+                    && params.groups == Groups::NONE
+                    && (stream_pointer, probability) == (0, 0),
             ),
         })
     }
 
+    /// What kept values are multiplied by.
+    pub fn factor(&self) -> Factor {
+        Factor { probability: self.probability, value: self.scale, padding: 0 }
+    }
+
     /// The mask that keeps everything, as it is.
     pub fn all_kept(self) -> Self {
-        Self { random: 2, scale: 1.0, plain: 0, ..self }
+        Self { probability: 0, high_threshold: KEEPS_ALL, scale: 1.0, plain: 0, ..self }
     }
 
     /// The mask that drops everything, of whatever shape.
     pub fn all_dropped(mut self) -> Self {
         self.rows.list = 0;
-        Self { random: 0, plain: 0, first_octet: 0, contiguous: 1, ..self }
+        let (probability, high_threshold) = (0, DROPS_ALL);
+        Self { probability, high_threshold, plain: 0, first_octet: 0, contiguous: 1, ..self }
     }
 
     /// The same mask for a part that starts `rows` rows and `octets` octets further on.
@@ -227,6 +237,20 @@ impl Mask {
         self.first_octet += octets;
         self
     }
+}
+
+/// A factor: `value`, or where `probability` is not null, the scale of the packed probability that lies there. The twin of
+/// the one in `kernels/mask.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Factor {
+    pub probability: u64,
+    pub value: f32,
+    pub padding: u32,
+}
+
+impl Factor {
+    pub const ONE: Self = Self { probability: 0, value: 1.0, padding: 0 };
 }
 
 /// A normalisation of rows: the twin of the one in `kernels/norm.cuh`.
@@ -252,7 +276,8 @@ const _: () = assert!(size_of::<RowNorm>() == 12);
 const _: () = assert!(size_of::<Divisor>() == 12 && size_of::<IndexDivisor>() == 12);
 const _: () = assert!(size_of::<Octets>() == 24);
 const _: () = assert!(size_of::<Rows>() == 48);
-const _: () = assert!(size_of::<Mask>() == 184);
+const _: () = assert!(size_of::<Mask>() == 192);
+const _: () = assert!(size_of::<Factor>() == 16);
 
 /// Philox4x32's key schedule: each round's key is the last one plus the two Weyl constants of
 /// Salmon et al. (SC'11).

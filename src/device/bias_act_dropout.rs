@@ -1,6 +1,6 @@
 //! `bias_act_dropout`: y = D(act(x + bias)), and its gradients.
 
-use super::abi::{Mask, Matrix, Octets};
+use super::abi::{Factor, Mask, Matrix, Octets};
 use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
 use super::{Device, Launch, Layout, kernel, launch, layout, pointer};
@@ -21,7 +21,7 @@ struct ForwardParams {
     activation: u32,
     padding: u32,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 256);
+const _: () = assert!(size_of::<ForwardParams>() == 264);
 
 /// y = D(act(x + bias)).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -62,7 +62,7 @@ struct GradParams {
     octets: Octets,
     grad: Grad,
 }
-const _: () = assert!(size_of::<GradParams>() == 272);
+const _: () = assert!(size_of::<GradParams>() == 280);
 
 /// `BiasActBiasGradParams` in `kernels/bias_act_dropout.cu`.
 #[repr(C)]
@@ -71,7 +71,7 @@ struct BiasGradParams {
     tiles: Tiles,
     grad: Grad,
 }
-const _: () = assert!(size_of::<BiasGradParams>() == 288);
+const _: () = assert!(size_of::<BiasGradParams>() == 312);
 
 /// dx = D(dy) · act'(x + bias), and the bias gradient.
 pub(crate) fn backward<T: Dtype, D: Device>(
@@ -93,7 +93,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let kernel = kernel!(NAME, "bias_act_dropout_bias_grad", T, if aligned);
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
-    let tree = Tree::new(shape, &dbias, workspace.pointer, 1.0);
+    let tree = Tree::new(shape, &dbias, workspace.pointer, Factor::ONE);
     let (tiles, blocks) = tree.by_tiles();
     // SAFETY: as above.
     unsafe {

@@ -37,7 +37,7 @@ struct Params {
     x: Matrix,
     y: Matrix,
 }
-const _: () = assert!(size_of::<Params>() == 240);
+const _: () = assert!(size_of::<Params>() == 248);
 
 /// y = D(x).
 ///

@@ -19,7 +19,7 @@ struct ForwardParams {
     residual: Matrix,
     y: Matrix,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 264);
+const _: () = assert!(size_of::<ForwardParams>() == 272);
 
 /// y = residual + D(x + bias).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -56,7 +56,7 @@ struct BiasGradParams {
     dy: Matrix,
     dx: Matrix,
 }
-const _: () = assert!(size_of::<BiasGradParams>() == 256);
+const _: () = assert!(size_of::<BiasGradParams>() == 280);
 
 /// dx = D(dy), and the bias gradient.
 pub(crate) fn backward<T: Dtype, D: Device>(
@@ -77,7 +77,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     };
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
-    let tree = Tree::new(shape, &dbias, workspace.pointer, mask.scale);
+    let tree = Tree::new(shape, &dbias, workspace.pointer, mask.factor());
     let (tiles, blocks) = tree.by_tiles();
     let aligned = layout(shape, &[dy, dx], &[]) != Layout::Unaligned;
     let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned);

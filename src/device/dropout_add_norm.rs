@@ -1,7 +1,7 @@
 //! `dropout_add_norm`: s = residual + D(x + bias), y = norm(s), and its gradients; see
 //! [`crate::ops::dropout_add_norm`].
 
-use super::abi::{IndexDivisor, Mask, Matrix, RowNorm};
+use super::abi::{Factor, IndexDivisor, Mask, Matrix, RowNorm};
 use super::rows::{self, forms, launch_rows};
 use super::sum_rows::Tree;
 use super::{Address, Device, Launch, Layout, kernel, launch, layout, pointer};
@@ -36,7 +36,7 @@ struct ForwardParams {
     norm: RowNorm,
     rows: u32,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 304);
+const _: () = assert!(size_of::<ForwardParams>() == 312);
 
 /// `NormBackwardParams` in `kernels/dropout_add_norm.cu`.
 #[derive(Clone, Copy)]
@@ -53,13 +53,14 @@ struct BackwardParams {
     means_out: u64,
     means: u64,
     sums: [u64; 3],
+    factor: Factor,
     cols: u64,
     norm: RowNorm,
     rows: u32,
     tiles_a_row: IndexDivisor,
-    factor: f32,
+    padding: u32,
 }
-const _: () = assert!(size_of::<BackwardParams>() == 384);
+const _: () = assert!(size_of::<BackwardParams>() == 408);
 
 /// s = residual + D(x + bias), y = norm(s).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -125,11 +126,12 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         means_out: 0,
         means: 0,
         sums: [0; 3],
+        factor: Factor::ONE,
         cols: shape.cols as u64,
         norm: RowNorm::new(&pass.norm, shape.cols),
         rows: shape.rows as u32,
         tiles_a_row: IndexDivisor::new(shape.cols.div_ceil(TILE_COLS).max(1) as u32),
-        factor: 1.0,
+        padding: 0,
     };
     let [dbias, dweight, dnorm_bias] = [pass.dbias, pass.dweight, pass.dnorm_bias]
         .map(|gradient| gradient.map(|gradient| Sum::of(gradient, device)).transpose());
@@ -205,9 +207,9 @@ unsafe fn with_sums<T: Dtype, D: Device>(
     let a_sum = Tree::workspace(shape);
     let workspace = device.workspace(a_sum.saturating_add(shape.rows).saturating_mul(3))?;
     let part = |i: usize| workspace.pointer + (i * a_sum * size_of::<f32>()) as u64;
-    let scales = [params.mask.scale, 1.0, 1.0];
+    let factors = [params.mask.factor(), Factor::ONE, Factor::ONE];
     let trees: [Option<Tree>; 3] = std::array::from_fn(|i| {
-        grads[i].as_ref().map(|grad| Tree::new(shape, grad, part(i), scales[i]))
+        grads[i].as_ref().map(|grad| Tree::new(shape, grad, part(i), factors[i]))
     });
     let means = part(3);
     // SAFETY: the caller's promise; the workspace's parts do not overlap.
@@ -235,7 +237,7 @@ unsafe fn launch_tiles<T: Dtype, D: Device>(
     }
     let params = BackwardParams {
         sums: trees.each_ref().map(|tree| tree.as_ref().map_or(0, |tree| tree.first().0)),
-        factor: trees[0].as_ref().map_or(1.0, |dbias| dbias.first().1),
+        factor: trees[0].as_ref().map_or(Factor::ONE, |dbias| dbias.first().1),
         ..params
     };
     let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned(shape, &params));

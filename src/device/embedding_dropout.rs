@@ -68,7 +68,7 @@ struct ForwardParams {
     y: u64,
     report: u64,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 328);
+const _: () = assert!(size_of::<ForwardParams>() == 336);
 
 /// y = D(token + position + segment).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -181,7 +181,7 @@ struct TableGradParams {
     log_width: u32,
     blocks: IndexDivisor,
 }
-const _: () = assert!(size_of::<TableGradParams>() == 336);
+const _: () = assert!(size_of::<TableGradParams>() == 344);
 
 /// The gradients of the tables from D(`dy`), with the mask `mask`.
 unsafe fn table_gradients<T: Dtype, D: Device>(

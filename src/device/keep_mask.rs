@@ -37,7 +37,7 @@ struct Params {
     octets: Octets,
     out: u64,
 }
-const _: () = assert!(size_of::<Params>() == 216);
+const _: () = assert!(size_of::<Params>() == 224);
 
 unsafe fn export<D: Device>(
     Launch { device, mask }: Launch<'_, D>,

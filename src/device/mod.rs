@@ -145,10 +145,9 @@ impl<'a, D: Device> Launch<'a, D> {
         device: &'a D,
         operator: &'static str,
         draw: &MaskParams<'_>,
-        key: &Resident<'_, D>,
+        resident: &Resident<'_, D>,
     ) -> Result<Self, Error> {
-        let (stream, row_list) = (pointer(&key.stream), pointer(&key.row_list));
-        Ok(Self { device, mask: Mask::new(operator, draw, stream, row_list)? })
+        Ok(Self { device, mask: Mask::new(operator, draw, resident)? })
     }
 }
 

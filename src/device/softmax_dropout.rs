@@ -29,7 +29,7 @@ struct Params {
     queries: Divisor,
     heads: Divisor,
 }
-const _: () = assert!(size_of::<Params>() == 312);
+const _: () = assert!(size_of::<Params>() == 320);
 
 /// y = D(softmax(scale * x + mask)).
 pub(crate) fn forward<T: Dtype, D: Device>(

@@ -1,7 +1,7 @@
 //! Sums over rows on a device: the tree of [`crate::ops::sum_rows`]. An operator's own kernel adds up the
 //! first 64 rows of each column; the kernel here adds up the levels above, two in a launch.
 
-use super::abi::IndexDivisor;
+use super::abi::{Factor, IndexDivisor};
 use super::{Device, Kernel, launch};
 use crate::error::Error;
 use crate::ops::Shape;
@@ -16,10 +16,11 @@ pub(super) struct Tiles {
     sums: u64,
     rows: u64,
     cols: u64,
+    factor: Factor,
     per_row: IndexDivisor,
-    factor: f32,
+    padding: u32,
 }
-const _: () = assert!(size_of::<Tiles>() == 40);
+const _: () = assert!(size_of::<Tiles>() == 56);
 
 /// Columns of a tile: `TILE_COLS` in `kernels/sum_tile.cuh`.
 const TILE_COLS: usize = 64;
@@ -33,7 +34,7 @@ pub(super) struct Tree {
     sum: u64,
     /// Whether the sum is added to what is there.
     add: bool,
-    scale: f32,
+    factor: Factor,
 }
 
 impl Tree {
@@ -45,11 +46,11 @@ impl Tree {
         tiles.saturating_add(above).saturating_mul(shape.cols)
     }
 
-    /// The sum over the rows of a `shape`, times `scale`, into `sum` (`shape.cols` f32) by way of
+    /// The sum over the rows of a `shape`, times `factor`, into `sum` (`shape.cols` f32) by way of
     /// `workspace` ([`workspace`](Self::workspace) f32).
-    pub fn new<D: Device>(shape: Shape, sum: &Sum<'_, D>, workspace: u64, scale: f32) -> Self {
+    pub fn new<D: Device>(shape: Shape, sum: &Sum<'_, D>, workspace: u64, factor: Factor) -> Self {
         let tiles = shape.rows.div_ceil(TILE_ROWS);
-        Self { shape, tiles, workspace, sum: sum.to.pointer, add: sum.add, scale }
+        Self { shape, tiles, workspace, sum: sum.to.pointer, add: sum.add, factor }
     }
 
     /// Whether the first level is the sum.
@@ -59,8 +60,8 @@ impl Tree {
 
     /// Where the operator's kernel writes its sums, `[tiles of 64 rows, cols]`, and what it multiplies them
     /// by. Without rows it writes none.
-    pub fn first(&self) -> (u64, f32) {
-        if self.is_one_tile() { (self.sum, self.scale) } else { (self.workspace, 1.0) }
+    pub fn first(&self) -> (u64, Factor) {
+        if self.is_one_tile() { (self.sum, self.factor) } else { (self.workspace, Factor::ONE) }
     }
 
     /// What a kernel that sums by tiles takes, and its blocks.
@@ -71,8 +72,9 @@ impl Tree {
             sums,
             rows: self.shape.rows as u64,
             cols: self.shape.cols as u64,
-            per_row: IndexDivisor::new(per_row.max(1) as u32),
             factor,
+            per_row: IndexDivisor::new(per_row.max(1) as u32),
+            padding: 0,
         };
         (tiles, self.tiles.saturating_mul(per_row))
     }
@@ -95,13 +97,13 @@ impl Tree {
                 1 => Level {
                     parts: tree.workspace + from,
                     sum: tree.sum,
-                    factor: tree.scale,
+                    factor: tree.factor,
                     add: tree.add,
                 },
                 _ => Level {
                     parts: tree.workspace + from,
                     sum: tree.workspace + to,
-                    factor: 1.0,
+                    factor: Factor::ONE,
                     add: false,
                 },
             });
@@ -119,7 +121,7 @@ impl Tree {
 struct Level {
     parts: u64,
     sum: u64,
-    factor: f32,
+    factor: Factor,
     add: bool,
 }
 
@@ -154,12 +156,11 @@ unsafe fn levels_of<D: Device>(
         parts: [0; SUMS],
         sums: [0; SUMS],
         before: [0; SUMS],
+        factors: [Factor::ONE; SUMS],
         count: count as u64,
         cols: cols as u64,
         blocks_a_row: IndexDivisor::new(blocks_a_row as u32),
         blocks_a_sum: IndexDivisor::new(blocks_a_sum as u32),
-        factors: [0.0; SUMS],
-        padding: 0,
     };
     let mut sums = 0;
     for (i, level) in levels.take(SUMS).enumerate() {
@@ -182,14 +183,13 @@ struct Params {
     parts: [u64; SUMS],
     sums: [u64; SUMS],
     before: [u64; SUMS],
+    factors: [Factor; SUMS],
     count: u64,
     cols: u64,
     blocks_a_row: IndexDivisor,
     blocks_a_sum: IndexDivisor,
-    factors: [f32; SUMS],
-    padding: u32,
 }
-const _: () = assert!(size_of::<Params>() == 128);
+const _: () = assert!(size_of::<Params>() == 160);
 
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
@@ -245,7 +245,8 @@ mod tests {
             let tree = |(which, (workspace, total)): (usize, &(Address<'_, _>, Address<'_, _>))| {
                 let to = Address { pointer: total.pointer, hold: None };
                 let sum = Sum::<Emulator> { to, add: which == 1 };
-                Tree::new(shape, &sum, workspace.pointer, 1.5 + which as f32)
+                let factor = Factor { value: 1.5 + which as f32, ..Factor::ONE };
+                Tree::new(shape, &sum, workspace.pointer, factor)
             };
             let trees: Vec<Tree> = held.iter().enumerate().map(tree).collect();
             // SAFETY: the workspaces and totals are as long as the trees say, and held.

@@ -17,7 +17,7 @@ struct ForwardParams {
     up: Matrix,
     y: Matrix,
 }
-const _: () = assert!(size_of::<ForwardParams>() == 256);
+const _: () = assert!(size_of::<ForwardParams>() == 264);
 
 /// y = D(silu(gate) · up).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -49,7 +49,7 @@ struct GradParams {
     dgate: Matrix,
     dup: Matrix,
 }
-const _: () = assert!(size_of::<GradParams>() == 288);
+const _: () = assert!(size_of::<GradParams>() == 296);
 
 /// dgate and dup.
 pub(crate) fn backward<T: Dtype, D: Device>(

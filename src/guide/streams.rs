@@ -60,4 +60,21 @@
 //! # Inside a captured graph
 //!
 //! A graph replays its parameters as they were captured. [`Dropout::resident`](crate::Dropout::resident) reads the stream number
-//! from device memory: write the next step's numbers there before each replay.
+//! from device memory: write the next step's numbers there before each replay. A drop probability that changes from step to
+//! step is read beside it ([`Dropout::resident_p`](crate::Dropout::resident_p)):
+//!
+//! ```
+//! use fused_dropout::{Dropout, Probability, Shape, Source, cpu::Cpu, ops::dropout::Forward};
+//! let (backend, shape) = (Cpu::new(), Shape::new(1, 8));
+//! let p = Probability::new(0.5)?;
+//! for step in 0..4u64 {
+//!     // Early dropout. On a GPU these two are buffers in device memory, and the pass is captured once.
+//!     let p = if step < 2 { p } else { Probability::ZERO };
+//!     let (number, packed) = ([step << 20], [p.packed()]);
+//!     let drop = Dropout::<Cpu>::resident(42, &number, p).resident_p(&packed);
+//!     let mut x = [1.0f32; 8];
+//!     backend.run(&drop, Forward { shape, x: Source::InPlace, y: &mut x })?;
+//!     assert_eq!(x.contains(&0.0), step < 2);
+//! }
+//! # Ok::<(), fused_dropout::Error>(())
+//! ```

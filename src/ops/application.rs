@@ -46,7 +46,7 @@ pub enum Scaling {
 pub struct Dropout<'a, M: Memory = Host> {
     /// Which mask. `key.stream` is 0 where the stream number is resident.
     pub key: Key,
-    /// Probability of dropping.
+    /// Probability of dropping. Not looked at where it is resident.
     pub p: Probability,
     /// Training (the default) or inference.
     pub mode: Mode,
@@ -57,6 +57,7 @@ pub struct Dropout<'a, M: Memory = Host> {
     /// Which elements share a decision; by default none do.
     pub groups: Groups,
     stream: Option<In<'a, u64, M>>,
+    resident_p: Option<In<'a, u64, M>>,
     row_list: Option<In<'a, u32, M>>,
 }
 
@@ -67,7 +68,7 @@ impl Dropout<'static> {
     }
 }
 
-// SAFETY: only `resident` and `row_list` put tensors in, and `Host` is no `Backend`: there is none here.
+// SAFETY: only `resident`, `resident_p` and `row_list` put tensors in, and `Host` is no `Backend`: there is none here.
 unsafe impl Send for Dropout<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Dropout<'_> {}
@@ -82,6 +83,7 @@ impl<'a, M: Memory> Dropout<'a, M> {
             shard: Shard::WHOLE,
             groups: Groups::NONE,
             stream,
+            resident_p: None,
             row_list: None,
         }
     }
@@ -126,7 +128,23 @@ impl<'a, M: Memory> Dropout<'a, M> {
         Dropout { row_list: Some(list), ..self.into() }
     }
 
-    /// Takes the parts of the key that are not the host's from their memory.
+    /// The same with a probability that is read from a backend's memory when the operator runs: one u64, which
+    /// [`Probability::packed`] made. [`p`](Self::p) is not looked at; the results have the bits that they have with the same
+    /// p from the host.
+    ///
+    /// A captured CUDA graph follows a schedule of dropout: early dropout, late dropout (Liu et al., ICML 2023), a curriculum.
+    ///
+    /// In [`Mode::Inference`] nothing is dropped, and the resident p is not read. [`Scaling::Classic`] beside it is refused:
+    /// its inference would have to multiply by 1 - p. The CPU refuses a u64 that `packed` did not make. A device sees it too
+    /// late to refuse it: which elements are dropped, and what the others are multiplied by, is unspecified then.
+    pub fn resident_p<N: Backend>(self, p: In<'a, u64, N>) -> Dropout<'a, N>
+    where
+        Self: Into<Dropout<'a, N>>,
+    {
+        Dropout { resident_p: Some(p), ..self.into() }
+    }
+
+    /// Takes the parts that are not the host's from their memory.
     pub(crate) fn resident_parts<'m>(
         &'m self,
         operator: &'static str,
@@ -136,6 +154,14 @@ impl<'a, M: Memory> Dropout<'a, M> {
         if let Some(stream) = self.stream {
             check_tensor(operator, "stream", 1, stream)?;
         }
+        if let Some(p) = self.resident_p {
+            check_tensor(operator, "p", 1, p)?;
+            if self.scaling == Scaling::Classic {
+                let expected = "inverted scaling beside a resident p";
+                return Err(Error::argument(operator, "scaling", expected, "classic"));
+            }
+        }
+        let p = self.resident_p.filter(|_| self.mode == Mode::Training);
         if let Some(list) = self.row_list {
             check_tensor(operator, "row_list", rows, list)?;
             if self.shard.rows != RowMap::WHOLE {
@@ -148,7 +174,11 @@ impl<'a, M: Memory> Dropout<'a, M> {
                 ));
             }
         }
-        Ok(Resident { stream: read(self.stream, memory)?, row_list: read(self.row_list, memory)? })
+        Ok(Resident {
+            stream: read(self.stream, memory)?,
+            p: read(p, memory)?,
+            row_list: read(self.row_list, memory)?,
+        })
     }
 
     /// Checks the shard against `shape`, and resolves mode and scaling.
@@ -198,6 +228,7 @@ impl<M: Memory> fmt::Debug for Dropout<'_, M> {
             .field("shard", &self.shard)
             .field("groups", &self.groups)
             .field("resident_stream", &self.stream.is_some())
+            .field("resident_p", &self.resident_p.is_some())
             .field("resident_row_list", &self.row_list.is_some())
             .finish()
     }
@@ -206,7 +237,8 @@ impl<M: Memory> fmt::Debug for Dropout<'_, M> {
 impl<'a, M: Backend> From<Dropout<'a>> for Dropout<'a, M> {
     fn from(host: Dropout<'a>) -> Self {
         let Dropout { key, p, mode, scaling, shard, groups, .. } = host;
-        Self { key, p, mode, scaling, shard, groups, stream: None, row_list: None }
+        let (stream, resident_p, row_list) = (None, None, None);
+        Self { key, p, mode, scaling, shard, groups, stream, resident_p, row_list }
     }
 }
 
@@ -229,9 +261,11 @@ impl<M: Backend> AsDropout<M> for Dropout<'_, M> {
     }
 }
 
-/// The parts of a key that lie in a backend's memory, held for one call.
+/// The parts of an application that lie in a backend's memory, held for one call.
 pub(crate) struct Resident<'a, M: Memory + 'a> {
     pub stream: Option<M::In<'a, u64>>,
+    /// [`Probability::packed`].
+    pub p: Option<M::In<'a, u64>>,
     pub row_list: Option<M::In<'a, u32>>,
 }
 

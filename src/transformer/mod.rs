@@ -51,6 +51,10 @@
 //! ([`Grads::add`]). [`Pass::from_sequence`] gives each part the masks of its own sequences, and
 //! [`GptBatch::part_of`] the step's number of labels, so that the parts' gradients are those of one pass over the step.
 //!
+//! # Schedules of dropout
+//! [`Pass::scheduled`] lets the drop probabilities follow the step ([`DropoutSchedule`]): early dropout, late dropout. A step
+//! that is captured as a graph follows it too.
+//!
 //! # What repeats
 //! On the CPU the same seed gives the same weights and losses, bit for bit, with the same number of threads (`gemm` splits
 //! its sums by it; the operators of this crate and their masks do not depend on it). A block that is computed again in
@@ -83,4 +87,4 @@ pub use gpt::{Gpt, GptBatch, GptInput, GptLoss, GptRun, IGNORED, shifted};
 pub use load::Loaded;
 pub use optim::{AdamW, Optimizer, OptimizerState, Schedule};
 pub use params::{Grads, Id, Init, Params, Part, Spec, Specs};
-pub use streams::{Drops, Pass, Site};
+pub use streams::{DropoutSchedule, Drops, Pass, Site};

@@ -53,6 +53,39 @@ pub(crate) fn check_step(step: u64) -> Result<(), Error> {
     Err(Error::argument("streams", "step", format!("a step below {MAX_STEPS}"), step))
 }
 
+/// How the drop probabilities of a model's sites change from step to step: each is `share · p`, p being the
+/// configuration's, rounded to a multiple of 1/65536.
+///
+/// It follows from the number of the step alone: a resumed run goes on with it, and one captured graph serves all steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DropoutSchedule {
+    /// The same at every step.
+    #[default]
+    Constant,
+    /// Dropout below this step, none from it on: early dropout (Liu et al., ICML 2023), which is against underfitting.
+    Until(u64),
+    /// The same, but falling to 0 in a straight line.
+    FallingUntil(u64),
+    /// No dropout below this step: late dropout (Liu et al.), which is against overfitting.
+    From(u64),
+}
+
+impl DropoutSchedule {
+    /// The drop probability at `step` of a site that the configuration gives `p`.
+    pub fn at(self, step: u64, p: Probability) -> Probability {
+        match self {
+            Self::Until(end) | Self::FallingUntil(end) if step >= end => Probability::ZERO,
+            Self::From(start) if step < start => Probability::ZERO,
+            Self::Constant | Self::Until(_) | Self::From(_) => p,
+            Self::FallingUntil(end) => {
+                let share = (end - step) as f64 / end as f64;
+                Probability::new(p.effective() * share).expect("between 0 and p")
+            }
+        }
+    }
+}
+
 /// What a pass through a model is for.
 ///
 /// Equal (seed, step) draw equal masks: give each rank a seed of its own, or the sequences of the whole batch that it has.
@@ -68,6 +101,8 @@ pub enum Pass {
         /// The first of the step's sequences that this pass has: 0, but for micro-batches and ranks. They draw the masks
         /// that one pass over all of the step's sequences would.
         first_sequence: u32,
+        /// What the step makes of the drop probabilities.
+        schedule: DropoutSchedule,
     },
     /// Nothing is dropped.
     Evaluate,
@@ -76,14 +111,24 @@ pub enum Pass {
 impl Pass {
     /// Training step `step` of the run with this seed, over all sequences of the step.
     pub const fn train(seed: u64, step: u64) -> Self {
-        Self::Train { seed, step, first_sequence: 0 }
+        Self::Train { seed, step, first_sequence: 0, schedule: DropoutSchedule::Constant }
+    }
+
+    /// The same with drop probabilities that follow `schedule`.
+    pub fn scheduled(self, schedule: DropoutSchedule) -> Self {
+        match self {
+            Self::Train { seed, step, first_sequence, .. } => {
+                Self::Train { seed, step, first_sequence, schedule }
+            }
+            Self::Evaluate => Self::Evaluate,
+        }
     }
 
     /// The same over a micro-batch, or the share of a rank, that begins with this sequence of the step.
     pub fn from_sequence(self, first_sequence: usize) -> Self {
         match self {
-            Self::Train { seed, step, .. } => {
-                Self::Train { seed, step, first_sequence: first_sequence as u32 }
+            Self::Train { seed, step, schedule, .. } => {
+                Self::Train { seed, step, first_sequence: first_sequence as u32, schedule }
             }
             Self::Evaluate => Self::Evaluate,
         }
@@ -113,7 +158,7 @@ pub enum Drops {
         site: Site,
         /// Rows of a sequence.
         rows: usize,
-        /// The probability of dropping.
+        /// The probability of dropping, before the pass's schedule.
         p: Probability,
     },
 }
@@ -132,9 +177,11 @@ impl Drops {
             Drops::At { pass: Pass::Evaluate, p, .. } => {
                 Ok(Dropout::new(Key::new(0, 0), p).mode(Mode::Inference))
             }
-            Drops::At { pass: Pass::Train { seed, step, .. }, layer, site, p, .. } => {
+            Drops::At {
+                pass: Pass::Train { seed, step, schedule, .. }, layer, site, p, ..
+            } => {
                 let key = Key::new(seed, stream(step, layer, site)?);
-                Ok(Dropout::new(key, p).shard(self.shard()?))
+                Ok(Dropout::new(key, schedule.at(step, p)).shard(self.shard()?))
             }
         }
     }
@@ -157,6 +204,25 @@ impl Drops {
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    #[test]
+    fn schedules_of_dropout() {
+        let p = Probability::new(0.25).unwrap();
+        let at = |schedule: DropoutSchedule| {
+            [0, 1, 3, 4, MAX_STEPS].map(|step| schedule.at(step, p).effective())
+        };
+        assert_eq!(at(DropoutSchedule::Constant), [0.25; 5]);
+        assert_eq!(at(DropoutSchedule::Until(4)), [0.25, 0.25, 0.25, 0.0, 0.0]);
+        assert_eq!(at(DropoutSchedule::FallingUntil(4)), [0.25, 0.1875, 0.0625, 0.0, 0.0]);
+        assert_eq!(at(DropoutSchedule::From(3)), [0.0, 0.0, 0.25, 0.25, 0.25]);
+        for none in [DropoutSchedule::Until(0), DropoutSchedule::FallingUntil(0)] {
+            assert_eq!(at(none), [0.0; 5]);
+        }
+        assert_eq!(
+            DropoutSchedule::FallingUntil(u64::MAX).at(0, Probability::ONE),
+            Probability::ONE
+        );
+    }
 
     #[test]
     fn every_step_layer_and_site_has_a_stream_of_its_own() {

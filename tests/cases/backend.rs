@@ -3,17 +3,17 @@
 use super::Call;
 use fused_dropout::cpu::Cpu;
 use fused_dropout::{
-    Backend, Dropout, Error, Memory, Pass, Readable, RowMap, Shape, Shard, Writable,
+    Backend, Dropout, Error, Memory, Pass, Probability, Readable, RowMap, Shape, Shard, Writable,
 };
 
 /// A backend to test.
 pub trait TestBackend {
-    type B: Backend + 'static;
+    type Backend: Backend + 'static;
     /// A tensor within a larger allocation, whose other elements must stay as they are.
-    type Tensor<T: bytemuck::Pod>: Writable<T, Self::B>;
+    type Tensor<T: bytemuck::Pod>: Writable<T, Self::Backend>;
 
     fn name(&self) -> String;
-    fn runs_on(&self) -> &Self::B;
+    fn runs_on(&self) -> &Self::Backend;
     /// A tensor that holds `content`, `offset` elements behind an aligned address.
     fn tensor<T: bytemuck::Pod>(&self, content: &[T], offset: usize) -> Self::Tensor<T>;
     /// What the tensor holds, or what was written beside it.
@@ -52,24 +52,28 @@ pub trait TestBackend {
         Ok(rows.into_iter().flat_map(|(row, _)| row).copied().collect())
     }
 
-    /// Runs a pass with the call's dropout: with an explicit row list and, for odd offsets, the stream number in the
-    /// backend's memory.
-    fn run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), String> {
+    /// Runs a pass with the call's dropout: with an explicit row list, for odd offsets the stream number, and for some
+    /// calls the probability in the backend's memory.
+    fn run<'a, P: Pass<'a, Self::Backend>>(&self, call: &Call, pass: P) -> Result<(), String> {
         self.try_run(call, pass).map_err(|error| error.to_string())
     }
 
-    fn try_run<'a, P: Pass<'a, Self::B>>(&self, call: &Call, pass: P) -> Result<(), Error> {
+    fn try_run<'a, P: Pass<'a, Self::Backend>>(&self, call: &Call, pass: P) -> Result<(), Error> {
         let given = &call.dropout;
         let number = self.tensor(&[given.key.stream], 0);
         let list = match given.shard.rows {
             RowMap::Explicit(list) => Some(self.tensor(list, 0)),
             _ => None,
         };
+        let packed = self.tensor(&[given.p.packed()], 0);
+        // Nobody may look at the host's, where there is another.
+        let p = if call.resident_p { other_than(given.p) } else { given.p };
         let resident = call.offset % 2 == 1;
         let dropout = match resident {
-            true => Dropout::<Self::B>::resident(given.key.seed, &number, given.p),
-            false => Dropout::new(given.key, given.p).into(),
+            true => Dropout::<Self::Backend>::resident(given.key.seed, &number, p),
+            false => Dropout::new(given.key, p).into(),
         };
+        let dropout = if call.resident_p { dropout.resident_p(&packed) } else { dropout };
         let dropout = dropout.mode(given.mode).scaling(given.scaling).groups(given.groups);
         let dropout = match &list {
             Some(list) => {
@@ -78,6 +82,15 @@ pub trait TestBackend {
             None => dropout.shard(given.shard),
         };
         self.runs_on().run(&dropout, pass)
+    }
+}
+
+/// A probability that draws another mask, or a mask where the other one draws none.
+fn other_than(p: Probability) -> Probability {
+    match p.threshold() {
+        0 | 65536 => Probability::new(0.3).unwrap(),
+        threshold if threshold % 2 == 0 => Probability::ZERO,
+        _ => Probability::ONE,
     }
 }
 
@@ -183,7 +196,7 @@ where
 
 /// The CPU at one SIMD level.
 impl TestBackend for Cpu {
-    type B = Cpu;
+    type Backend = Cpu;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
     fn name(&self) -> String {
@@ -212,14 +225,14 @@ pub struct Emulated {
 
 #[cfg(feature = "emulator")]
 impl TestBackend for Emulated {
-    type B = fused_dropout::emulator::Emulator;
+    type Backend = fused_dropout::emulator::Emulator;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
     fn name(&self) -> String {
         self.name.clone()
     }
 
-    fn runs_on(&self) -> &Self::B {
+    fn runs_on(&self) -> &Self::Backend {
         &self.emulator
     }
 

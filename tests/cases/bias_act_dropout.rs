@@ -5,21 +5,21 @@ use crate::oracle;
 use fused_dropout::Activation;
 use fused_dropout::ops::bias_act_dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
     // Two activations a row, so that neighbours in the table go through all of them.
     let count = Activation::ALL.len();
     let first = call.shape.rows + call.shape.cols + call.dropout.p.threshold() as usize % count;
     for activation in [first, first + 3].map(|i| Activation::ALL[i % count]) {
         let name = |pass: &str| format!("bias_act_dropout {activation:?} {pass}");
-        let result = forward::<T, L>(backend, call, activation);
-        tally.count::<T, L>(backend, &name("y"), call, result);
-        let result = backward::<T, L>(backend, call, activation);
-        tally.count::<T, L>(backend, &name("dx, dbias"), call, result);
+        let result = forward::<T, B>(backend, call, activation);
+        tally.count::<T, B>(backend, &name("y"), call, result);
+        let result = backward::<T, B>(backend, call, activation);
+        tally.count::<T, B>(backend, &name("dx, dbias"), call, result);
     }
 }
 
-fn forward<T: Dtype, L: TestBackend>(
-    backend: &L,
+fn forward<T: Dtype, B: TestBackend>(
+    backend: &B,
     call: &Call,
     activation: Activation,
 ) -> Result<(), String> {
@@ -42,8 +42,8 @@ fn forward<T: Dtype, L: TestBackend>(
     Ok(())
 }
 
-fn backward<T: Dtype, L: TestBackend>(
-    backend: &L,
+fn backward<T: Dtype, B: TestBackend>(
+    backend: &B,
     call: &Call,
     activation: Activation,
 ) -> Result<(), String> {
@@ -61,7 +61,7 @@ fn backward<T: Dtype, L: TestBackend>(
         let (x, dy_there) = (backend.matrix(&x, call, 0), backend.matrix(&dy, call, 1));
         let bias = bias.map(|bias| backend.tensor(bias, call.offset / 2));
         let before = dy.clone();
-        let run = |dy, mut dbias: Option<Gradient<'_, L::B>>| {
+        let run = |dy, mut dbias: Option<Gradient<'_, B::Backend>>| {
             let mut dx = backend.matrix(&before, call, 2);
             let (bias, dbias) = (given(&bias), dbias.as_mut().map(Gradient::reborrow));
             backend

@@ -4,12 +4,12 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "dropout", call, dropout::<T, L>(backend, call));
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "dropout", call, dropout::<T, B>(backend, call));
 }
 
 /// Forward and backward pass are one function: a row takes one of them, apart and in place.
-fn dropout<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn dropout<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let values = values::<T>(elements(call), 1, true);
     let expected = oracle::dropout(&call.dropout, shape, &values);

@@ -4,13 +4,13 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::dropout_add::{Backward, Forward};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "dropout_add", call, forward::<T, L>(backend, call));
-    tally.count::<T, L>(backend, "dropout_add dx", call, dx::<T, L>(backend, call));
-    tally.count::<T, L>(backend, "dropout_add dbias", call, dbias::<T, L>(backend, call));
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "dropout_add", call, forward::<T, B>(backend, call));
+    tally.count::<T, B>(backend, "dropout_add dx", call, dx::<T, B>(backend, call));
+    tally.count::<T, B>(backend, "dropout_add dbias", call, dbias::<T, B>(backend, call));
 }
 
-fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (x, residual) =
         (values::<T>(elements(call), 2, true), values::<T>(elements(call), 4, true));
@@ -32,7 +32,7 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
     Ok(())
 }
 
-fn dx<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn dx<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let dy = values::<T>(elements(call), 5, true);
     let expected = oracle::dropout(&call.dropout, shape, &dy);
@@ -43,7 +43,7 @@ fn dx<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> 
     same("dx", &backend.rows(&dx)?, &expected)
 }
 
-fn dbias<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn dbias<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let before = values::<f32>(shape.cols, 7, false);
     for specials in [false, true] {

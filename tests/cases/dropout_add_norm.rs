@@ -5,13 +5,13 @@ use crate::oracle;
 use fused_dropout::ops::dropout_add_norm::{Backward, Forward, Saved};
 use fused_dropout::{DtypeId, Norm, NormKind};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "dropout_add_norm s", call, sums::<T, L>(backend, call));
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "dropout_add_norm s", call, sums::<T, B>(backend, call));
     for kind in [NormKind::Layer, NormKind::Rms] {
         let data = Data::<T>::new(call, kind);
         let name = |pass| format!("dropout_add_norm {kind:?} {pass}");
-        tally.count::<T, L>(backend, &name("y"), call, forward(backend, call, &data));
-        tally.count::<T, L>(backend, &name("gradients"), call, backward(backend, call, &data));
+        tally.count::<T, B>(backend, &name("y"), call, forward(backend, call, &data));
+        tally.count::<T, B>(backend, &name("gradients"), call, backward(backend, call, &data));
     }
 }
 
@@ -95,7 +95,7 @@ fn outliers<T: Dtype>(i: usize, cols: usize) -> f32 {
 }
 
 /// s, whatever the values.
-fn sums<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn sums<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (x, residual) =
         (values::<T>(elements(call), 2, true), values::<T>(elements(call), 4, true));
@@ -131,8 +131,8 @@ fn sums<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String
     same("y with s in place, against y", &again, &y)
 }
 
-fn forward<T: Dtype, L: TestBackend>(
-    backend: &L,
+fn forward<T: Dtype, B: TestBackend>(
+    backend: &B,
     call: &Call,
     data: &Data<T>,
 ) -> Result<(), String> {
@@ -164,8 +164,8 @@ fn forward<T: Dtype, L: TestBackend>(
     same("s", &backend.rows(&s)?, if data.keeps_s { &sums } else { &data.dy })
 }
 
-fn backward<T: Dtype, L: TestBackend>(
-    backend: &L,
+fn backward<T: Dtype, B: TestBackend>(
+    backend: &B,
     call: &Call,
     data: &Data<T>,
 ) -> Result<(), String> {

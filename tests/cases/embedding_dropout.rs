@@ -8,17 +8,17 @@ use fused_dropout::ops::embedding_dropout::{
 };
 use fused_dropout::{Norm, Writable};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "embedding_dropout", call, forward::<T, L>(backend, call));
-    tally.count::<T, L>(
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "embedding_dropout", call, forward::<T, B>(backend, call));
+    tally.count::<T, B>(
         backend,
         "embedding_dropout gradients",
         call,
-        gradients::<T, L>(backend, call),
+        gradients::<T, B>(backend, call),
     );
-    tally.count::<T, L>(backend, "embedding_dropout with norm", call, norm::<T, L>(backend, call));
-    let result = norm_gradients::<T, L>(backend, call);
-    tally.count::<T, L>(backend, "embedding_dropout with norm, gradients", call, result);
+    tally.count::<T, B>(backend, "embedding_dropout with norm", call, norm::<T, B>(backend, call));
+    let result = norm_gradients::<T, B>(backend, call);
+    tally.count::<T, B>(backend, "embedding_dropout with norm, gradients", call, result);
 }
 
 /// The case's rows as tokens: which tables there are, of how many entries, and what each row takes.
@@ -92,13 +92,13 @@ impl<T: Dtype> Data<T> {
 }
 
 /// Ids and tables on a backend.
-struct There<L: TestBackend, T: Dtype> {
-    ids: [Option<L::Tensor<u32>>; 3],
-    tables: [Option<L::Tensor<T>>; 3],
+struct There<B: TestBackend, T: Dtype> {
+    ids: [Option<B::Tensor<u32>>; 3],
+    tables: [Option<B::Tensor<T>>; 3],
 }
 
-impl<L: TestBackend, T: Dtype> There<L, T> {
-    fn new(backend: &L, call: &Call, lookups: &Lookups<&[u32]>, data: &Data<T>) -> Self {
+impl<B: TestBackend, T: Dtype> There<B, T> {
+    fn new(backend: &B, call: &Call, lookups: &Lookups<&[u32]>, data: &Data<T>) -> Self {
         let ids = [Some(lookups.token), lookups.position, lookups.segment].map(|lookup| {
             match lookup?.ids {
                 Ids::Given(ids) => Some(backend.tensor(ids, call.offset)),
@@ -109,7 +109,7 @@ impl<L: TestBackend, T: Dtype> There<L, T> {
         Self { ids, tables: data.0.each_ref().map(|data| data.as_ref().map(table)) }
     }
 
-    fn lookups(&self, of: &Lookups<&[u32]>) -> Lookups<In<'_, u32, L::B>> {
+    fn lookups(&self, of: &Lookups<&[u32]>) -> Lookups<In<'_, u32, B::Backend>> {
         let lookup = |i: usize, lookup: Lookup<&[u32]>| Lookup {
             entries: lookup.entries,
             ids: match (lookup.ids, &self.ids[i]) {
@@ -124,13 +124,13 @@ impl<L: TestBackend, T: Dtype> There<L, T> {
         }
     }
 
-    fn tables(&self) -> Tables<In<'_, T, L::B>> {
+    fn tables(&self) -> Tables<In<'_, T, B::Backend>> {
         let [token, position, segment] = self.tables.each_ref().map(given);
         Tables { token: token.expect("there are always tokens"), position, segment }
     }
 }
 
-fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let rows = Rows::new(call);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, call.shape.cols, true);
@@ -172,7 +172,7 @@ impl<T: Dtype> Normed<T> {
     }
 }
 
-fn norm<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn norm<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let (rows, shape) = (Rows::new(call), call.shape);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, shape.cols, false);
@@ -224,7 +224,7 @@ fn asked<M: Memory>(
     tensor.as_mut().map(|tensor| if adds { Gradient::Add(tensor) } else { Gradient::Write(tensor) })
 }
 
-fn norm_gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn norm_gradients<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
     let lookups = rows.lookups();
     let data = Data::<T>::new(&lookups, shape.cols, false);
@@ -282,7 +282,7 @@ fn norm_gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<
     Ok(())
 }
 
-fn gradients<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn gradients<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let (rows, shape, d) = (Rows::new(call), call.shape, &call.dropout);
     let lookups = rows.lookups();
     let data = Data::<T>([None, None, None]);

@@ -4,12 +4,12 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::keep_mask::{Bits, Bytes, bits_len};
 
-pub fn check<L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<u8, L>(backend, "mask as bytes", call, bytes(backend, call));
-    tally.count::<u8, L>(backend, "mask as bits", call, bits(backend, call));
+pub fn check<B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<u8, B>(backend, "mask as bytes", call, bytes(backend, call));
+    tally.count::<u8, B>(backend, "mask as bits", call, bits(backend, call));
 }
 
-fn bytes<L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn bytes<B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let expected = oracle::keep_mask(&call.dropout, call.shape);
     let mut out = backend.tensor(&vec![2u8; expected.len()], call.offset);
     backend.run(call, Bytes { shape: call.shape, out: &mut out })?;
@@ -20,7 +20,7 @@ fn bytes<L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
     }
 }
 
-fn bits<L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn bits<B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let keep = oracle::keep_mask(&call.dropout, call.shape);
     let row = |row: &[bool]| -> Vec<u8> {
         let byte = |octet: &[bool]| {

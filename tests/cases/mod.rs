@@ -31,9 +31,9 @@ pub struct Tally {
 
 impl Tally {
     /// Counts one check of a row of the table on tensors of T.
-    pub fn count<T, L: TestBackend>(
+    pub fn count<T, B: TestBackend>(
         &mut self,
-        backend: &L,
+        backend: &B,
         what: &str,
         call: &Call,
         result: Result<(), String>,
@@ -56,6 +56,8 @@ pub struct Call {
     pub offset: usize,
     /// Elements between the rows of a matrix, once, twice or three times; 0: they follow each other.
     pub gap: usize,
+    /// Whether the probability lies in the backend's memory.
+    pub resident_p: bool,
 }
 
 pub const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
@@ -146,7 +148,10 @@ pub fn table() -> Vec<Call> {
             let dropout = Dropout::new(Key::new(seed, stream), p).shard(shard).groups(groups);
             let offset = [0, 0, 1, 3, 0, 8, 5][n % 7];
             let gap = [0, 8, 0, 5, 24][n / 5 % 5];
-            table.push(Call { dropout: dropout.mode(mode).scaling(scaling), shape, offset, gap });
+            // With the stream number in memory, and without; never with classic scaling, which refuses it.
+            let resident_p = n % 2 == 0;
+            let dropout = dropout.mode(mode).scaling(scaling);
+            table.push(Call { dropout, shape, offset, gap, resident_p });
         }
     }
     table

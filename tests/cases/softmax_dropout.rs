@@ -6,9 +6,9 @@ use crate::oracle;
 use fused_dropout::ops::softmax_dropout::{Backward, Forward, STATISTICS};
 use fused_dropout::{DtypeId, Scores};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "softmax_dropout", call, forward::<T, L>(backend, call));
-    tally.count::<T, L>(backend, "softmax_dropout dx", call, backward::<T, L>(backend, call));
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "softmax_dropout", call, forward::<T, B>(backend, call));
+    tally.count::<T, B>(backend, "softmax_dropout dx", call, backward::<T, B>(backend, call));
 }
 
 /// The case's rows as attention scores: batch, heads and queries whose product they are, and one of
@@ -87,18 +87,18 @@ fn additive<T: Dtype>(rows: usize, cols: usize) -> Vec<T> {
 }
 
 /// Scores and mask on a backend.
-struct There<'l, T: Dtype, L: TestBackend> {
-    backend: &'l L,
+struct There<'l, T: Dtype, B: TestBackend> {
+    backend: &'l B,
     call: &'l Call,
     scores: Scores,
     causal: Option<i64>,
-    lengths: Option<L::Tensor<u32>>,
-    additive: Option<L::Tensor<T>>,
-    x: Rows<L::Tensor<T>>,
+    lengths: Option<B::Tensor<u32>>,
+    additive: Option<B::Tensor<T>>,
+    x: Rows<B::Tensor<T>>,
 }
 
-impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
-    fn new(backend: &'l L, call: &'l Call, a: &Attention<T>) -> Self {
+impl<'l, T: Dtype, B: TestBackend> There<'l, T, B> {
+    fn new(backend: &'l B, call: &'l Call, a: &Attention<T>) -> Self {
         Self {
             backend,
             call,
@@ -110,7 +110,7 @@ impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
         }
     }
 
-    fn mask(&self) -> fused_dropout::ops::softmax_dropout::Mask<'_, T, L::B> {
+    fn mask(&self) -> fused_dropout::ops::softmax_dropout::Mask<'_, T, B::Backend> {
         let (lengths, additive) = (given(&self.lengths), given(&self.additive));
         fused_dropout::AttentionMask { causal: self.causal, lengths, additive }
     }
@@ -154,7 +154,7 @@ impl<'l, T: Dtype, L: TestBackend> There<'l, T, L> {
     }
 }
 
-fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
     let (expected, rows) = oracle::softmax_dropout(&call.dropout, &a.scores, &a.mask(), &a.x);
     let there = There::new(backend, call, &a);
@@ -171,7 +171,7 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
     same("y in place, against y", &again, &y)
 }
 
-fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn backward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let a = Attention::<T>::new(call);
     let there = There::new(backend, call, &a);
     // Special gradients everywhere in the one, where a dropped or masked key alone does not pass them on; in a few rows

@@ -4,17 +4,17 @@ use super::*;
 use crate::oracle;
 use fused_dropout::ops::swiglu_dropout::{Backward, Forward};
 
-pub fn check<T: Dtype, L: TestBackend>(backend: &L, call: &Call, tally: &mut Tally) {
-    tally.count::<T, L>(backend, "swiglu_dropout", call, forward::<T, L>(backend, call));
-    tally.count::<T, L>(
+pub fn check<T: Dtype, B: TestBackend>(backend: &B, call: &Call, tally: &mut Tally) {
+    tally.count::<T, B>(backend, "swiglu_dropout", call, forward::<T, B>(backend, call));
+    tally.count::<T, B>(
         backend,
         "swiglu_dropout dgate, dup",
         call,
-        backward::<T, L>(backend, call),
+        backward::<T, B>(backend, call),
     );
 }
 
-fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn forward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (gate, up) =
         (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));
@@ -30,7 +30,7 @@ fn forward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), Str
     same("y in place, against y", &backend.rows(&again)?, &y)
 }
 
-fn backward<T: Dtype, L: TestBackend>(backend: &L, call: &Call) -> Result<(), String> {
+fn backward<T: Dtype, B: TestBackend>(backend: &B, call: &Call) -> Result<(), String> {
     let shape = call.shape;
     let (gate, up) =
         (far_out::<T>(elements(call), 30, true), values::<T>(elements(call), 31, true));

@@ -58,7 +58,7 @@ unsafe impl<T> Writable<T, Gpu> for Guarded<T> {
 // Everything but the operators is expected to work on the test's device: a failure there is no
 // case's result.
 impl<H> cases::backend::TestBackend for GpuBackend<H> {
-    type B = Gpu;
+    type Backend = Gpu;
     type Tensor<T: bytemuck::Pod> = Guarded<T>;
 
     fn name(&self) -> String {

@@ -1,4 +1,4 @@
-//! Every operator and pass in a captured graph, with the stream number in device memory.
+//! Every operator and pass in a captured graph, with stream number and probability in device memory.
 
 #[allow(unused)] // the benchmark uses the rest
 #[path = "../../benches/device/operators.rs"]
@@ -22,37 +22,42 @@ pub fn trials() -> Vec<Trial> {
     PASSES.into_iter().map(trial).collect()
 }
 
-/// A replay gives the bits of a launch that the host gives the number of, and draws anew with another number.
+/// Stream numbers and probabilities of replays: each differs from the one before in one of the two, and some draw nothing.
+const REPLAYS: [(u64, f64); 5] =
+    [(5, 0.1), (1 << 40, 0.1), (1 << 40, 0.4), (1 << 40, 0.0), (1 << 40, 1.0)];
+
+/// A replay gives the bits of a launch that the host gives number and probability of, and drops other elements with others.
 fn check(gpu: &Gpu, operator: Operator, pass: Pass) {
     let data = Data::new(gpu).unwrap();
     for dtype in STORAGES {
         let case = Case { operator, pass, dtype, rows: ROWS, cols: COLS };
         let mut work = case.prepare(&data, gpu, 1).unwrap();
-        let mut launched = |number| {
+        let expected = REPLAYS.map(|(number, p)| {
+            let drop = Dropout::new(Key::new(42, number), Probability::new(p).unwrap());
             work.clear(gpu).unwrap();
-            work.launch(gpu, 0, &drop(number), None).unwrap();
+            work.launch(gpu, 0, &drop.into()).unwrap();
             work.outputs(gpu, 0).unwrap()
-        };
-        let expected = [5, 1 << 40].map(&mut launched);
+        });
 
-        let mut number = gpu.stream().clone_htod(&[0u64]).unwrap();
+        let [mut number, mut packed] = [0, 1].map(|_| gpu.stream().clone_htod(&[0u64]).unwrap());
         gpu.stream().synchronize().unwrap();
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         gpu.stream().begin_capture(mode).unwrap();
-        work.launch(gpu, 0, &drop(999), Some(&number)).unwrap();
+        let captured = Dropout::<Gpu>::resident(42, &number, Probability::new(0.7).unwrap());
+        work.launch(gpu, 0, &captured.resident_p(&packed)).unwrap();
         let graph = gpu.stream().end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
-        for (stream, expected) in [5, 1 << 40].into_iter().zip(&expected) {
+        for ((stream, p), expected) in REPLAYS.into_iter().zip(&expected) {
+            let p = Probability::new(p).unwrap().packed();
             gpu.stream().memcpy_htod(&[stream], &mut number).unwrap();
+            gpu.stream().memcpy_htod(&[p], &mut packed).unwrap();
             work.clear(gpu).unwrap();
             graph.launch().unwrap();
             let replayed = work.outputs(gpu, 0).unwrap();
-            assert!(replayed == *expected, "{case:?}: stream {stream}");
+            assert!(replayed == *expected, "{case:?}: stream {stream}, p {p:#x}");
         }
         let drops = operator != Operator::Copy;
-        assert_eq!(expected[0] != expected[1], drops, "{case:?}: another number, another mask");
+        for pair in expected.windows(2) {
+            assert_eq!(pair[0] != pair[1], drops, "{case:?}: another key, another mask");
+        }
     }
-}
-
-fn drop(stream: u64) -> Dropout<'static> {
-    Dropout::new(Key::new(42, stream), Probability::new(0.1).unwrap())
 }

@@ -21,7 +21,7 @@ use half::{bf16, f16};
 use hf_parity::{Fixture, folders};
 use libtest_mimic::{Completion, Trial};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use transformer_device::Training;
+use transformer_device::{SCHEDULES, Training};
 
 const CUDA_ERROR_OUT_OF_MEMORY: u32 = 2;
 
@@ -92,6 +92,12 @@ fn a_captured_step(device: &Gpu<f32>) {
     let mut training = Training::new(device, 7, false).unwrap();
     assert_eq!(training.repeated_losses(6, draws), losses);
     assert_eq!(training.weights(), expected.weights());
+    // The replays follow a schedule of dropout.
+    for schedule in SCHEDULES {
+        let mut expected = Training::new(&submitting, 7, false).unwrap().scheduled(schedule);
+        let mut training = Training::new(device, 7, false).unwrap().scheduled(schedule);
+        assert_eq!(training.repeated_losses(4, |_| {}), expected.losses(4, |_| {}));
+    }
     // Another model on the same backend begins again at step 0.
     let mut training = Training::new(device, 7, false).unwrap();
     assert_eq!(training.repeated_losses(6, |_| {}), losses);

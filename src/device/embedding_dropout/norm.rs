@@ -35,7 +35,7 @@ struct NormParams {
     norm: RowNorm,
     rows: u32,
 }
-const _: () = assert!(size_of::<NormParams>() == 376);
+const _: () = assert!(size_of::<NormParams>() == 384);
 
 /// y = D(norm(token + position + segment)).
 pub(crate) fn forward_norm<T: Dtype, D: Device>(

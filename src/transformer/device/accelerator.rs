@@ -1,6 +1,6 @@
 //! A device as the backend of a model.
 
-use super::resident::Streams;
+use super::resident::{Place, Places};
 use super::{Runtime, kernels};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -9,7 +9,7 @@ use crate::ops::embedding_dropout::check_report;
 use crate::ops::{Dropout, Shape};
 use crate::transformer::backend::{Backend, Element, Weight};
 use crate::transformer::matmul::MatMul;
-use crate::transformer::streams::{Drops, Pass, Site, check_step};
+use crate::transformer::streams::{DropoutSchedule, Drops, Pass, check_step};
 use std::cell::{Cell, RefCell, RefMut};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -20,7 +20,7 @@ pub struct Accelerator<D: Runtime, T> {
     report: RefCell<D::Buffer<u32>>,
     /// Whether an embedding ran since the report was last looked at.
     reports: Cell<bool>,
-    streams: RefCell<Option<Streams<D>>>,
+    places: RefCell<Option<Places<D>>>,
     /// Whether a graph is being captured: no copy and no allocation may get into it.
     capturing: Cell<bool>,
     element: PhantomData<T>,
@@ -54,7 +54,7 @@ impl<D: Runtime, T: Dtype + Element> Accelerator<D, T> {
             device,
             report: RefCell::new(report),
             reports: Cell::new(false),
-            streams: RefCell::new(None),
+            places: RefCell::new(None),
             capturing: Cell::new(false),
             element: PhantomData,
         })
@@ -84,16 +84,17 @@ impl<D: Runtime, T: Dtype + Element> Accelerator<D, T> {
         check_report(found)
     }
 
-    /// From now on kernels take stream numbers from device memory, where they are those of step `step`: one small
-    /// copy, behind what was submitted before. The passes from now on are those of this step.
+    /// From now on kernels take stream numbers, and probabilities that follow a schedule ([`Pass::scheduled`]), from device
+    /// memory, where they are those of step `step`: one small copy, behind what was submitted before. The passes from now
+    /// on are those of this step.
     ///
     /// # Errors
     /// [`Error::Argument`] where there is no such step; otherwise what the device says.
     pub fn resident(&self, step: u64) -> Result<(), Error> {
         check_step(step)?;
         self.no_capture("no other stream numbers")?;
-        let mut streams = self.streams.borrow_mut();
-        streams.get_or_insert_with(|| Streams::new(step)).advance(&self.device, step)
+        let mut places = self.places.borrow_mut();
+        places.get_or_insert_with(|| Places::new(step)).advance(&self.device, step)
     }
 
     /// Refuses what must not get into a graph.
@@ -104,19 +105,19 @@ impl<D: Runtime, T: Dtype + Element> Accelerator<D, T> {
         Err(Error::argument("graph", "work", expected, "one while the graph is captured"))
     }
 
-    /// Where the stream number of a layer and site lies, which has one from now on.
-    fn ensure_stream(&self, step: u64, layer: usize, site: Site) -> Result<(), Error> {
-        let mut streams = self.streams.borrow_mut();
-        let Some(streams) = streams.as_mut() else { return Ok(()) };
-        if step != streams.step() {
-            let expected = format!("step {}, which the device is at", streams.step());
+    /// A place has numbers in device memory from now on.
+    fn ensure_numbers(&self, step: u64, place: Place) -> Result<(), Error> {
+        let mut places = self.places.borrow_mut();
+        let Some(places) = places.as_mut() else { return Ok(()) };
+        if step != places.step() {
+            let expected = format!("step {}, which the device is at", places.step());
             return Err(Error::argument("streams", "step", expected, step));
         }
-        if streams.get(layer, site).is_some() {
+        if places.get(&place).is_some() {
             return Ok(());
         }
-        self.no_capture("no layer and site that the step before did not have")?;
-        streams.add(&self.device, layer, site)
+        self.no_capture("no layer, site and probability that the step before did not have")?;
+        places.add(&self.device, place)
     }
 }
 
@@ -203,19 +204,24 @@ impl<D: Runtime, T: Dtype + Element> Backend for Accelerator<D, T> {
         D: 'a,
     {
         let dropout = drops.dropout()?;
-        // What draws nothing needs no number.
-        let certain = [Probability::ZERO, Probability::ONE].contains(&dropout.p);
-        let Drops::At { pass: Pass::Train { seed, step, .. }, layer, site, .. } = drops else {
+        let Drops::At { pass: Pass::Train { seed, step, schedule, .. }, layer, site, p, .. } =
+            drops
+        else {
             return crate::Backend::run(&self.device, &dropout, pass);
         };
-        if certain || self.streams.borrow().is_none() {
+        let constant = schedule == DropoutSchedule::Constant;
+        // What draws nothing at any step needs no number.
+        let certain = p == Probability::ZERO || constant && p == Probability::ONE;
+        if certain || self.places.borrow().is_none() {
             return crate::Backend::run(&self.device, &dropout, pass);
         }
-        self.ensure_stream(step, layer, site)?;
-        let streams = self.streams.borrow();
-        let slot = streams.as_ref().and_then(|streams| streams.get(layer, site));
-        let slot = slot.expect("`ensure_stream` has made it");
-        let resident = Dropout::<D>::resident(seed, &slot, dropout.p).shard(dropout.shard);
+        let place = Place { layer, site, p, schedule };
+        self.ensure_numbers(step, place)?;
+        let places = self.places.borrow();
+        let numbers = places.as_ref().and_then(|places| places.get(&place));
+        let [stream, packed] = numbers.expect("`ensure_numbers` has made them");
+        let resident = Dropout::<D>::resident(seed, &stream, p).shard(dropout.shard);
+        let resident = if constant { resident } else { resident.resident_p(&packed) };
         crate::Backend::run(&self.device, &resident, pass)
     }
 

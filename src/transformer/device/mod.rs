@@ -21,8 +21,9 @@
 //!
 //! # A training step as a graph
 //! [`Backend::repeat`](crate::transformer::Backend::repeat) captures a step on a GPU and replays it: one launch in
-//! place of hundreds. The parameters of a captured kernel are fixed, so stream numbers lie in device memory
-//! ([`Accelerator::resident`]), where every step finds its own.
+//! place of hundreds. The parameters of a captured kernel are fixed, so stream numbers, and drop probabilities that follow a
+//! [`DropoutSchedule`](super::DropoutSchedule), lie in device memory ([`Accelerator::resident`]), where every step finds its
+//! own.
 
 use super::backend::Element;
 use super::matmul::MatMul;

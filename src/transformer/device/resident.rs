@@ -1,24 +1,45 @@
-//! What of a key lies in device memory, so that a captured graph finds other numbers at each step.
+//! What of each dropout lies in device memory, so that a captured graph finds other numbers at each step.
 
 use super::Runtime;
 use crate::device::Address;
 use crate::error::Error;
+use crate::mask::Probability;
 use crate::tensor::Readable;
-use crate::transformer::streams::{Site, stream};
+use crate::transformer::streams::{DropoutSchedule, Site, stream};
 use std::collections::HashMap;
 
-/// Stream numbers in device memory, one for each layer and site that a step has used.
-pub(super) struct Streams<D: Runtime> {
+/// A dropout of the model, as it is at every step.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Place {
+    pub layer: usize,
+    pub site: Site,
+    pub p: Probability,
+    pub schedule: DropoutSchedule,
+}
+
+impl Place {
+    /// Its numbers at a step: the stream number, and the probability as [`Probability::packed`].
+    fn numbers(&self, step: u64) -> Result<[u64; NUMBERS], Error> {
+        let p = self.schedule.at(step, self.p);
+        Ok([stream(step, self.layer, self.site)?, p.packed()])
+    }
+}
+
+/// Numbers of a place.
+const NUMBERS: usize = 2;
+
+/// The numbers of each place that a step has used, in device memory.
+pub(super) struct Places<D: Runtime> {
     step: u64,
-    /// Where each number lies.
-    slots: HashMap<(usize, Site), usize>,
-    /// Whose numbers lie there, in order.
-    host: Vec<(usize, Site)>,
-    /// [`CHUNK`] numbers each. They never move: a captured graph has their addresses.
+    /// Which one each is.
+    indices: HashMap<Place, usize>,
+    /// All of them, in order.
+    host: Vec<Place>,
+    /// The numbers of [`CHUNK`] places each. They never move: a captured graph has their addresses.
     device: Vec<D::Buffer<u64>>,
 }
 
-/// Stream numbers of a buffer.
+/// Places of a buffer.
 const CHUNK: usize = 256;
 
 /// One number of a buffer.
@@ -27,7 +48,7 @@ pub(super) struct Slot<'a, D: Runtime> {
     index: usize,
 }
 
-// SAFETY: `Streams::get`, which alone makes slots, takes the index of a number in the buffer, which
+// SAFETY: `Places::get`, which alone makes slots, takes the index of a number in the buffer, which
 // is as long as it was when it was made.
 unsafe impl<D: Runtime> Readable<u64, D> for Slot<'_, D> {
     fn elements(&self) -> usize {
@@ -41,9 +62,9 @@ unsafe impl<D: Runtime> Readable<u64, D> for Slot<'_, D> {
     }
 }
 
-impl<D: Runtime> Streams<D> {
+impl<D: Runtime> Places<D> {
     pub fn new(step: u64) -> Self {
-        Self { step, slots: HashMap::new(), host: Vec::new(), device: Vec::new() }
+        Self { step, indices: HashMap::new(), host: Vec::new(), device: Vec::new() }
     }
 
     /// The step whose numbers lie in device memory.
@@ -51,22 +72,24 @@ impl<D: Runtime> Streams<D> {
         self.step
     }
 
-    /// The number of a layer and site, where it has one.
-    pub fn get(&self, layer: usize, site: Site) -> Option<Slot<'_, D>> {
-        let index = *self.slots.get(&(layer, site))?;
-        Some(Slot { numbers: &self.device[index / CHUNK], index: index % CHUNK })
+    /// The stream number and the probability of a place, where it has them.
+    pub fn get(&self, place: &Place) -> Option<[Slot<'_, D>; NUMBERS]> {
+        let index = *self.indices.get(place)?;
+        let numbers = &self.device[index / CHUNK];
+        let first = index % CHUNK * NUMBERS;
+        Some([0, 1].map(|number| Slot { numbers, index: first + number }))
     }
 
-    /// A number for a layer and site that has none.
-    pub fn add(&mut self, device: &D, layer: usize, site: Site) -> Result<(), Error> {
-        stream(self.step, layer, site)?;
+    /// Numbers for a place that has none.
+    pub fn add(&mut self, device: &D, place: Place) -> Result<(), Error> {
+        place.numbers(self.step)?;
         let index = self.host.len();
         if index == CHUNK * self.device.len() {
-            self.device.push(device.zeros(CHUNK)?);
+            self.device.push(device.zeros(CHUNK * NUMBERS)?);
         }
-        self.host.push((layer, site));
+        self.host.push(place);
         self.upload(device, index / CHUNK)?;
-        self.slots.insert((layer, site), index);
+        self.indices.insert(place, index);
         Ok(())
     }
 
@@ -80,8 +103,9 @@ impl<D: Runtime> Streams<D> {
     }
 
     fn upload(&mut self, device: &D, chunk: usize) -> Result<(), Error> {
-        let sites = self.host.chunks(CHUNK).nth(chunk).unwrap_or_default();
-        let numbers = sites.iter().map(|&(layer, site)| stream(self.step, layer, site));
-        device.write(&mut self.device[chunk], &numbers.collect::<Result<Vec<_>, _>>()?)
+        let places = self.host.chunks(CHUNK).nth(chunk).unwrap_or_default();
+        let numbers = places.iter().map(|place| place.numbers(self.step));
+        let numbers = numbers.collect::<Result<Vec<_>, _>>()?;
+        device.write(&mut self.device[chunk], numbers.as_flattened())
     }
 }
