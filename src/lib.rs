@@ -72,9 +72,8 @@
 //!
 //! # Conventions
 //!
-//! - Tensors are row-major, without gaps or with a stride between rows ([`Strided`]); every number of rows and columns works, 0
-//!   and 1 included, at
-//!   any alignment.
+//! - Tensors are row-major, without gaps or with a stride between rows ([`Strided`]); every number of rows and columns works,
+//!   0 and 1 included, at any alignment.
 //! - Arithmetic is in f32 with one rounding into the storage type.
 //! - Outputs are given by the caller, and stay untouched when the arguments are refused.
 //! - There is no global state: no seed, no counter.

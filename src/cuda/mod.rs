@@ -25,8 +25,8 @@
 //! while capturing (`CudaContext::disable_event_tracking`, whose safety section says what then is up to
 //! you), and run each operator once before: the first run looks its kernel up and may load it.
 //! Parameters are captured by value; a resident stream number ([`Dropout::resident`](crate::Dropout::resident)) and a
-//! resident probability ([`Dropout::resident_p`](crate::Dropout::resident_p)) are read anew by each replay. A graph has the addresses of the [`Gpu`]'s scratch memory: keep a clone of the [`Gpu`] as long as
-//! the graph.
+//! resident probability ([`Dropout::resident_p`](crate::Dropout::resident_p)) are read anew by each replay. A graph has the
+//! addresses of the [`Gpu`]'s scratch memory: keep a clone of the [`Gpu`] as long as the graph.
 //!
 //! No thread may wait for a whole context while one of its streams is captured. `CudaContext::synchronize`
 //! does, and so do `CudaContext::new_stream` for the first stream of a `CudaContext` that tracks uses,
