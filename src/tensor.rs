@@ -22,7 +22,8 @@ pub trait Memory {
 ///
 /// # Safety
 /// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
-/// read, aligned to `T`. Both answers stay the same through a call. Nothing else is checked before kernels are launched.
+/// read, aligned to `T`. What the three functions answer stays the same through a call. Nothing else is checked before
+/// kernels are launched.
 pub unsafe trait Readable<T, M: Memory> {
     /// Length in elements.
     fn elements(&self) -> usize;

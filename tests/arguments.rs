@@ -502,6 +502,49 @@ fn row_strides_that_do_not_fit_are_refused() {
     assert!(error.starts_with("dropout: x: expected "), "{error}");
 }
 
+/// The stride of a single row is nothing's distance: any is taken, in every pass.
+#[test]
+fn a_single_row_may_have_any_stride() {
+    let (shape, x, weight, dropout) = (Shape::new(1, 4), [1.0f32; 4], [1.0f32; 4], drop());
+    let scores = Scores { batch: 1, heads: 1, queries: 1, keys: 4, scale: 1.0 };
+    let (mask, norm) = (AttentionMask::NONE, Norm::layer(1e-5));
+    for stride in [4, 1 << 58, (1 << 58) + 1, 1 << 63, usize::MAX] {
+        let [mut y, mut dx, mut s, mut p, mut dp] =
+            [(); 5].map(|()| Strided::new([7.0f32; 4], stride));
+        let (mut dbias, mut stats) = ([7.0f32; 4], [7.0f32; 2]);
+        let x = Strided::new(&x, stride);
+        let source = Source::Tensor(&x as In<'_, f32, Cpu>);
+        let dbias = Some(Gradient::Write(&mut dbias));
+        let pass = dropout_add::Backward { shape, dy: source, dx: Some(&mut dx), dbias };
+        run(&dropout, pass).unwrap();
+        let pass = dropout_add_norm::Forward {
+            shape,
+            norm,
+            x: &x,
+            bias: None,
+            residual: source,
+            weight: &weight,
+            norm_bias: None,
+            s: Some(&mut s),
+            y: &mut y,
+            stats: Some(&mut stats),
+        };
+        run(&dropout, pass).unwrap();
+        let pass =
+            softmax_dropout::Forward { scores, mask, x: source, y: &mut p, statistics: None };
+        run(&dropout, pass).unwrap();
+        let pass = softmax_dropout::Backward {
+            scores,
+            mask,
+            x: &x,
+            statistics: None,
+            dy: source,
+            dx: &mut dp,
+        };
+        run(&dropout, pass).unwrap();
+    }
+}
+
 #[test]
 fn a_stride_is_refused_where_a_tensor_is_contiguous() {
     let (shape, x, mut y) = (Shape::new(1, 4), [1.0f32; 4], [7.0f32; 4]);

@@ -212,6 +212,9 @@ fn dropout_until_a_step_and_from_one() {
     other = new("--dropout-until=4", "both");
     other.arg("--dropout-from=5");
     is_refused(other, &["--dropout-until", "--dropout-from"]);
+    other = new("--dropout-until=4", "nothing");
+    other.arg("--dropout=0");
+    is_refused(other, &["a --dropout above 0", "--dropout-until"]);
 }
 
 #[test]

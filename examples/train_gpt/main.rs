@@ -52,6 +52,7 @@ fn run(arguments: &Arguments) -> Result<Outcome> {
         }
         false => arguments.settings(),
     };
+    settings.check()?;
     settings.device.check()?;
     let bytes = match &settings.data {
         Some(place) => place.read()?,

@@ -195,6 +195,10 @@ impl settings::Settings for Settings {
             self.dropout_until.is_none() || self.dropout_from.is_none(),
             "expected dropout_until or dropout_from, got both"
         );
+        ensure!(
+            self.schedule() == DropoutSchedule::Constant || self.dropouts.iter().any(|&p| p != 0.0),
+            "expected a --dropout above 0 beside --dropout-until or --dropout-from"
+        );
         ensure!(self.steps > 0, "expected at least 1 step, got 0");
         ensure!(self.eval_interval > 0, "expected an eval_interval of at least 1, got 0");
         Ok(())

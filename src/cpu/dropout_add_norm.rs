@@ -151,7 +151,7 @@ impl Task<'_> {
         }
         let (weight, norm_bias) = (&affine.weight[..], affine.bias.as_deref());
         let (part, group) = (self.part(), self.group());
-        let streaming = split::streaming(self.cpu, y.data);
+        let streaming = split::streaming::<T>(self.cpu, self.shape);
         // In place, the residual's lines are in the caches anyway.
         let streaming_s = streaming.filter(|_| add.residual.is_some());
         let s = split::optional_rows(s, part, rows.div_ceil(part)).into_par_iter();
@@ -263,7 +263,7 @@ impl Task<'_> {
             wanted.map(|wanted| wanted.then(|| vec![0.0f32; tiles * cols]));
         let mut sums =
             ParamGrads { dbias: of_dbias, dweight: of_dweight, dnorm_bias: of_dnorm_bias };
-        let streaming = split::streaming(self.cpu, dx.data);
+        let streaming = split::streaming::<T>(self.cpu, self.shape);
         let outs = Part::whole(dresidual).chunks(tile_rows).zip(Part::whole(dx).chunks(tile_rows));
         let parts: Vec<_> = outs.zip(chunks(&mut sums, cols, tiles)).collect();
         parts.into_par_iter().enumerate().for_each_init(

@@ -158,7 +158,7 @@ impl<T: Dtype> NormRows<'_, T> {
         }
         // Rows of a thread's piece of work.
         let part = rows.div_ceil(4 * rayon::current_num_threads());
-        let streaming = split::streaming(self.cpu, y);
+        let streaming = split::streaming::<T>(self.cpu, self.shape);
         let stats = split::optional_chunks(stats, part, rows.div_ceil(part)).into_par_iter();
         y.par_chunks_mut(part * cols).zip(stats).enumerate().for_each_init(
             || vec![0.0; cols],

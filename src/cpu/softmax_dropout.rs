@@ -92,7 +92,7 @@ impl<'a, T: Dtype> Task<'a, T> {
             // No keys: nothing to normalise over.
             return saved.into_iter().flatten().for_each(|saved| *saved = EMPTY);
         }
-        let streaming = x.and_then(|_| split::streaming(self.cpu, y.data));
+        let streaming = x.and_then(|_| split::streaming::<T>(self.cpu, self.shape));
         let group = RowLanes::rows(self.shape);
         let saved = split::optional_chunks(saved, group, rows.div_ceil(group)).into_par_iter();
         let groups: Vec<_> = Part::whole(y).chunks(group).collect();
@@ -135,7 +135,7 @@ impl<'a, T: Dtype> Task<'a, T> {
             return;
         }
         let saved = statistics.map(|statistics| statistics.as_chunks::<STATISTICS>().0);
-        let streaming = dy.and_then(|_| split::streaming(self.cpu, dx.data));
+        let streaming = dy.and_then(|_| split::streaming::<T>(self.cpu, self.shape));
         let group = RowLanes::rows(self.shape);
         let groups: Vec<_> = Part::whole(dx).chunks(group).collect();
         groups.into_par_iter().enumerate().for_each_init(

@@ -52,8 +52,10 @@ impl<'a, T> Part<'a, T> {
     #[inline(always)]
     pub fn chunks(self, rows: usize) -> impl ExactSizeIterator<Item = Self> {
         let Self { data, stride, first } = self;
-        let chunks = data.chunks_mut(rows * stride).enumerate();
-        chunks.map(move |(i, data)| Self { data, stride, first: first + i * rows * stride })
+        // Saturating: a single row may have any stride.
+        let len = rows.saturating_mul(stride);
+        let chunks = data.chunks_mut(len).enumerate();
+        chunks.map(move |(i, data)| Self { data, stride, first: first + i * len })
     }
 }
 
@@ -133,20 +135,20 @@ pub(super) enum Line {
     Whole,
 }
 
-/// How `out` is written past the caches, where it is: it is large, and the stores pay. 2^24 elements, ms past
-/// the caches and through them:
+/// How an output of `shape` is written past the caches, where it is: it is large, and the stores pay. 2^24 elements, ms
+/// past the caches and through them:
 /// - Zen 4, two threads, dropout: 32 bytes (AVX2) 7.7 and 6.0 in f32, 11.3 and 5.6 in bf16; 16 bytes (portable)
 ///   10.0 and 8.8 in f32: a line that is not written at once leaves its buffer in parts;
 /// - Zen 2, one thread: 32 bytes 13.9 and 16.9 in f32, dropout_add_norm 23.5 and 30.5; bias + ReLU + dropout in
 ///   bf16 17.1 and 16.3.
-pub(super) fn streaming<T: Dtype>(cpu: Cpu, out: &[T]) -> Option<Line> {
+pub(super) fn streaming<T: Dtype>(cpu: Cpu, shape: Shape) -> Option<Line> {
     let line = match cpu.level() {
         Level::Avx512 => Some(Line::Whole),
         // A processor without AVX-512 is more like a Zen 2 than like a Zen 4.
         Level::Avx2 if T::ID == DtypeId::F32 => Some(Line::Halves),
         _ => None,
     };
-    line.filter(|_| size_of_val(out) >= STREAMING_BYTES)
+    line.filter(|_| shape.rows * shape.cols * size_of::<T>() >= STREAMING_BYTES)
 }
 
 /// Rounds `from` into the storage type of `to`; past the caches where `streaming` said so of all of the

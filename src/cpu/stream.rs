@@ -42,7 +42,7 @@ impl<T: Dtype> Stream<'_, T> {
         out: Matrix<&mut [T]>,
         body: impl Fn(&Segment, &[u16], &[T], &mut [f32]) + Sync,
     ) {
-        let streaming = self.streaming(out.data);
+        let streaming = self.streaming();
         split::pieces(self.shape, Part::whole(out), |range, out| {
             self.piece(
                 range,
@@ -69,7 +69,7 @@ impl<T: Dtype> Stream<'_, T> {
         }
         let octets_a_tile = TILE_ROWS * octets::count(Shape { rows: 1, cols });
         let end = octets::count(self.shape);
-        let streaming = out.as_ref().and_then(|out| self.streaming(out.data));
+        let streaming = self.streaming();
         let mut sums = vec![0.0f32; self.shape.rows.div_ceil(TILE_ROWS) * cols];
         let outs = split::optional_rows(out, TILE_ROWS, sums.len() / cols);
         let tiles = outs.into_par_iter().zip(sums.par_chunks_mut(cols));
@@ -135,7 +135,7 @@ impl<T: Dtype> Stream<'_, T> {
         );
     }
 
-    fn streaming(&self, out: &[T]) -> Option<Line> {
-        split::streaming(self.cpu, out).filter(|_| !self.in_place)
+    fn streaming(&self) -> Option<Line> {
+        split::streaming::<T>(self.cpu, self.shape).filter(|_| !self.in_place)
     }
 }

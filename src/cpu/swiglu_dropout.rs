@@ -43,7 +43,7 @@ pub(crate) fn backward<T: Dtype>(
     let (gate, up) = (matrix(gate, shape, cpu)?, matrix(up, shape, cpu)?);
     let dy = source(dy, shape, cpu)?;
     let (dgate, dup) = (matrix_mut(dgate, shape, cpu)?, matrix_mut(dup, shape, cpu)?);
-    let streaming = split::streaming(*cpu, dgate.data).filter(|_| dy.is_some());
+    let streaming = split::streaming::<T>(*cpu, shape).filter(|_| dy.is_some());
     split::pieces(shape, [dgate, dup].map(Part::whole), |range, [mut dgate, mut dup]| {
         cpu.vectorised(
             #[inline(always)]

@@ -68,9 +68,9 @@ pub trait Backend {
     ///
     /// A backend may keep in `recorded` what `work` submitted at the first call, and submit it again at later calls in
     /// place of calling `work`. So `work` is the same at every step, with the same buffers: what differs from step to
-    /// step lies in buffers that are written in between, and every pass is one of step `step`. It reads nothing back,
-    /// writes nothing from the host and makes no buffer. At the first call `work` may be called twice, though its effects
-    /// are those of one call.
+    /// step lies in buffers that are written in between, and every pass is one of step `step`, with the same schedule. It
+    /// reads nothing back, writes nothing from the host and makes no buffer. At the first call `work` may be called twice,
+    /// though its effects are those of one call.
     ///
     /// # Errors
     /// What `work` says; [`Error::Argument`] where it does what cannot be repeated; what the backend says.

@@ -100,7 +100,7 @@ pub enum Pass {
         step: u64,
         /// The first of the step's sequences that this pass has: 0, but for micro-batches and ranks. They draw the masks
         /// that one pass over all of the step's sequences would.
-        first_sequence: u32,
+        first_sequence: u64,
         /// What the step makes of the drop probabilities.
         schedule: DropoutSchedule,
     },
@@ -128,7 +128,7 @@ impl Pass {
     pub fn from_sequence(self, first_sequence: usize) -> Self {
         match self {
             Self::Train { seed, step, schedule, .. } => {
-                Self::Train { seed, step, first_sequence: first_sequence as u32, schedule }
+                Self::Train { seed, step, first_sequence: first_sequence as u64, schedule }
             }
             Self::Evaluate => Self::Evaluate,
         }
@@ -191,7 +191,7 @@ impl Drops {
         let Drops::At { pass: Pass::Train { first_sequence, .. }, rows, .. } = self else {
             return Ok(Shard::WHOLE);
         };
-        let first = (first_sequence as usize).checked_mul(rows);
+        let first = first_sequence.checked_mul(rows as u64);
         let first = first.and_then(|first| u32::try_from(first).ok()).ok_or_else(|| {
             let expected = "sequences whose rows are below 2^32";
             Error::argument("streams", "first_sequence", expected, first_sequence)
