@@ -206,9 +206,9 @@ impl Task<'_> {
         self.walk(
             rows,
             #[inline(always)]
-            |elements| {
-                add.x.prefetch(cols, elements.clone());
-                add.residual.into_iter().for_each(|r| r.prefetch(cols, elements.clone()));
+            |block| {
+                add.x.prefetch(&block);
+                add.residual.into_iter().for_each(|residual| residual.prefetch(&block));
             },
             #[inline(always)]
             |segment, lanes| {
@@ -235,7 +235,7 @@ impl Task<'_> {
     fn walk(
         &self,
         rows: Range<usize>,
-        prefetch: impl Fn(Range<usize>),
+        prefetch: impl Fn(Segment),
         body: impl FnMut(Segment, &[u16]),
     ) {
         let a_row = octets::count(Shape { rows: 1, ..self.shape });
@@ -303,7 +303,7 @@ impl Task<'_> {
         let cols = self.shape.cols;
         let elements = rows.start * cols..rows.end * cols;
         let (s, g) = (&mut scratch.s[..elements.len()], &mut scratch.g[..elements.len()]);
-        given.dy.prefetch(cols, elements);
+        given.dy.prefetch(&Segment { row: rows.start, cols: 0..elements.len(), last: true });
         match &given.s {
             Recomputed::Not(saved) => self.load(saved, rows.clone(), s),
             Recomputed::From(add) => self.add(add, rows.clone(), s, None, None),

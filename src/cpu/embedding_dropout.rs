@@ -344,7 +344,7 @@ fn load_dropped<T: Dtype>(
         shape,
         first..first + values.len().div_ceil(OCTET),
         #[inline(always)]
-        |elements| split::prefetch(dy, elements),
+        |block| Matrix { data: dy, stride: shape.cols }.prefetch(&block),
         #[inline(always)]
         |segment, lanes| {
             convert::load(&dy[segment.elements(shape.cols)], values);

@@ -160,14 +160,14 @@ impl RowLanes {
 }
 
 /// Walks octets `range` of a tensor, a block at a time, and gives `body` every row's piece of a block
-/// with its lanes. `prefetch` is told the elements of a block, as a contiguous tensor has them, before its lanes are drawn.
+/// with its lanes. `prefetch` is told a block, as if all of it were in its first row, before its lanes are drawn.
 /// Where nothing random is asked for, the lanes are not drawn and mean nothing.
 #[inline(always)]
 pub(super) fn walk(
     params: &MaskParams<'_>,
     shape: Shape,
     range: Range<usize>,
-    prefetch: impl Fn(Range<usize>),
+    prefetch: impl Fn(Segment),
     mut body: impl FnMut(Segment, &[u16]),
 ) {
     let a_row = shape.cols.div_ceil(OCTET);
@@ -178,8 +178,8 @@ pub(super) fn walk(
     while start < range.end {
         let count = BLOCK.min(range.end - start);
         // The block's elements travel while its lanes are computed.
-        let first = row * shape.cols + octet * OCTET;
-        prefetch(first..(first + count * OCTET).min(shape.rows * shape.cols));
+        let col = octet * OCTET;
+        prefetch(Segment { row, cols: col..col + count * OCTET, last: true });
         if random {
             let (mut row, mut octet, mut done) = (row, octet, 0);
             while done < count {

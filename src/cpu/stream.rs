@@ -98,8 +98,7 @@ impl<T: Dtype> Stream<'_, T> {
         streaming: Option<Line>,
         mut body: impl FnMut(&Segment, &[u16], &[T], &mut [f32]),
     ) {
-        let cols = self.shape.cols;
-        let strided = out.as_ref().is_some_and(|out| out.stride != cols);
+        let strided = out.as_ref().is_some_and(|out| out.stride != self.shape.cols);
         self.cpu.vectorised(
             #[inline(always)]
             || {
@@ -109,9 +108,9 @@ impl<T: Dtype> Stream<'_, T> {
                     self.shape,
                     range,
                     #[inline(always)]
-                    |elements| {
+                    |block| {
                         let inputs = self.inputs.into_iter().flatten();
-                        inputs.for_each(|input| input.prefetch(cols, elements.clone()));
+                        inputs.for_each(|input| input.prefetch(&block));
                     },
                     #[inline(always)]
                     |segment, lanes| {

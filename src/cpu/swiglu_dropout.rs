@@ -54,9 +54,9 @@ pub(crate) fn backward<T: Dtype>(
                     shape,
                     range,
                     #[inline(always)]
-                    |elements| {
+                    |block| {
                         let inputs = [Some(gate), Some(up), dy].into_iter().flatten();
-                        inputs.for_each(|input| input.prefetch(shape.cols, elements.clone()));
+                        inputs.for_each(|input| input.prefetch(&block));
                     },
                     #[inline(always)]
                     |segment, lanes| {

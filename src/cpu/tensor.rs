@@ -50,19 +50,12 @@ impl<'a, T> Matrix<&'a [T]> {
         &self.data[row * self.stride + cols.start..row * self.stride + cols.end]
     }
 
-    /// Asks for elements ahead of their use: `elements` of a contiguous tensor of `cols` columns.
+    /// Asks for a block of octets ahead of its use. Where it is of several rows with a stride, gaps are asked for in place of
+    /// the later ones: row by row took more time from contiguous rows than it saved (dropout on 2^24 f32, two cores: 4.4 ms
+    /// in place of 3.9).
     #[inline(always)]
-    pub(super) fn prefetch(&self, cols: usize, elements: Range<usize>) {
-        if self.stride == cols {
-            return split::prefetch(self.data, elements);
-        }
-        let (mut row, mut col) = (elements.start / cols, elements.start % cols);
-        let mut left = elements.len();
-        while left > 0 {
-            let count = left.min(cols - col);
-            let first = row * self.stride + col;
-            split::prefetch(self.data, first..first + count);
-            (row, col, left) = (row + 1, 0, left - count);
-        }
+    pub(super) fn prefetch(&self, block: &Segment) {
+        let Range { start, end } = block.elements(self.stride);
+        split::prefetch(self.data, start..end.min(self.data.len()));
     }
 }
