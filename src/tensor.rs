@@ -1,7 +1,6 @@
 //! Tensors as the operators take them: anything that a backend can read or write, behind one pair of traits.
 
 use crate::error::Error;
-use crate::ops::Shape;
 
 /// A kind of memory, and what reading and writing a tensor in it gives: slices for the CPU, addresses for a device.
 pub trait Memory {
@@ -239,31 +238,31 @@ pub(crate) struct Matrix<X> {
     pub stride: usize,
 }
 
-/// A matrix of `shape` that is read.
+/// A matrix of `cols` columns that is read.
 pub(crate) fn matrix<'a, T, M: Memory>(
     tensor: In<'a, T, M>,
-    shape: Shape,
+    cols: usize,
     memory: &'a M,
 ) -> Result<Matrix<M::In<'a, T>>, Error> {
-    Ok(Matrix { stride: tensor.row_stride().unwrap_or(shape.cols), data: tensor.read(memory)? })
+    Ok(Matrix { stride: tensor.row_stride().unwrap_or(cols), data: tensor.read(memory)? })
 }
 
-/// A matrix of `shape` that is written.
+/// A matrix of `cols` columns that is written.
 pub(crate) fn matrix_mut<'a, 't, T, M: Memory>(
     tensor: &'a mut (dyn Writable<T, M> + 't),
-    shape: Shape,
+    cols: usize,
     memory: &'a M,
 ) -> Result<Matrix<M::Out<'a, T>>, Error> {
-    Ok(Matrix { stride: tensor.row_stride().unwrap_or(shape.cols), data: tensor.write(memory)? })
+    Ok(Matrix { stride: tensor.row_stride().unwrap_or(cols), data: tensor.write(memory)? })
 }
 
 /// [`matrix`] of an input: `None` where it lies in the output.
 pub(crate) fn source<'a, T, M: Memory>(
     source: Source<In<'a, T, M>>,
-    shape: Shape,
+    cols: usize,
     memory: &'a M,
 ) -> Result<Option<Matrix<M::In<'a, T>>>, Error> {
-    source.tensor().map(|tensor| matrix(tensor, shape, memory)).transpose()
+    source.tensor().map(|tensor| matrix(tensor, cols, memory)).transpose()
 }
 
 /// [`Writable::write`] of an optional tensor.

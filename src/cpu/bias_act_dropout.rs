@@ -15,9 +15,9 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = source(x, shape, cpu)?;
+    let x = source(x, shape.cols, cpu)?;
     let bias = read(bias, cpu)?;
-    Task { cpu: *cpu, params, shape, activation, bias }.forward(x, matrix_mut(y, shape, cpu)?);
+    Task { cpu: *cpu, params, shape, activation, bias }.forward(x, matrix_mut(y, shape.cols, cpu)?);
     Ok(())
 }
 
@@ -28,10 +28,10 @@ pub(crate) fn backward<T: Dtype>(
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = read(bias, cpu)?;
-    let dy = source(dy, shape, cpu)?;
+    let dy = source(dy, shape.cols, cpu)?;
     let dbias = dbias.map(|dbias| Sum::of(dbias, cpu)).transpose()?;
     let task = Task { cpu: *cpu, params, shape, activation, bias };
-    task.backward(matrix(x, shape, cpu)?, dy, matrix_mut(dx, shape, cpu)?, dbias);
+    task.backward(matrix(x, shape.cols, cpu)?, dy, matrix_mut(dx, shape.cols, cpu)?, dbias);
     Ok(())
 }
 

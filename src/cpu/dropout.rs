@@ -14,8 +14,8 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let x = source(x, shape, cpu)?;
-    apply(*cpu, params, shape, x, matrix_mut(y, shape, cpu)?);
+    let x = source(x, shape.cols, cpu)?;
+    apply(*cpu, params, shape, x, matrix_mut(y, shape.cols, cpu)?);
     Ok(())
 }
 

@@ -15,8 +15,8 @@ pub(crate) fn forward<T: Dtype>(
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let bias = read(bias, cpu)?;
-    let residual = source(residual, shape, cpu)?;
-    let (x, y) = (matrix(x, shape, cpu)?, matrix_mut(y, shape, cpu)?);
+    let residual = source(residual, shape.cols, cpu)?;
+    let (x, y) = (matrix(x, shape.cols, cpu)?, matrix_mut(y, shape.cols, cpu)?);
     add(*cpu, params, shape, x, bias, residual, y);
     Ok(())
 }
@@ -27,8 +27,8 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let dy = source(dy, shape, cpu)?;
-    let dx = dx.map(|dx| matrix_mut(dx, shape, cpu)).transpose()?;
+    let dy = source(dy, shape.cols, cpu)?;
+    let dx = dx.map(|dx| matrix_mut(dx, shape.cols, cpu)).transpose()?;
     let Some(dbias) = dbias else {
         if let Some(dx) = dx {
             dropout::apply(*cpu, params, shape, dy, dx);

@@ -26,14 +26,14 @@ pub(crate) fn forward<T: Dtype>(
 ) -> Result<(), Error> {
     let shape = pass.shape;
     let add = Add {
-        x: matrix(pass.x, shape, cpu)?,
+        x: matrix(pass.x, shape.cols, cpu)?,
         bias: read(pass.bias, cpu)?,
-        residual: source(pass.residual, shape, cpu)?,
+        residual: source(pass.residual, shape.cols, cpu)?,
     };
     let norm_bias = read(pass.norm_bias, cpu)?;
     let affine = Affine::new(pass.weight.read(cpu)?, norm_bias);
-    let s = pass.s.map(|s| matrix_mut(s, shape, cpu)).transpose()?;
-    let (y, stats) = (matrix_mut(pass.y, shape, cpu)?, write(pass.stats, cpu)?);
+    let s = pass.s.map(|s| matrix_mut(s, shape.cols, cpu)).transpose()?;
+    let (y, stats) = (matrix_mut(pass.y, shape.cols, cpu)?, write(pass.stats, cpu)?);
     Task { cpu: *cpu, params, norm: pass.norm, shape }.forward(&add, &affine, s, y, stats);
     Ok(())
 }
@@ -46,11 +46,11 @@ pub(crate) fn backward<T: Dtype>(
 ) -> Result<(), Error> {
     let shape = pass.shape;
     let add = match pass.saved {
-        Saved::Sum(s) => Recomputed::Not(matrix(s, shape, cpu)?),
+        Saved::Sum(s) => Recomputed::Not(matrix(s, shape.cols, cpu)?),
         Saved::Inputs { x, bias, residual } => Recomputed::From(Add {
-            x: matrix(x, shape, cpu)?,
+            x: matrix(x, shape.cols, cpu)?,
             bias: read(bias, cpu)?,
-            residual: Some(matrix(residual, shape, cpu)?),
+            residual: Some(matrix(residual, shape.cols, cpu)?),
         }),
     };
     let (stats, _) = pass.stats.read(cpu)?.as_chunks::<2>();
@@ -58,14 +58,14 @@ pub(crate) fn backward<T: Dtype>(
         s: add,
         weight: &convert::widened(pass.weight.read(cpu)?),
         stats,
-        dy: matrix(pass.dy, shape, cpu)?,
-        ds: pass.ds.map(|ds| matrix(ds, shape, cpu)).transpose()?,
+        dy: matrix(pass.dy, shape.cols, cpu)?,
+        ds: pass.ds.map(|ds| matrix(ds, shape.cols, cpu)).transpose()?,
     };
     let [dbias, dweight, dnorm_bias] = [pass.dbias, pass.dweight, pass.dnorm_bias]
         .map(|gradient| gradient.map(|gradient| Sum::of(gradient, cpu)).transpose());
     let grads = ParamGrads { dbias: dbias?, dweight: dweight?, dnorm_bias: dnorm_bias? };
-    let dresidual = matrix_mut(pass.dresidual, shape, cpu)?;
-    let dx = matrix_mut(pass.dx, shape, cpu)?;
+    let dresidual = matrix_mut(pass.dresidual, shape.cols, cpu)?;
+    let dx = matrix_mut(pass.dx, shape.cols, cpu)?;
     Task { cpu: *cpu, params, norm: pass.norm, shape }.backward(&given, dresidual, dx, grads);
     Ok(())
 }

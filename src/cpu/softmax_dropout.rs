@@ -25,8 +25,8 @@ pub(crate) fn forward<T: Dtype>(
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = scores.shape()?;
-    let x = source(x, shape, cpu)?;
-    let (y, statistics) = (matrix_mut(y, shape, cpu)?, write(statistics, cpu)?);
+    let x = source(x, shape.cols, cpu)?;
+    let (y, statistics) = (matrix_mut(y, shape.cols, cpu)?, write(statistics, cpu)?);
     Task::new(cpu, params, scores, &mask)?.forward(x, y, statistics);
     Ok(())
 }
@@ -38,8 +38,8 @@ pub(crate) fn backward<T: Dtype>(
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
     let shape = scores.shape()?;
-    let (x, statistics) = (matrix(x, shape, cpu)?, read(statistics, cpu)?);
-    let (dy, dx) = (source(dy, shape, cpu)?, matrix_mut(dx, shape, cpu)?);
+    let (x, statistics) = (matrix(x, shape.cols, cpu)?, read(statistics, cpu)?);
+    let (dy, dx) = (source(dy, shape.cols, cpu)?, matrix_mut(dx, shape.cols, cpu)?);
     Task::new(cpu, params, scores, &mask)?.backward(x, statistics, dy, dx);
     Ok(())
 }

@@ -16,12 +16,12 @@ pub(crate) fn forward<T: Dtype>(
     cpu: &Cpu,
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let gate = source(gate, shape, cpu)?;
-    let up = matrix(up, shape, cpu)?;
+    let gate = source(gate, shape.cols, cpu)?;
+    let up = matrix(up, shape.cols, cpu)?;
     let inputs = [Some(up), gate];
     let stream = Stream { cpu: *cpu, params, shape, inputs, in_place: gate.is_none() };
     stream.run(
-        matrix_mut(y, shape, cpu)?,
+        matrix_mut(y, shape.cols, cpu)?,
         #[inline(always)]
         |segment, lanes, y, values| {
             convert::load(gate.map_or(y, |gate| gate.at(segment)), values);
@@ -40,9 +40,9 @@ pub(crate) fn backward<T: Dtype>(
     cpu: &Cpu,
     params: &MaskParams<'_>,
 ) -> Result<(), Error> {
-    let (gate, up) = (matrix(gate, shape, cpu)?, matrix(up, shape, cpu)?);
-    let dy = source(dy, shape, cpu)?;
-    let (dgate, dup) = (matrix_mut(dgate, shape, cpu)?, matrix_mut(dup, shape, cpu)?);
+    let (gate, up) = (matrix(gate, shape.cols, cpu)?, matrix(up, shape.cols, cpu)?);
+    let dy = source(dy, shape.cols, cpu)?;
+    let (dgate, dup) = (matrix_mut(dgate, shape.cols, cpu)?, matrix_mut(dup, shape.cols, cpu)?);
     let streaming = split::streaming::<T>(*cpu, shape).filter(|_| dy.is_some());
     split::pieces(shape, [dgate, dup].map(Part::whole), |range, [mut dgate, mut dup]| {
         cpu.vectorised(

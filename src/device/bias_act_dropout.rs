@@ -28,8 +28,8 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     Forward { shape, activation, x, bias, y }: Forward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (x, bias) = (source(x, shape, device)?, read(bias, device)?);
-    let y = matrix_mut(y, shape, device)?;
+    let (x, bias) = (source(x, shape.cols, device)?, read(bias, device)?);
+    let y = matrix_mut(y, shape.cols, device)?;
     let matrices = [x.as_ref().unwrap_or(&y), &y].map(Matrix::of);
     let bias = pointer(&bias);
     let kernel = kernel!(NAME, "bias_act_dropout", T, in layout(shape, &matrices, &[bias]));
@@ -78,8 +78,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     Backward { shape, activation, x, bias, dy, dx, dbias }: Backward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (x, bias) = (matrix(x, shape, device)?, read(bias, device)?);
-    let (dy, dx) = (source(dy, shape, device)?, matrix_mut(dx, shape, device)?);
+    let (x, bias) = (matrix(x, shape.cols, device)?, read(bias, device)?);
+    let (dy, dx) = (source(dy, shape.cols, device)?, matrix_mut(dx, shape.cols, device)?);
     let matrices = [&x, dy.as_ref().unwrap_or(&dx), &dx].map(Matrix::of);
     let bias = pointer(&bias);
     let grad = Grad { matrices, bias, activation: activation as u32, padding: 0 };

@@ -14,7 +14,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     Forward { shape, x, y }: Forward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (x, y) = (source(x, shape, device)?, matrix_mut(y, shape, device)?);
+    let (x, y) = (source(x, shape.cols, device)?, matrix_mut(y, shape.cols, device)?);
     let (x, y) = (Matrix::of(x.as_ref().unwrap_or(&y)), y);
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
     // y is x.

@@ -27,9 +27,9 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
     let shape = pass.shape;
-    let (x, bias) = (matrix(pass.x, shape, device)?, read(pass.bias, device)?);
-    let y = matrix_mut(pass.y, shape, device)?;
-    let residual = source(pass.residual, shape, device)?;
+    let (x, bias) = (matrix(pass.x, shape.cols, device)?, read(pass.bias, device)?);
+    let y = matrix_mut(pass.y, shape.cols, device)?;
+    let residual = source(pass.residual, shape.cols, device)?;
     let matrices = [&x, residual.as_ref().unwrap_or(&y), &y].map(Matrix::of);
     let bias = pointer(&bias);
     let layout = layout(shape, &matrices, &[bias]);
@@ -63,8 +63,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     Backward { shape, dy, dx, dbias }: Backward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let dy = source(dy, shape, device)?;
-    let dx = dx.map(|dx| matrix_mut(dx, shape, device)).transpose()?;
+    let dy = source(dy, shape.cols, device)?;
+    let dx = dx.map(|dx| matrix_mut(dx, shape.cols, device)).transpose()?;
     // One of the two is there: the check refused a dy in place of no dx.
     let matrices = [dy.as_ref().or(dx.as_ref()), dx.as_ref()];
     let [dy, dx] = matrices.map(|matrix| matrix.map_or(Matrix::NONE, Matrix::of));

@@ -69,11 +69,11 @@ pub(crate) fn forward<T: Dtype, D: Device>(
 ) -> Result<(), Error> {
     let shape = pass.shape;
     rows::check(NAME, shape)?;
-    let (x, bias) = (matrix(pass.x, shape, device)?, read(pass.bias, device)?);
+    let (x, bias) = (matrix(pass.x, shape.cols, device)?, read(pass.bias, device)?);
     let (weight, norm_bias) = (pass.weight.read(device)?, read(pass.norm_bias, device)?);
-    let residual = source(pass.residual, shape, device)?;
-    let s = pass.s.map(|s| matrix_mut(s, shape, device)).transpose()?;
-    let (y, stats) = (matrix_mut(pass.y, shape, device)?, write(pass.stats, device)?);
+    let residual = source(pass.residual, shape.cols, device)?;
+    let s = pass.s.map(|s| matrix_mut(s, shape.cols, device)).transpose()?;
+    let (y, stats) = (matrix_mut(pass.y, shape.cols, device)?, write(pass.stats, device)?);
     let residual = residual.as_ref().or(s.as_ref()).map_or(Matrix::NONE, Matrix::of);
     let sum = SumOf { x: Matrix::of(&x), bias: pointer(&bias), residual };
     let (weight, norm_bias) = (weight.pointer, pointer(&norm_bias));
@@ -110,10 +110,10 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     rows::check(NAME, shape)?;
     let saved = SavedMatrices::new(pass.saved, shape, device)?;
     let (weight, stats) = (pass.weight.read(device)?, pass.stats.read(device)?);
-    let dy = matrix(pass.dy, shape, device)?;
-    let ds = pass.ds.map(|ds| matrix(ds, shape, device)).transpose()?;
-    let dresidual = matrix_mut(pass.dresidual, shape, device)?;
-    let dx = matrix_mut(pass.dx, shape, device)?;
+    let dy = matrix(pass.dy, shape.cols, device)?;
+    let ds = pass.ds.map(|ds| matrix(ds, shape.cols, device)).transpose()?;
+    let dresidual = matrix_mut(pass.dresidual, shape.cols, device)?;
+    let dx = matrix_mut(pass.dx, shape.cols, device)?;
     let params = BackwardParams {
         mask,
         sum: saved.sum(),
@@ -155,11 +155,11 @@ struct SavedMatrices<'a, D: Device + 'a> {
 impl<'a, D: Device> SavedMatrices<'a, D> {
     fn new<T>(saved: Saved<In<'a, T, D>>, shape: Shape, device: &'a D) -> Result<Self, Error> {
         Ok(match saved {
-            Saved::Sum(s) => Self { x: None, bias: None, residual: matrix(s, shape, device)? },
+            Saved::Sum(s) => Self { x: None, bias: None, residual: matrix(s, shape.cols, device)? },
             Saved::Inputs { x, bias, residual } => Self {
-                x: Some(matrix(x, shape, device)?),
+                x: Some(matrix(x, shape.cols, device)?),
                 bias: read(bias, device)?,
-                residual: matrix(residual, shape, device)?,
+                residual: matrix(residual, shape.cols, device)?,
             },
         })
     }

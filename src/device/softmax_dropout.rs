@@ -39,7 +39,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let device = to.device;
     let (lengths, additive) = (read(mask.lengths, device)?, read(mask.additive, device)?);
     let shape = scores.shape()?;
-    let (x, y) = (source(x, shape, device)?, matrix_mut(y, shape, device)?);
+    let (x, y) = (source(x, shape.cols, device)?, matrix_mut(y, shape.cols, device)?);
     let statistics = write(statistics, device)?;
     let params = Params {
         x: Matrix::of(x.as_ref().unwrap_or(&y)),
@@ -63,8 +63,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let device = to.device;
     let (lengths, additive) = (read(mask.lengths, device)?, read(mask.additive, device)?);
     let shape = scores.shape()?;
-    let (x, statistics) = (matrix(x, shape, device)?, read(statistics, device)?);
-    let (dy, dx) = (source(dy, shape, device)?, matrix_mut(dx, shape, device)?);
+    let (x, statistics) = (matrix(x, shape.cols, device)?, read(statistics, device)?);
+    let (dy, dx) = (source(dy, shape.cols, device)?, matrix_mut(dx, shape.cols, device)?);
     let params = Params {
         x: Matrix::of(&x),
         dy: Matrix::of(dy.as_ref().unwrap_or(&dx)),

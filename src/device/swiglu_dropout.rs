@@ -24,8 +24,8 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     Forward { shape, gate, up, y }: Forward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (gate, up) = (source(gate, shape, device)?, matrix(up, shape, device)?);
-    let y = matrix_mut(y, shape, device)?;
+    let (gate, up) = (source(gate, shape.cols, device)?, matrix(up, shape.cols, device)?);
+    let y = matrix_mut(y, shape.cols, device)?;
     let matrices = [gate.as_ref().unwrap_or(&y), &up, &y].map(Matrix::of);
     let kernel = kernel!(NAME, "swiglu_dropout", T, in layout(shape, &matrices, &[]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
@@ -56,9 +56,10 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     Backward { shape, gate, up, dy, dgate, dup }: Backward<'_, T, D>,
     Launch { device, mask }: Launch<'_, D>,
 ) -> Result<(), Error> {
-    let (gate, up) = (matrix(gate, shape, device)?, matrix(up, shape, device)?);
-    let dy = source(dy, shape, device)?;
-    let (dgate, dup) = (matrix_mut(dgate, shape, device)?, matrix_mut(dup, shape, device)?);
+    let (gate, up) = (matrix(gate, shape.cols, device)?, matrix(up, shape.cols, device)?);
+    let dy = source(dy, shape.cols, device)?;
+    let (dgate, dup) =
+        (matrix_mut(dgate, shape.cols, device)?, matrix_mut(dup, shape.cols, device)?);
     let dy = dy.as_ref().unwrap_or(&dup);
     let matrices = [&gate, &up, dy, &dgate, &dup].map(Matrix::of);
     let kernel = kernel!(NAME, "swiglu_dropout_grad", T, in layout(shape, &matrices, &[]));
