@@ -17,7 +17,8 @@ pub trait Memory {
 /// A tensor of `T` that lies in memory `M`, for reading.
 ///
 /// Implemented for slices, arrays and vectors on the CPU and the emulator, for cudarc's slices and views on a GPU, and for
-/// references to what implements it.
+/// references to what implements it. A field of a pass takes a reference to one of these: `&x` of a vector. A part of a
+/// vector is a slice, `&x[a..b]`, and a reference to it is `&&x[a..b]`, or `&mut &mut y[a..b]` where it is written.
 ///
 /// # Safety
 /// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
@@ -106,6 +107,10 @@ pub type Out<'a, T, M> = &'a mut (dyn Writable<T, M> + 'a);
 /// addresses of 16 bytes, as in contiguous tensors. Two outputs of one pass may be columns of one tensor there, as
 /// [`Pointer`](crate::device::Pointer)s; on the CPU a slice is one output's alone.
 ///
+/// A stride that is too large is refused only where the tensor is too short for it: the tensor may end anywhere in the last
+/// stride, so that columns from any one on can be given. Cut it after the last row's last element, and every other stride is
+/// refused (but in a matrix of one row, which has none).
+///
 /// ```
 /// use fused_dropout::{Backend, Dropout, Key, Probability, Shape, Source, Strided, cpu::Cpu, ops::dropout};
 /// // The values of a fused QKV tensor, two tokens of 3 * 8 columns, in place.
@@ -170,11 +175,14 @@ impl<I> Source<I> {
     }
 }
 
-/// Where the gradient of a parameter (f32) goes, and whether it is written or added. Both give the same bits in every run.
+/// Where the gradient of a parameter (f32) goes, and whether it is written or added. Each is deterministic: the same calls give
+/// the same bits in every run. Adding the parts of a batch sums in another order than the whole batch does: the two agree
+/// within rounding.
 pub enum Gradient<'a, M: Memory> {
     /// The gradient is written.
     Write(Out<'a, f32, M>),
-    /// The gradient is added to what is there, in one addition an element: micro-batches, tied weights.
+    /// The gradient is added to what is there, in one addition an element: micro-batches, tied weights. The caller zeroes the
+    /// tensor before the first of them, or writes that one.
     Add(Out<'a, f32, M>),
 }
 

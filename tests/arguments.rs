@@ -454,7 +454,7 @@ fn keys_in_memory_that_do_not_fit_are_refused() {
     };
     let (numbers, list) = ([1u64, 2], [5u32, 9]);
     let error = refused(&Dropout::resident(1, &numbers, Probability::ZERO));
-    assert_eq!(error, "dropout: stream: expected 1 elements, got 2");
+    assert_eq!(error, "dropout: stream: expected 1 element, got 2");
     let elsewhere = drop().shard(Shard { rows: RowMap::Contiguous { first: 1 }, ..Shard::WHOLE });
     let error = refused(&elsewhere.row_list(&list));
     assert!(error.starts_with("dropout: rows: expected no other row map beside a row list"));
@@ -462,7 +462,7 @@ fn keys_in_memory_that_do_not_fit_are_refused() {
     let error = refused(&drop().row_list(&short));
     assert_eq!(error, "dropout: row_list: expected 2 elements, got 1");
     let error = refused(&drop().resident_p(&numbers));
-    assert_eq!(error, "dropout: p: expected 1 elements, got 2");
+    assert_eq!(error, "dropout: p: expected 1 element, got 2");
     let half = [Probability::new(0.5).unwrap().packed()];
     for mode in [Mode::Training, Mode::Inference] {
         let error = refused(&drop().mode(mode).scaling(Scaling::Classic).resident_p(&half));
@@ -499,7 +499,10 @@ fn row_strides_that_do_not_fit_are_refused() {
         assert_eq!(error, format!("dropout: x: expected {expected} {rows}"));
     }
     let error = refused(18, usize::MAX);
-    assert!(error.starts_with("dropout: x: expected "), "{error}");
+    let expected = "a row stride with which 3 rows fit in memory";
+    assert_eq!(error, format!("dropout: x: expected {expected}, got {}", usize::MAX));
+    let error = refused(13, 4);
+    assert_eq!(error, "dropout: x: expected 12 elements, 3 rows that begin 4 apart, got 13");
 }
 
 /// The stride of a single row is nothing's distance: any is taken, in every pass.

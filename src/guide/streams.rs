@@ -49,7 +49,12 @@
 //! # Ok::<(), fused_dropout::Error>(())
 //! ```
 //!
-//! The result is the same as of one rank and one batch, whatever the split. Data-parallel ranks that need no such equality may
+//! `first` counts rows: of attention probabilities, `[batch, heads, queries]` rows of keys, a micro-batch begins at
+//! `first_sequence * heads * queries`. A slice of the heads or of the queries is a
+//! [`RowMap::Attention`](crate::RowMap::Attention).
+//!
+//! The masks are those of one rank and one batch, whatever the split, bit for bit; sums over rows, the gradients of parameters,
+//! are the same within rounding. Data-parallel ranks that need no such equality may
 //! take seeds of their own instead.
 //!
 //! # Other random numbers
@@ -61,7 +66,9 @@
 //!
 //! A graph replays its parameters as they were captured. [`Dropout::resident`](crate::Dropout::resident) reads the stream number
 //! from device memory: write the next step's numbers there before each replay. A drop probability that changes from step to
-//! step is read beside it ([`Dropout::resident_p`](crate::Dropout::resident_p)):
+//! step is read beside it ([`Dropout::resident_p`](crate::Dropout::resident_p)), as the one u64 that
+//! [`Probability::packed`](crate::Probability::packed) makes. The p of the host is not looked at then. Without a graph none of
+//! this is needed: `Dropout::new(key, p)` with each step's numbers does the same.
 //!
 //! ```
 //! use fused_dropout::{Dropout, Probability, Shape, Source, cpu::Cpu, ops::dropout::Forward};

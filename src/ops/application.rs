@@ -31,15 +31,18 @@ pub enum Scaling {
 /// One application of dropout: its mask, its mode and its scaling.
 ///
 /// `M` is the memory of those parts of the key that are read when a kernel runs. With [`Host`] there are none: the caller
-/// gives the whole key.
+/// gives the whole key. A structure that holds an application of either kind names its backend, `Dropout<'_, Cpu>`; `into()`
+/// makes one of the host's numbers. Public fields may also be assigned.
 ///
 /// ```
-/// use fused_dropout::{Dropout, Key, Mode, Probability, RowMap, Shard};
+/// use fused_dropout::{Dropout, Key, Mode, Probability, RowMap, Shard, cpu::Cpu};
 /// let drop = Dropout::new(Key::new(42, 7), Probability::new(0.1)?);
 /// // The same application on a shard that starts at column 1024 and row 64 of the whole tensor:
 /// let shard = drop.shard(Shard { first_col: 1024, rows: RowMap::Contiguous { first: 64 } });
 /// let evaluation = drop.mode(Mode::Inference);
-/// # let _ = (shard, evaluation);
+/// let mut stored: Dropout<'_, Cpu> = drop.into();
+/// stored.p = Probability::new(0.2)?;
+/// # let _ = (shard, evaluation, stored);
 /// # Ok::<(), fused_dropout::Error>(())
 /// ```
 #[non_exhaustive]
@@ -88,10 +91,13 @@ impl<'a, M: Memory> Dropout<'a, M> {
         }
     }
 
-    /// As [`new`](Dropout::new), with a key whose stream number, one u64, is read from memory when the operator runs.
+    /// As [`new`](Dropout::new), with a key whose stream number is read from memory when the operator runs: a tensor of one
+    /// u64, such as `&[7u64]` on the CPU.
     ///
     /// A captured CUDA graph replays its parameters as they were captured. With a resident stream number each replay
-    /// draws a fresh mask.
+    /// draws a fresh mask. On the CPU the result borrows the number, so it is made anew after the number has changed;
+    /// [`new`](Dropout::new) with each step's key does the same there. `p` is not looked at where
+    /// [`resident_p`](Self::resident_p) follows.
     pub fn resident(seed: u64, stream: In<'a, u64, M>, p: Probability) -> Self
     where
         M: Backend,
@@ -128,14 +134,14 @@ impl<'a, M: Memory> Dropout<'a, M> {
         Dropout { row_list: Some(list), ..self.into() }
     }
 
-    /// The same with a probability that is read from a backend's memory when the operator runs: one u64, which
+    /// The same with a probability that is read from a backend's memory when the operator runs: a tensor of one u64, which
     /// [`Probability::packed`] made. [`p`](Self::p) is not looked at; the results have the bits that they have with the same
     /// p from the host.
     ///
     /// A captured CUDA graph follows a schedule of dropout: early dropout, late dropout (Liu et al., ICML 2023), a curriculum.
     ///
-    /// In [`Mode::Inference`] nothing is dropped, and the resident p is not read. [`Scaling::Classic`] beside it is refused:
-    /// its inference would have to multiply by 1 - p. The CPU refuses a u64 that `packed` did not make. A device sees it too
+    /// In [`Mode::Inference`] nothing is dropped, and the resident p is not read. [`Scaling::Classic`] beside it is refused
+    /// in both modes: its inference would have to multiply by 1 - p. The CPU refuses a u64 that `packed` did not make. A device sees it too
     /// late to refuse it: which elements are dropped, and what the others are multiplied by, is unspecified then.
     pub fn resident_p<N: Backend>(self, p: In<'a, u64, N>) -> Dropout<'a, N>
     where

@@ -27,7 +27,7 @@ pub struct Forward<'a, T, M: Memory> {
 }
 
 /// dx = D(dy), and dbias: scale times the sum of kept dy over the rows, in f32 and in the order of
-/// [`sum_rows`](super::sum_rows). The residual's gradient is dy.
+/// [`sum_rows`](super::sum_rows). The residual's gradient is dy. Without dx and dbias nothing is computed.
 pub struct Backward<'a, T, M: Memory> {
     /// Rows and columns.
     pub shape: Shape,

@@ -75,14 +75,19 @@ impl Check {
             let expected = format!("a row stride of at least {cols} columns");
             return Err(Error::argument(self.operator, name, expected, stride));
         }
-        // Saturating: no tensor has so many elements.
         let last_row = rows.saturating_sub(1).saturating_mul(stride);
-        let least = last_row.saturating_add(if rows == 0 { 0 } else { cols });
+        if last_row > isize::MAX as usize {
+            let expected = format!("a row stride with which {rows} rows fit in memory");
+            return Err(Error::argument(self.operator, name, expected, stride));
+        }
+        let least = last_row + if rows == 0 { 0 } else { cols };
         let most = rows.saturating_mul(stride);
         if (least..=most).contains(&tensor.elements()) {
             return Ok(());
         }
-        let expected = format!("{least} to {most} elements, {rows} rows that begin {stride} apart");
+        let lengths =
+            if least == most { elements(least) } else { format!("{least} to {most} elements") };
+        let expected = format!("{lengths}, {rows} rows that begin {stride} apart");
         Err(Error::argument(self.operator, name, expected, tensor.elements()))
     }
 
@@ -160,5 +165,10 @@ pub(crate) fn check_len(
     if expected == given {
         return Ok(());
     }
-    Err(Error::argument(operator, argument, format!("{expected} elements"), given))
+    Err(Error::argument(operator, argument, elements(expected), given))
+}
+
+/// A number of elements in words.
+fn elements(number: usize) -> String {
+    format!("{number} element{}", if number == 1 { "" } else { "s" })
 }

@@ -1,7 +1,9 @@
 //! `swiglu_dropout`: y = D(silu(gate) · up), the inner half of a gated feed-forward layer (SwiGLU: Shazeer, 2020).
 //!
 //! silu(x) = x σ(x), σ the logistic function. The backward pass computes it again from gate: nothing else is saved. gate and
-//! up may be the halves of one projection's rows, each a [`Strided`](crate::Strided) tensor.
+//! up may be the halves of one projection's rows, each a [`Strided`](crate::Strided) tensor. So may dgate and dup on a device,
+//! as [`Pointer`](crate::device::Pointer)s, and the output over gate beside up. On the CPU an output borrows its slice alone:
+//! dgate and dup are two tensors there, and gate is in place only where up lies in another tensor.
 
 use super::{Check, Shape};
 use crate::error::Error;
