@@ -105,7 +105,7 @@ pub use ops::norm::{Norm, NormKind};
 pub use ops::softmax_dropout::{AttentionMask, Scores};
 pub use ops::{AsDropout, Dropout, Mode, Scaling, Shape};
 pub use pass::{Backend, Pass};
-pub use tensor::{Gradient, Host, In, Memory, Out, Readable, Source, Strided, Writable};
+pub use tensor::{Columns, Gradient, Host, In, Memory, Out, Readable, Source, Strided, Writable};
 
 /// The examples of the README are tested.
 #[doc = include_str!("../README.md")]

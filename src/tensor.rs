@@ -1,6 +1,7 @@
 //! Tensors as the operators take them: anything that a backend can read or write, behind one pair of traits.
 
 use crate::error::Error;
+use std::ops::Range;
 
 /// A kind of memory, and what reading and writing a tensor in it gives: slices for the CPU, addresses for a device.
 pub trait Memory {
@@ -12,6 +13,24 @@ pub trait Memory {
     type Out<'a, T: 'a>
     where
         Self: 'a;
+
+    /// What is read of a tensor behind its first `first` elements, of which it has at least so many.
+    fn skip<'a, T: 'a>(tensor: Self::In<'a, T>, first: usize) -> Self::In<'a, T>
+    where
+        Self: 'a;
+    /// What is written of a tensor behind its first `first` elements, of which it has at least so many.
+    fn skip_mut<'a, T: 'a>(tensor: Self::Out<'a, T>, first: usize) -> Self::Out<'a, T>
+    where
+        Self: 'a;
+}
+
+/// Columns of a whole tensor, as [`Strided::columns`] takes them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// The columns.
+    pub range: Range<usize>,
+    /// Elements of the whole tensor.
+    pub whole: usize,
 }
 
 /// A tensor of `T` that lies in memory `M`, for reading.
@@ -22,13 +41,17 @@ pub trait Memory {
 ///
 /// # Safety
 /// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
-/// read, aligned to `T`. What the three functions answer stays the same through a call. Nothing else is checked before
+/// read, aligned to `T`. What the functions answer stays the same through a call. Nothing else is checked before
 /// kernels are launched.
 pub unsafe trait Readable<T, M: Memory> {
     /// Length in elements.
     fn elements(&self) -> usize;
     /// Elements from one row's start to the next one's, where the rows are not contiguous: see [`Strided`].
     fn row_stride(&self) -> Option<usize> {
+        None
+    }
+    /// Which columns of a whole tensor these rows are, where that is known: see [`Strided::columns`].
+    fn columns(&self) -> Option<Columns> {
         None
     }
     /// Gives the tensor to an operator that reads it.
@@ -61,6 +84,10 @@ unsafe impl<T, M: Memory, R: Readable<T, M> + ?Sized> Readable<T, M> for &R {
         (**self).row_stride()
     }
 
+    fn columns(&self) -> Option<Columns> {
+        (**self).columns()
+    }
+
     fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
         (**self).read(memory)
     }
@@ -74,6 +101,10 @@ unsafe impl<T, M: Memory, R: Readable<T, M> + ?Sized> Readable<T, M> for &mut R 
 
     fn row_stride(&self) -> Option<usize> {
         (**self).row_stride()
+    }
+
+    fn columns(&self) -> Option<Columns> {
+        (**self).columns()
     }
 
     fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
@@ -95,8 +126,7 @@ pub type In<'a, T, M> = &'a (dyn Readable<T, M> + 'a);
 pub type Out<'a, T, M> = &'a mut (dyn Writable<T, M> + 'a);
 
 /// A matrix whose rows begin `stride` elements apart: a head's columns in a fused QKV tensor, a shard's columns in the
-/// whole tensor, rows that are padded. The tensor begins with the first row's first element, and ends anywhere between the
-/// last row's last element and the end of its stride. What lies between the rows is not touched.
+/// whole tensor, rows that are padded. What lies between the rows is not touched.
 ///
 /// Each `[rows, cols]` tensor of `dropout`, `dropout_add`, `dropout_add_norm`, `bias_act_dropout`, `swiglu_dropout` and
 /// `softmax_dropout` may be one, each with a stride of its own; every other tensor is contiguous, and a stride is refused
@@ -107,52 +137,71 @@ pub type Out<'a, T, M> = &'a mut (dyn Writable<T, M> + 'a);
 /// addresses of 16 bytes, as in contiguous tensors. Two outputs of one pass may be columns of one tensor there, as
 /// [`Pointer`](crate::device::Pointer)s; on the CPU a slice is one output's alone.
 ///
-/// A stride that is too large is refused only where the tensor is too short for it: the tensor may end anywhere in the last
-/// stride, so that columns from any one on can be given. Cut it after the last row's last element, and every other stride is
-/// refused (but in a matrix of one row, which has none).
+/// [`columns`](Self::columns) takes the whole tensor, and every length but the right one is refused. [`new`](Self::new) takes a
+/// tensor that begins with the first element, and may end anywhere in the last stride: a stride that is a little too large can
+/// fit it.
 ///
 /// ```
 /// use fused_dropout::{Backend, Dropout, Key, Probability, Shape, Source, Strided, cpu::Cpu, ops::dropout};
 /// // The values of a fused QKV tensor, two tokens of 3 * 8 columns, in place.
 /// let mut qkv = vec![1.0f32; 2 * 24];
 /// let drop = Dropout::new(Key::new(42, 7), Probability::ONE);
-/// let mut values = Strided::new(&mut qkv[16..], 24);
+/// let mut values = Strided::columns(&mut qkv, 16..24, 24);
 /// Cpu::new().run(&drop, dropout::Forward { shape: Shape::new(2, 8), x: Source::InPlace, y: &mut values })?;
 /// assert_eq!(qkv.iter().sum::<f32>(), 32.0);
 /// # Ok::<(), fused_dropout::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Strided<X> {
     tensor: X,
     stride: usize,
+    columns: Option<Range<usize>>,
 }
 
 impl<X> Strided<X> {
-    /// Rows that begin `stride` elements apart, the first of them where `tensor` begins.
+    /// Rows that begin `stride` elements apart, the first of them where `tensor` begins. The tensor ends anywhere between the
+    /// last row's last element and the end of its stride.
     pub fn new(tensor: X, stride: usize) -> Self {
-        Self { tensor, stride }
+        Self { tensor, stride, columns: None }
+    }
+
+    /// Columns of a whole tensor, whose rows have `stride` elements, in any backend's memory. An operator asks for `cols`
+    /// columns, and for a tensor of exactly `rows * stride` elements.
+    pub fn columns(whole: X, columns: Range<usize>, stride: usize) -> Self {
+        Self { tensor: whole, stride, columns: Some(columns) }
+    }
+
+    /// Elements of the tensor before the first row's first one.
+    fn first(&self) -> usize {
+        self.columns.as_ref().map_or(0, |columns| columns.start)
     }
 }
 
 // SAFETY: the tensor is one.
 unsafe impl<T, M: Memory, X: Readable<T, M>> Readable<T, M> for Strided<X> {
     fn elements(&self) -> usize {
-        self.tensor.elements()
+        self.tensor.elements().saturating_sub(self.first())
     }
 
     fn row_stride(&self) -> Option<usize> {
         Some(self.stride)
     }
 
+    fn columns(&self) -> Option<Columns> {
+        let whole = self.tensor.elements();
+        self.columns.clone().map(|range| Columns { range, whole })
+    }
+
     fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
-        self.tensor.read(memory)
+        Ok(M::skip(self.tensor.read(memory)?, self.first().min(self.tensor.elements())))
     }
 }
 
 // SAFETY: as above.
 unsafe impl<T, M: Memory, X: Writable<T, M>> Writable<T, M> for Strided<X> {
     fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
-        self.tensor.write(memory)
+        let first = self.first().min(self.tensor.elements());
+        Ok(M::skip_mut(self.tensor.write(memory)?, first))
     }
 }
 
@@ -299,4 +348,12 @@ pub enum Host {}
 impl Memory for Host {
     type In<'a, T: 'a> = std::convert::Infallible;
     type Out<'a, T: 'a> = std::convert::Infallible;
+
+    fn skip<'a, T: 'a>(none: Self::In<'a, T>, _: usize) -> Self::In<'a, T> {
+        none
+    }
+
+    fn skip_mut<'a, T: 'a>(none: Self::Out<'a, T>, _: usize) -> Self::Out<'a, T> {
+        none
+    }
 }

@@ -505,6 +505,45 @@ fn row_strides_that_do_not_fit_are_refused() {
     assert_eq!(error, "dropout: x: expected 12 elements, 3 rows that begin 4 apart, got 13");
 }
 
+#[test]
+fn columns_of_another_tensor_than_the_whole_one_are_refused() {
+    let (shape, x, mut y) = (Shape::new(3, 4), [1.0f32; 96], [7.0f32; 12]);
+    let mut given = |elements: usize, columns: std::ops::Range<usize>, stride: usize| {
+        let x = Strided::columns(&x[..elements], columns, stride);
+        run(&drop(), dropout::Forward { shape, x: Source::Tensor(&x), y: &mut y })
+            .map_err(|error| error.to_string())
+    };
+    assert_eq!(given(72, 20..24, 24), Ok(()));
+    let whole = "dropout: x: expected a whole tensor of 3 rows of";
+    for stride in [23, 25, 26, 27, 36] {
+        let error = format!("{whole} {stride} elements, got 72 elements");
+        assert_eq!(given(72, 8..12, stride), Err(error));
+    }
+    for elements in [0, 4, 71, 73] {
+        let error = format!("{whole} 24 elements, got {elements} elements");
+        assert_eq!(given(elements, 8..12, 24), Err(error));
+    }
+    for columns in [8..11, 8..13, 21..25, 24..28, usize::MAX - 4..usize::MAX] {
+        let error = format!("dropout: x: expected 4 columns of rows of 24, got {columns:?}");
+        assert_eq!(given(72, columns, 24), Err(error));
+    }
+    assert!(given(72, 0..4, usize::MAX).is_err());
+    assert!(given(72, 0..4, 3).is_err());
+}
+
+/// Nothing is read or written of tensors without elements, wherever their columns begin.
+#[test]
+fn columns_of_nothing_are_nothing() {
+    for (shape, columns) in [(Shape::new(0, 4), 8..12), (Shape::new(3, 0), 8..8)] {
+        let (x, mut y) = (vec![1.0f32; shape.rows * 12], vec![1.0f32; shape.rows * 12]);
+        let x = Strided::columns(&x, columns.clone(), 12);
+        let mut columns_of_y = Strided::columns(&mut y, columns, 12);
+        run(&drop(), dropout::Forward { shape, x: Source::Tensor(&x), y: &mut columns_of_y })
+            .unwrap();
+        assert!(y.iter().all(|&value| value == 1.0));
+    }
+}
+
 /// The stride of a single row is nothing's distance: any is taken, in every pass.
 #[test]
 fn a_single_row_may_have_any_stride() {

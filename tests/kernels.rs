@@ -12,7 +12,7 @@ use fused_dropout::ops::embedding_dropout::{
 use fused_dropout::ops::{dropout_add_norm, softmax_dropout};
 use fused_dropout::{
     AttentionMask, Backend, Dropout, Gradient, In, Key, Mode, Norm, Probability, RowMap, Scaling,
-    Scores, Shape, Shard, Source, Strided,
+    Scores, Shape, Shard, Source, Strided, Writable,
 };
 
 /// Ordinary values that depend on their index.
@@ -161,10 +161,45 @@ fn rows_with_a_stride_give_the_bits_of_contiguous_rows() {
     }
 }
 
+/// `dropout` on columns of a whole tensor, from tensor to tensor and in place, on any backend.
+fn dropped_columns<B: Backend>(backend: &B, first: usize) -> Vec<f32>
+where
+    Vec<f32>: Writable<f32, B>,
+{
+    let drop = Dropout::new(Key::new(3, 4), Probability::new(0.3).unwrap());
+    let (shape, width) = (Shape::new(5, 40), 64);
+    let (x, mut y) = (values(5 * width, 1), vec![9.0f32; 5 * width]);
+    let columns = first..first + 40;
+    let x = Strided::columns(&x, columns.clone(), width);
+    let mut out = Strided::columns(&mut y, columns, width);
+    backend.run(&drop, Dropped { shape, x: Source::Tensor(&x), y: &mut out }).unwrap();
+    backend.run(&drop, Dropped { shape, x: Source::InPlace, y: &mut out }).unwrap();
+    y
+}
+
+#[test]
+fn columns_of_a_whole_tensor_are_the_same_on_every_backend() {
+    for first in [0, 3, 8, 24] {
+        let on_cpu = dropped_columns(&Cpu::new(), first);
+        let drop = Dropout::new(Key::new(3, 4), Probability::new(0.3).unwrap());
+        let x = values(5 * 64, 1);
+        for (at, (&x, &y)) in x.iter().zip(&on_cpu).enumerate() {
+            let (row, col) = (at / 64, (at % 64).wrapping_sub(first));
+            let expected = match col < 40 {
+                false => 9.0,
+                true if !drop.key.keeps(drop.p, row as u32, col as u64) => 0.0,
+                true => x * drop.p.scale() * drop.p.scale(),
+            };
+            assert_eq!(y, expected, "row {row}, column {col} from {first}");
+        }
+        assert_same(&dropped_columns(&Emulator::new(), first), &on_cpu, "the emulator");
+    }
+}
+
 /// A bare address is a tensor like any other: here one that the emulator gave.
 #[test]
 fn bare_addresses() {
-    use fused_dropout::{Readable, Writable};
+    use fused_dropout::Readable;
     let (emulator, x, mut y) = (Emulator::new(), values(240, 1), vec![9.0f32; 240]);
     let drop = Dropout::new(Key::new(3, 4), Probability::new(0.5).unwrap());
     let from = Readable::<f32, Emulator>::read(&x, &emulator).unwrap();

@@ -9,6 +9,14 @@ use std::ops::Range;
 impl Memory for Cpu {
     type In<'a, T: 'a> = &'a [T];
     type Out<'a, T: 'a> = &'a mut [T];
+
+    fn skip<'a, T: 'a>(tensor: &'a [T], first: usize) -> &'a [T] {
+        &tensor[first..]
+    }
+
+    fn skip_mut<'a, T: 'a>(tensor: &'a mut [T], first: usize) -> &'a mut [T] {
+        &mut tensor[first..]
+    }
 }
 
 /// Implements [`Readable`], and after `mut` [`Writable`], for a type that dereferences to `[T]`.

@@ -78,6 +78,20 @@ impl<D: Device> Memory for D {
         = Address<'a, D>
     where
         D: 'a;
+
+    fn skip<'a, T: 'a>(Address { pointer, hold }: Address<'a, D>, first: usize) -> Address<'a, D>
+    where
+        D: 'a,
+    {
+        Address { pointer: pointer + (first * size_of::<T>()) as u64, hold }
+    }
+
+    fn skip_mut<'a, T: 'a>(tensor: Address<'a, D>, first: usize) -> Address<'a, D>
+    where
+        D: 'a,
+    {
+        Self::skip::<T>(tensor, first)
+    }
 }
 
 /// A tensor's address on a device, held until dropped.

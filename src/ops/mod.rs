@@ -2,7 +2,7 @@
 //! description is the same for every backend; `M` says in which memory its tensors lie.
 
 use crate::error::Error;
-use crate::tensor::{Gradient, Memory, Readable, Source};
+use crate::tensor::{Columns, Gradient, Memory, Readable, Source};
 
 mod application;
 
@@ -74,6 +74,22 @@ impl Check {
         if stride < cols {
             let expected = format!("a row stride of at least {cols} columns");
             return Err(Error::argument(self.operator, name, expected, stride));
+        }
+        if let Some(Columns { range, whole }) = tensor.columns() {
+            if range.len() != cols || range.end > stride {
+                let expected = format!("{cols} columns of rows of {stride}");
+                return Err(Error::argument(self.operator, name, expected, format!("{range:?}")));
+            }
+            if rows.checked_mul(stride) == Some(whole) {
+                return Ok(());
+            }
+            let expected = format!("a whole tensor of {rows} rows of {stride} elements");
+            return Err(Error::argument(
+                self.operator,
+                name,
+                expected,
+                format!("{whole} elements"),
+            ));
         }
         let last_row = rows.saturating_sub(1).saturating_mul(stride);
         if last_row > isize::MAX as usize {
