@@ -41,8 +41,9 @@ pub struct Columns {
 ///
 /// # Safety
 /// As long as it is held, what [`read`](Self::read) gives refers to [`elements`](Self::elements) values of `T` that can be
-/// read, aligned to `T`. What the functions answer stays the same through a call. Nothing else is checked before
-/// kernels are launched.
+/// read, aligned to `T`. Where [`columns`](Self::columns) answers, these are the elements of the whole tensor from the first
+/// column's start on. What the functions answer stays the same through a call. Nothing else is checked before kernels are
+/// launched.
 pub unsafe trait Readable<T, M: Memory> {
     /// Length in elements.
     fn elements(&self) -> usize;
@@ -171,16 +172,17 @@ impl<X> Strided<X> {
         Self { tensor: whole, stride, columns: Some(columns) }
     }
 
-    /// Elements of the tensor before the first row's first one.
-    fn first(&self) -> usize {
-        self.columns.as_ref().map_or(0, |columns| columns.start)
+    /// Elements of a tensor of `whole` before the first row's first one.
+    fn first(&self, whole: usize) -> usize {
+        self.columns.as_ref().map_or(0, |columns| columns.start.min(whole))
     }
 }
 
 // SAFETY: the tensor is one.
 unsafe impl<T, M: Memory, X: Readable<T, M>> Readable<T, M> for Strided<X> {
     fn elements(&self) -> usize {
-        self.tensor.elements().saturating_sub(self.first())
+        let whole = self.tensor.elements();
+        whole - self.first(whole)
     }
 
     fn row_stride(&self) -> Option<usize> {
@@ -193,14 +195,15 @@ unsafe impl<T, M: Memory, X: Readable<T, M>> Readable<T, M> for Strided<X> {
     }
 
     fn read<'a>(&'a self, memory: &'a M) -> Result<M::In<'a, T>, Error> {
-        Ok(M::skip(self.tensor.read(memory)?, self.first().min(self.tensor.elements())))
+        let first = self.first(self.tensor.elements());
+        Ok(M::skip(self.tensor.read(memory)?, first))
     }
 }
 
 // SAFETY: as above.
 unsafe impl<T, M: Memory, X: Writable<T, M>> Writable<T, M> for Strided<X> {
     fn write<'a>(&'a mut self, memory: &'a M) -> Result<M::Out<'a, T>, Error> {
-        let first = self.first().min(self.tensor.elements());
+        let first = self.first(self.tensor.elements());
         Ok(M::skip_mut(self.tensor.write(memory)?, first))
     }
 }

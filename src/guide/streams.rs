@@ -54,8 +54,7 @@
 //! [`RowMap::Attention`](crate::RowMap::Attention).
 //!
 //! The masks are those of one rank and one batch, whatever the split, bit for bit; sums over rows, the gradients of parameters,
-//! are the same within rounding. Data-parallel ranks that need no such equality may
-//! take seeds of their own instead.
+//! are the same within rounding. Data-parallel ranks that need no such equality may take seeds of their own instead.
 //!
 //! # Other random numbers
 //!
