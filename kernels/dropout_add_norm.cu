@@ -6,8 +6,7 @@
 //     xhat = (s - mean) * rstd,  rstd = 1 / sqrt(mean((s - mean)^2) + epsilon);  RMSNorm: mean = 0
 //     y    = xhat * weight + norm_bias
 //
-// The mean is of s less the row's first value, and kept in two parts (norm.cuh), so that a deviation far
-// below the mean keeps its digits.
+// The mean is kept in two parts (norm.cuh), so that a deviation far below it keeps its digits.
 //
 // Backward, with g = dy * weight and E the mean of a row (RMSNorm: without E[g]):
 //
@@ -26,8 +25,7 @@
 //
 // A row computed from its inputs reads x and residual in place of s: 2 more each time.
 //
-// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to
-// 8192), wide (each pass reads and computes the row again).
+// The shapes of the row kernels are those of team.cuh; in a wide one each pass reads and computes the row again.
 //
 // In place: s may be the residual, and y may be x or the residual where s is not asked for: each element is
 // read and written by one thread. The outputs of backward are no input of it.
@@ -67,7 +65,7 @@ struct NormBackwardParams {
     InMatrix<T> ds;  // may be absent
     OutMatrix<T> dresidual;  // absent: only `means` is asked for
     OutMatrix<T> dx;
-    Out<float> means_out;  // [rows, 3]: delta, E[g], E[g * xhat]
+    Out<float> means_out;  // [rows, 3]: -delta * rstd, E[g], E[g * xhat]
     In<float> means;       // the same, for the tiles
     Out<float> sums[3];    // [tiles of rows, cols]: dbias, dweight, dnorm_bias; each may be absent
     Factor factor;         // of dbias: the scale where a tile holds all rows, otherwise 1
@@ -86,97 +84,178 @@ struct Terms {
     Octet<T> residual;
 };
 
-/// One row's s, an octet at a time.
-template <typename T, bool aligned>
+/// One row's s, an octet at a time. `computed`: x is there in every call.
+template <typename T, bool aligned, bool computed>
 struct SumRow {
     const SumOf<T>& of;
     const Mask& mask;
-    unsigned logical;
-    unsigned local;
+    unsigned row;    // of the launch
+    unsigned local;  // local row
 
     __device__ __forceinline__ SumRow(const SumOf<T>& of, const Mask& mask, unsigned row)
-        : of(of),
-          mask(mask),
-          logical(MaskReader<false>(mask).logical(row)),
-          local(mask.rows.offset + row) {}
+        : of(of), mask(mask), row(row), local(mask.rows.offset + row) {}
 
-    /// An octet's first element in a matrix whose rows begin `stride` elements apart.
-    __device__ __forceinline__ unsigned long long element(unsigned long long stride,
-                                                          unsigned octet) const {
-        return local * stride + 8ull * octet;
+    /// Whether s is computed from x, and not read.
+    __device__ __forceinline__ bool computes() const { return computed || of.x.present(); }
+
+    /// The row's part of a matrix from octet `octet.base` on: all octets of a thread are at a fixed distance from it.
+    template <typename Matrix>
+    __device__ __forceinline__ auto place(const Matrix& matrix, Index octet) const {
+        return matrix.from(local * matrix.stride + 8ull * octet.base);
     }
 
-    __device__ __forceinline__ Terms<T> load(unsigned octet, unsigned count) const {
+    __device__ __forceinline__ Octet<T> load(const InMatrix<T>& matrix, Index octet,
+                                             unsigned count) const {
+        return place(matrix, octet).template streaming<aligned>(8 * octet.ahead, count);
+    }
+
+    __device__ __forceinline__ void store(const OutMatrix<T>& matrix, Index octet, unsigned count,
+                                          const Octet<T>& values) const {
+        place(matrix, octet).template cached<aligned>(8 * octet.ahead, count, values);
+    }
+
+    /// An octet of a value a column.
+    __device__ __forceinline__ Octet<T> parameter(const In<T>& values, Index octet,
+                                                  unsigned count) const {
+        const In<T> place = values.from(8ull * octet.base);
+        return place.template cached<aligned>(8 * octet.ahead, count);
+    }
+
+    __device__ __forceinline__ Terms<T> load_terms(Index octet, unsigned count) const {
         Terms<T> terms = {};
-        terms.residual =
-            of.residual.template streaming<aligned>(element(of.residual.stride, octet), count);
-        if (of.x.present()) {
-            terms.x = of.x.template streaming<aligned>(element(of.x.stride, octet), count);
-        }
+        terms.residual = load(of.residual, octet, count);
+        if (computes()) terms.x = load(of.x, octet, count);
         return terms;
     }
 
-    /// s, as it is stored.
-    __device__ __forceinline__ Values sum(unsigned octet, unsigned count, const Terms<T>& terms) const {
-        if (!of.x.present()) return unpack(terms.residual);
-        Values x = unpack(terms.x);
-        if (of.bias.present()) {
-            const Values bias = unpack(of.bias.template cached<aligned>(8ull * octet, count));
+    /// The terms of the octets that a thread holds: one question for all of them.
+    template <typename Walk>
+    __device__ __forceinline__ void load_terms(const Walk& walk, Terms<T> (&terms)[Walk::SLOTS]) const {
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            terms[slot].residual = load(of.residual, octet, count);
+        });
+        if (!computes()) return;
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            terms[slot].x = load(of.x, octet, count);
+        });
+    }
+
+    /// x + bias.
+    __device__ __forceinline__ void add_bias(Values& x, Index octet, unsigned count) const {
+        const Values bias = unpack(parameter(of.bias, octet, count));
 #pragma unroll
-            for (int j = 0; j < 8; ++j) x.at[j] = __fadd_rn(x.at[j], bias.at[j]);
-        }
-        const MaskReader<false> draws(mask);  // read late: it is not held beside the row
-        const Kept keep = draws.kept(draws.lanes(logical, octet));
-        Values s = unpack(terms.residual);
+        for (int j = 0; j < 8; ++j) x.at[j] = __fadd_rn(x.at[j], bias.at[j]);
+    }
+
+    /// s from x + bias and the residual, rounded to T.
+    template <typename Draws>
+    __device__ __forceinline__ Octet<T> sum(const Draws& draws, const Lanes& lanes, const Values& x,
+                                            const Octet<T>& residual) const {
+        const Kept keep = draws.kept(lanes);
+        Values s = unpack(residual);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             if (keep.at[j]) s.at[j] = __fmaf_rn(x.at[j], draws.odds.scale, s.at[j]);
         }
-        return unpack(pack<T>(s));
+        return pack<T>(s);
+    }
+
+    /// s of an octet that is not held.
+    __device__ __forceinline__ Octet<T> sum(Index octet, unsigned count, const Terms<T>& terms) const {
+        if (!computes()) return terms.residual;
+        Values x = unpack(terms.x);
+        if (of.bias.present()) add_bias(x, octet, count);
+        const MaskReader<false> draws(mask);
+        return sum(draws, draws.lanes(draws.logical(row), octet.sum()), x, terms.residual);
+    }
+
+    /// s of the octets that a thread holds. What is the same for all of them is asked once.
+    template <typename Walk>
+    __device__ __forceinline__ void sums(const Walk& walk, const Terms<T> (&terms)[Walk::SLOTS],
+                                         Octet<T> (&s)[Walk::SLOTS]) const {
+        if (!computes()) {
+            walk.each([&](unsigned slot, Index, unsigned) { s[slot] = terms[slot].residual; });
+            return;
+        }
+        Values x[Walk::SLOTS];
+        walk.each([&](unsigned slot, Index, unsigned) { x[slot] = unpack(terms[slot].x); });
+        if (of.bias.present()) {
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                add_bias(x[slot], octet, count);
+            });
+        }
+        with_draws(mask, [&](const auto& draws) {
+            Lanes lanes[Walk::SLOTS];
+            walk.draw(draws, lanes);
+            walk.each([&](unsigned slot, Index, unsigned) {
+                s[slot] = sum(draws, lanes[slot], x[slot], terms[slot].residual);
+            });
+        });
     }
 };
 
 template <typename T, typename Walk>
 __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
-    constexpr bool aligned = Walk::aligned;
-    __shared__ NormScratch scratch;
+    __shared__ NormScratch<Walk> scratch;
     const Walk walk = {{}, p.cols};
     if (walk.team.row >= p.rows) return;  // the whole team
-    const SumRow<T, aligned> row(p.sum, p.mask, walk.team.row);
+    const SumRow<T, Walk::aligned, true> row(p.sum, p.mask, walk.team.row);
 
-    Values held[Walk::SLOTS];
-    if (Walk::held) {
+    Octet<T> held[Walk::SLOTS];
+    if constexpr (Walk::held) {
         Terms<T> terms[Walk::SLOTS];
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            terms[slot] = row.load(octet, count);
-        });
+        row.load_terms(walk, terms);
         __syncwarp();  // keeps the loads first; all threads are here
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            held[slot] = row.sum(octet, count, terms[slot]);
-        });
+        row.sums(walk, terms, held);
     }
-    const auto s_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held[slot] : row.sum(octet, count, row.load(octet, count));
+    const auto stored = [&](unsigned slot, Index octet, unsigned count) -> Octet<T> {
+        if constexpr (Walk::held) {
+            return held[slot];
+        } else {
+            return row.sum(octet, count, row.load_terms(octet, count));
+        }
+    };
+    const auto s_of = [&](unsigned slot, Index octet, unsigned count) {
+        return unpack(stored(slot, octet, count));
     };
 
-    const Standard standard = standard_of(p.norm, walk, scratch, s_of);
-    if (walk.team.rank == 0 && p.stats.present()) {
-        const unsigned long long local = p.mask.rows.offset + walk.team.row;
-        p.stats.cached(2 * local, standard.mean());
-        p.stats.cached(2 * local + 1, standard.rstd);
-    }
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values s = s_of(slot, octet, count);
-        const Values weight = unpack(p.weight.template cached<aligned>(8ull * octet, count));
-        Values bias = {};
+    // On their way while the row is summed.
+    Octet<T> weights[Walk::SLOTS];
+    Octet<T> biases[Walk::SLOTS];
+    if constexpr (Walk::held) {
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            weights[slot] = row.parameter(p.weight, octet, count);
+        });
         if (p.norm_bias.present()) {
-            bias = unpack(p.norm_bias.template cached<aligned>(8ull * octet, count));
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                biases[slot] = row.parameter(p.norm_bias, octet, count);
+            });
         }
-        if (p.s.present()) {
-            p.s.template cached<aligned>(row.element(p.s.stride, octet), count, pack<T>(s));
-        }
-        p.y.template cached<aligned>(row.element(p.y.stride, octet), count,
-                                     pack<T>(normalised(standard, s, weight, bias)));
+    }
+    Values centred[Walk::SLOTS];
+    const Normal normal = normal_of(p.norm, walk, scratch, s_of, centred);
+    if (walk.team.rank == 0 && p.stats.present()) {
+        p.stats.cached(2ull * row.local, normal.mean);
+        p.stats.cached(2ull * row.local + 1, normal.standard.rstd);
+    }
+    if (Walk::held && p.s.present()) {
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            row.store(p.s, octet, count, held[slot]);
+        });
+    }
+    ask(p.norm_bias.present(), [&](auto biased) {
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            const Octet<T> s = stored(slot, octet, count);
+            const float pivot = normal.standard.pivot;
+            const Values d = Walk::held ? centred[slot] : less(unpack(s), pivot);
+            if (!Walk::held) weights[slot] = row.parameter(p.weight, octet, count);
+            if (!Walk::held && biased.value) biases[slot] = row.parameter(p.norm_bias, octet, count);
+            Values bias = {};
+            if (biased.value) bias = unpack(biases[slot]);
+            // Behind all reads of the octet, of which s or y may be in place.
+            if (!Walk::held && p.s.present()) row.store(p.s, octet, count, s);
+            row.store(p.y, octet, count, pack<T>(normalised(normal.standard, d, unpack(weights[slot]), bias)));
+        });
     });
 }
 
@@ -191,97 +270,122 @@ struct PairTerms {
 template <typename T, bool aligned>
 struct GradientRow {
     const NormBackwardParams<T>& p;
-    SumRow<T, aligned> sum;
+    SumRow<T, aligned, false> sum;
 
     __device__ __forceinline__ GradientRow(const NormBackwardParams<T>& p, unsigned row)
         : p(p), sum(p.sum, p.mask, row) {}
 
-    __device__ __forceinline__ PairTerms<T> load(unsigned octet, unsigned count) const {
-        const unsigned long long element = sum.element(p.dy.stride, octet);
-        return {sum.load(octet, count), p.dy.template streaming<aligned>(element, count)};
+    __device__ __forceinline__ PairTerms<T> load(Index octet, unsigned count) const {
+        return {sum.load_terms(octet, count), sum.load(p.dy, octet, count)};
     }
 
-    __device__ __forceinline__ Octet<T> load_ds(unsigned octet, unsigned count) const {
+    __device__ __forceinline__ Octet<T> load_ds(Index octet, unsigned count) const {
         if (!p.ds.present()) return {};
-        return p.ds.template streaming<aligned>(sum.element(p.ds.stride, octet), count);
+        return sum.load(p.ds, octet, count);
     }
 
-    __device__ __forceinline__ NormPair pair(unsigned octet, unsigned count,
-                                             const PairTerms<T>& terms) const {
-        NormPair pair = {sum.sum(octet, count, terms.s), unpack(terms.dy)};
-        const Values weight = unpack(p.weight.template cached<aligned>(8ull * octet, count));
+    __device__ __forceinline__ NormPair pair(Index octet, unsigned count, const Octet<T>& s,
+                                             const Octet<T>& dy) const {
+        NormPair pair = {unpack(s), unpack(dy)};
+        const Values weight = unpack(sum.parameter(p.weight, octet, count));
 #pragma unroll
         for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(pair.g.at[j], weight.at[j]);
         return pair;
     }
 
+    /// The pair of an octet that is not held.
+    __device__ __forceinline__ NormPair pair(Index octet, unsigned count,
+                                             const PairTerms<T>& terms) const {
+        return pair(octet, count, sum.sum(octet, count, terms.s), terms.dy);
+    }
+
     /// Writes dresidual and dx of an octet, and returns what is kept of dresidual before its rounding.
-    __device__ __forceinline__ Values write(unsigned octet, unsigned count, const Standard& standard,
-                                            const NormGradient& gradient, const NormPair& pair,
-                                            const Octet<T>& ds) const {
-        const MaskReader<false> draws(p.mask);
-        const Kept keep = draws.kept(draws.lanes(sum.logical, octet));
+    template <typename Draws>
+    __device__ __forceinline__ Values write(const Draws& draws, const Lanes& lanes, Index octet,
+                                            unsigned count, const NormGradient& gradient,
+                                            const NormPair& pair, const Octet<T>& ds) const {
+        const Kept keep = draws.kept(lanes);
         Values t = unpack(ds);
         Values kept = {};
         Values dx;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float xhat = standard.apply(pair.s.at[j]);
-            t.at[j] = __fadd_rn(t.at[j], gradient.apply(standard, xhat, pair.g.at[j]));
+            t.at[j] = gradient.add_to(t.at[j], pair.s.at[j], pair.g.at[j]);
             if (keep.at[j]) kept.at[j] = t.at[j];
             // +0 times the scale, which is finite, is +0.
             dx.at[j] = __fmul_rn(kept.at[j], draws.odds.scale);
         }
-        p.dresidual.template cached<aligned>(sum.element(p.dresidual.stride, octet), count, pack<T>(t));
-        p.dx.template cached<aligned>(sum.element(p.dx.stride, octet), count, pack<T>(dx));
+        sum.store(p.dresidual, octet, count, pack<T>(t));
+        sum.store(p.dx, octet, count, pack<T>(dx));
         return kept;
     }
 };
 
 template <typename T, typename Walk>
 __device__ __forceinline__ void norm_backward(const NormBackwardParams<T>& p) {
-    __shared__ NormScratch scratch;
+    __shared__ NormScratch<Walk> scratch;
     const Walk walk = {{}, p.cols};
     if (walk.team.row >= p.rows) return;  // the whole team
     const GradientRow<T, Walk::aligned> row(p, walk.team.row);
-    const unsigned long long local = p.mask.rows.offset + walk.team.row;
+    const unsigned long long local = row.sum.local;
+    const float mean = p.stats.cached(2 * local);
+    const float rstd = p.stats.cached(2 * local + 1);
 
     NormPair held[Walk::SLOTS];
     Octet<T> ds[Walk::SLOTS];
-    if (Walk::held) {
-        PairTerms<T> terms[Walk::SLOTS];
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            terms[slot] = row.load(octet, count);
-            ds[slot] = row.load_ds(octet, count);
+    if constexpr (Walk::held) {
+        Terms<T> terms[Walk::SLOTS];
+        Octet<T> dy[Walk::SLOTS];
+        row.sum.load_terms(walk, terms);
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            dy[slot] = row.sum.load(p.dy, octet, count);
+            ds[slot] = {};
         });
+        if (p.ds.present()) {
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                ds[slot] = row.sum.load(p.ds, octet, count);
+            });
+        }
         __syncwarp();  // keeps the loads first; all threads are here
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            held[slot] = row.pair(octet, count, terms[slot]);
+        Octet<T> s[Walk::SLOTS];
+        row.sum.sums(walk, terms, s);
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            held[slot] = row.pair(octet, count, s[slot], dy[slot]);
         });
     }
-    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
-        return Walk::held ? held[slot] : row.pair(octet, count, row.load(octet, count));
-    };
-    const auto s_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        if (Walk::held) return held[slot].s;
-        return row.sum.sum(octet, count, row.sum.load(octet, count));
+    const auto pair_of = [&](unsigned slot, Index octet, unsigned count) -> NormPair {
+        if constexpr (Walk::held) {
+            return held[slot];
+        } else {
+            return row.pair(octet, count, row.load(octet, count));
+        }
     };
 
-    const Standard standard =
-        standard_saved(p.norm, walk, p.stats.cached(2 * local), p.stats.cached(2 * local + 1),
-                       scratch.first, s_of);
-    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
+    const NormGradient gradient = norm_gradient(p.norm, walk, mean, rstd, scratch, pair_of);
     if (!p.dresidual.present()) {
         if (walk.team.rank != 0) return;
-        p.means_out.cached(3 * local, standard.delta);
+        p.means_out.cached(3 * local, gradient.standard.shift);
         p.means_out.cached(3 * local + 1, gradient.centre);
         p.means_out.cached(3 * local + 2, gradient.slope);
         return;
     }
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Octet<T> from_ds = Walk::held ? ds[slot] : row.load_ds(octet, count);
-        row.write(octet, count, standard, gradient, pair_of(slot, octet, count), from_ds);
-    });
+    if constexpr (Walk::held) {
+        with_draws(p.mask, [&](const auto& draws) {
+            Lanes lanes[Walk::SLOTS];
+            walk.draw(draws, lanes);
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                row.write(draws, lanes[slot], octet, count, gradient, held[slot], ds[slot]);
+            });
+        });
+    } else {
+        const MaskReader<false> draws(p.mask);
+        const unsigned logical = draws.logical(walk.team.row);
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            const Lanes lanes = draws.lanes(logical, octet.sum());
+            const NormPair pair = pair_of(slot, octet, count);
+            row.write(draws, lanes, octet, count, gradient, pair, row.load_ds(octet, count));
+        });
+    }
 }
 
 /// A tile: rows are the radix of the sums' tree, columns four octets, so that a thread has one of them and
@@ -299,8 +403,8 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     const unsigned tile_row = p.tiles_a_row.quotient(blockIdx.x);
     const unsigned tile_col = p.tiles_a_row.remainder(blockIdx.x, tile_row);
     const unsigned row = tile_row * NORM_TILE_ROWS + threadIdx.x / NORM_TILE_OCTETS;
-    const unsigned octet = tile_col * NORM_TILE_OCTETS + threadIdx.x % NORM_TILE_OCTETS;
-    const unsigned count = row < p.rows ? below(p.cols, octet) : 0;
+    const Index octet = {tile_col * NORM_TILE_OCTETS + threadIdx.x % NORM_TILE_OCTETS, 0};
+    const unsigned count = row < p.rows ? below(p.cols, 1ull * octet.base) : 0;
     // A thread without an element still has a row that exists: its number may be read from a list.
     const GradientRow<T, aligned> of(p, min(row, p.rows - 1));
 
@@ -316,15 +420,18 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     Values dweight = {};
     Values dnorm_bias = {};
     if (count > 0) {
-        const Standard standard = {p.stats.cached(2ull * row), p.means.cached(3ull * row),
-                                   p.stats.cached(2ull * row + 1)};
-        const NormGradient gradient = {p.means.cached(3ull * row + 1), p.means.cached(3ull * row + 2)};
+        const Standard standard = {p.stats.cached(2ull * row), p.stats.cached(2ull * row + 1),
+                                   p.means.cached(3ull * row)};
+        const NormGradient gradient = {standard, p.means.cached(3ull * row + 1),
+                                       p.means.cached(3ull * row + 2)};
         const NormPair pair = of.pair(octet, count, loaded);
-        dbias = of.write(octet, count, standard, gradient, pair, ds);
+        const MaskReader<false> draws(p.mask);
+        const Lanes lanes = draws.lanes(draws.logical(of.sum.row), octet.base);
+        dbias = of.write(draws, lanes, octet, count, gradient, pair, ds);
         dnorm_bias = unpack(loaded.dy);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            dweight.at[j] = __fmul_rn(dnorm_bias.at[j], standard.apply(pair.s.at[j]));
+            dweight.at[j] = __fmul_rn(dnorm_bias.at[j], standard.xhat(standard.centred(pair.s.at[j])));
         }
     }
     terms[0][threadIdx.x] = dbias;
@@ -345,18 +452,26 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 
-/// The kernels of one storage type. Without its bound the forward pass of unaligned rows of f16 spills on sm_80.
-#define FD_NORM_KERNELS(form, walk, T, type)                                                       \
-    FD_KERNEL(dropout_add_norm_forward_##form##_##type, NormForwardParams<T>, THREADS,             \
-              norm_forward<T, walk<true>>)                                                      \
-    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##form##_unaligned_##type, NormForwardParams<T>, THREADS, \
-                     2, norm_forward<T, walk<false>>)                                              \
-    FD_KERNEL(dropout_add_norm_backward_##form##_##type, NormBackwardParams<T>, THREADS,           \
-              norm_backward<T, walk<true>>)                                                     \
-    FD_KERNEL(dropout_add_norm_backward_##form##_unaligned_##type, NormBackwardParams<T>, THREADS, \
-              norm_backward<T, walk<false>>)
+/// Threads that a multiprocessor must have registers for. Of aligned rows in 16-bit storage for sm_90, 640: 96 registers
+/// each, where ptxas would take 128. Otherwise what ptxas needs to be told where it spills for no reason.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr unsigned FORWARD_THREADS = 512;
+#else
+constexpr unsigned FORWARD_THREADS = 640;
+#endif
 
-FD_ROW_FORMS(FD_NORM_KERNELS)
+#define FD_NORM_PASSES(shape, Walk, T, type, forward_threads, backward_threads)                    \
+    FD_KERNEL_BLOCKS(dropout_add_norm_forward_##shape##_##type, NormForwardParams<T>, Walk::BLOCK, \
+                     (forward_threads) / Walk::BLOCK, norm_forward<T, Walk>)                       \
+    FD_KERNEL_BLOCKS(dropout_add_norm_backward_##shape##_##type, NormBackwardParams<T>, Walk::BLOCK, \
+                     (backward_threads) / Walk::BLOCK, norm_backward<T, Walk>)
+#define FD_NORM(shape, Walk, T, type) \
+    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FORWARD_THREADS : Walk::BLOCK, Walk::BLOCK)
+#define FD_NORM_UNALIGNED(shape, Walk, T, type) \
+    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
+
+FD_ROW_SHAPES(FD_NORM)
+FD_UNALIGNED_ROW_SHAPES(FD_NORM_UNALIGNED)
 FD_KERNEL(dropout_add_norm_tile_f32, NormBackwardParams<float>, THREADS, norm_tile<float, true>)
 FD_KERNEL(dropout_add_norm_tile_f16, NormBackwardParams<f16>, THREADS, norm_tile<f16, true>)
 FD_KERNEL(dropout_add_norm_tile_bf16, NormBackwardParams<bf16>, THREADS, norm_tile<bf16, true>)

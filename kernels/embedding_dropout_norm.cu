@@ -15,8 +15,7 @@
 // Bytes an element in 16-bit storage, beside the tables: forward 2; backward 2 read and 8 written, then 4 read for each
 // table and for the weight, 2 for the bias.
 //
-// The forms of the row kernels are those of softmax_dropout.cu: warp (up to 1024 columns), block (up to 8192), wide
-// (each pass reads the row again).
+// The shapes of the row kernels are those of team.cuh; in a wide one each pass reads the row again.
 
 #include "embedding.cuh"
 #include "norm.cuh"
@@ -40,39 +39,68 @@ struct EmbeddingNormParams {
 static_assert(sizeof(EmbeddingNormParams<float>) == 384, "embedding_dropout.rs: NormParams");
 
 /// One row, as the team that shares it sees it.
-template <typename T, bool aligned>
+template <typename T, typename Walk>
 struct EmbeddingRow {
+    static constexpr bool aligned = Walk::aligned;
+
     const EmbeddingNormParams<T>& p;
-    unsigned row;    // of the launch
+    const Walk walk;
     unsigned local;  // local row
     Entries entries;
+    Values sums[Walk::SLOTS];  // where the walk holds
 
-    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, unsigned row)
+    __device__ __forceinline__ EmbeddingRow(const EmbeddingNormParams<T>& p, const Walk& walk)
         : p(p),
-          row(row),
-          local(p.mask.rows.offset + row),
+          walk(walk),
+          local(p.mask.rows.offset + walk.team.row),
           entries(p.embeddings.lookups, local) {}
 
     /// Index of an octet's first element.
-    __device__ __forceinline__ unsigned long long at(unsigned octet) const {
-        return local * p.embeddings.cols + 8ull * octet;
+    __device__ __forceinline__ unsigned long long at(Index octet) const {
+        return local * p.embeddings.cols + octet.element();
     }
 
-    __device__ __forceinline__ typename Embeddings<T>::Loaded load(unsigned octet,
-                                                                   unsigned count) const {
-        return p.embeddings.template load<aligned>(entries, octet, count);
+    __device__ __forceinline__ typename Embeddings<T>::Loaded load(Index octet, unsigned count) const {
+        return p.embeddings.template load<aligned>(entries, octet.sum(), count);
     }
 
     /// An octet of columns of a parameter of the norm.
-    __device__ __forceinline__ Values parameter(const In<T>& values, unsigned octet,
+    __device__ __forceinline__ Values parameter(const In<T>& values, Index octet,
                                                 unsigned count) const {
-        return unpack(values.template cached<aligned>(8ull * octet, count));
+        return unpack(values.template cached<aligned>(octet.element(), count));
+    }
+
+    /// Loads what is held. `beside(slot, octet, count)` loads what else is.
+    template <typename Beside>
+    __device__ __forceinline__ void hold(Beside beside) {
+        if (!Walk::held) return;
+        if (!aligned) {  // an octet alone is enough loads
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                beside(slot, octet, count);
+                sums[slot] = p.embeddings.sum(load(octet, count));
+            });
+            return;
+        }
+        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            loaded[slot] = load(octet, count);
+            beside(slot, octet, count);
+        });
+        __syncwarp();  // keeps the loads first; all threads are here
+        walk.each([&](unsigned slot, Index, unsigned) {
+            sums[slot] = p.embeddings.sum(loaded[slot]);
+        });
+    }
+
+    /// The sum of an octet.
+    __device__ __forceinline__ Values sum(unsigned slot, Index octet, unsigned count) const {
+        return Walk::held ? sums[slot] : p.embeddings.sum(load(octet, count));
     }
 
     /// D of an octet.
-    __device__ __forceinline__ Values drop(const Values& values, unsigned octet) const {
+    __device__ __forceinline__ Values drop(const Values& values, Index octet) const {
         const MaskReader<false> draws(p.mask);  // read late: it is not held beside the row
-        const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
+        const Kept keep = draws.kept(draws.lanes(draws.logical(walk.team.row), octet.sum()));
         Values dropped = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -82,43 +110,13 @@ struct EmbeddingRow {
     }
 };
 
-/// What the threads of a team hold of their row's sums, where they hold it.
-template <typename T, typename Walk>
-struct HeldSums {
-    Values sums[Walk::SLOTS];
-
-    /// `beside(slot, octet, count)` loads what else is held.
-    template <typename Beside>
-    __device__ __forceinline__ void load(const Walk& walk, const EmbeddingRow<T, Walk::aligned>& row,
-                                         Beside beside) {
-        if (!Walk::held) return;
-        const Embeddings<T>& embeddings = row.p.embeddings;
-        if (!Walk::aligned) {  // an octet alone is enough loads
-            walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-                beside(slot, octet, count);
-                sums[slot] = embeddings.sum(row.load(octet, count));
-            });
-            return;
-        }
-        typename Embeddings<T>::Loaded loaded[Walk::SLOTS];
-        walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-            loaded[slot] = row.load(octet, count);
-            beside(slot, octet, count);
-        });
-        __syncwarp();  // keeps the loads first; all threads are here
-        walk.each([&](unsigned slot, unsigned, unsigned) {
-            sums[slot] = embeddings.sum(loaded[slot]);
-        });
-    }
-};
-
 template <typename T, typename Walk>
 __device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams<T>& p) {
     constexpr bool aligned = Walk::aligned;
-    __shared__ NormScratch scratch;
+    __shared__ NormScratch<Walk> scratch;
     const Walk walk = {{}, p.embeddings.cols};
     if (walk.team.row >= p.rows) return;  // the whole team
-    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    EmbeddingRow<T, Walk> row(p, walk);
     const bool writes_stats = walk.team.rank == 0 && p.stats_out.present();
     if (!row.entries.exist) {  // the whole team
         if (walk.team.rank == 0) p.report.lower(0, row.local);
@@ -126,26 +124,28 @@ __device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams
             p.stats_out.cached(2ull * row.local, 0.0f);
             p.stats_out.cached(2ull * row.local + 1, 0.0f);
         }
-        walk.each([&](unsigned, unsigned octet, unsigned count) {
+        walk.each([&](unsigned, Index octet, unsigned count) {
             p.y.template cached<aligned>(row.at(octet), count, {});
         });
         return;
     }
-    HeldSums<T, Walk> held;
-    held.load(walk, row, [](unsigned, unsigned, unsigned) {});
-    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
+    row.hold([](unsigned, Index, unsigned) {});
+    const auto sum_of = [&](unsigned slot, Index octet, unsigned count) {
+        return row.sum(slot, octet, count);
     };
-    const Standard standard = standard_of(p.norm, walk, scratch, sum_of);
+    Values centred[Walk::SLOTS];
+    const Normal normal = normal_of(p.norm, walk, scratch, sum_of, centred);
     if (writes_stats) {
-        p.stats_out.cached(2ull * row.local, standard.mean());
-        p.stats_out.cached(2ull * row.local + 1, standard.rstd);
+        p.stats_out.cached(2ull * row.local, normal.mean);
+        p.stats_out.cached(2ull * row.local + 1, normal.standard.rstd);
     }
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        const float pivot = normal.standard.pivot;
+        const Values d = Walk::held ? centred[slot] : less(sum_of(slot, octet, count), pivot);
         const Values weight = row.parameter(p.weight, octet, count);
         Values bias = {};
         if (p.norm_bias.present()) bias = row.parameter(p.norm_bias, octet, count);
-        const Values y = normalised(standard, sum_of(slot, octet, count), weight, bias);
+        const Values y = normalised(normal.standard, d, weight, bias);
         p.y.template cached<aligned>(row.at(octet), count, pack<T>(row.drop(y, octet)));
     });
 }
@@ -153,74 +153,70 @@ __device__ __forceinline__ void embedding_norm_forward(const EmbeddingNormParams
 template <typename T, typename Walk>
 __device__ __forceinline__ void embedding_norm_backward(const EmbeddingNormParams<T>& p) {
     constexpr bool aligned = Walk::aligned;
-    __shared__ NormScratch scratch;
+    __shared__ NormScratch<Walk> scratch;
     const Walk walk = {{}, p.embeddings.cols};
     if (walk.team.row >= p.rows) return;  // the whole team
-    const EmbeddingRow<T, aligned> row(p, walk.team.row);
+    EmbeddingRow<T, Walk> row(p, walk);
     // The whole team. Nobody reads what is not written here: the row takes nothing.
     if (!row.entries.exist) return;
-    HeldSums<T, Walk> held;
-    const auto load_dy = [&](unsigned octet, unsigned count) -> Octet<T> {
+    const auto load_dy = [&](Index octet, unsigned count) -> Octet<T> {
         return p.dy.template cached<aligned>(row.at(octet), count);
     };
     Octet<T> dy[Walk::SLOTS];
-    held.load(walk, row, [&](unsigned slot, unsigned octet, unsigned count) {
-        dy[slot] = load_dy(octet, count);
-    });
+    row.hold([&](unsigned slot, Index octet, unsigned count) { dy[slot] = load_dy(octet, count); });
     Values held_h[Walk::SLOTS];
     if (Walk::held) {
-        walk.each([&](unsigned slot, unsigned octet, unsigned) {
+        walk.each([&](unsigned slot, Index octet, unsigned) {
             held_h[slot] = row.drop(unpack(dy[slot]), octet);
         });
     }
-    const auto sum_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
-        return Walk::held ? held.sums[slot] : p.embeddings.sum(row.load(octet, count));
-    };
-    const auto h_of = [&](unsigned slot, unsigned octet, unsigned count) -> Values {
+    const auto h_of = [&](unsigned slot, Index octet, unsigned count) -> Values {
         return Walk::held ? held_h[slot] : row.drop(unpack(load_dy(octet, count)), octet);
     };
-    const auto weighed = [&](const Values& s, const Values& h, unsigned octet, unsigned count) {
+    const auto weighed = [&](const Values& s, const Values& h, Index octet, unsigned count) {
         NormPair pair = {s, h};
         const Values weight = row.parameter(p.weight, octet, count);
 #pragma unroll
         for (int j = 0; j < 8; ++j) pair.g.at[j] = __fmul_rn(h.at[j], weight.at[j]);
         return pair;
     };
-    const auto pair_of = [&](unsigned slot, unsigned octet, unsigned count) -> NormPair {
+    const auto pair_of = [&](unsigned slot, Index octet, unsigned count) -> NormPair {
         const Values h = h_of(slot, octet, count);
-        return weighed(sum_of(slot, octet, count), h, octet, count);
+        return weighed(row.sum(slot, octet, count), h, octet, count);
     };
-    const Standard standard =
-        standard_saved(p.norm, walk, p.stats.cached(2ull * row.local),
-                       p.stats.cached(2ull * row.local + 1), scratch.first, sum_of);
-    const NormGradient gradient = norm_gradient(p.norm, walk, standard, scratch, pair_of);
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
+    const NormGradient gradient =
+        norm_gradient(p.norm, walk, p.stats.cached(2ull * row.local),
+                      p.stats.cached(2ull * row.local + 1), scratch, pair_of);
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
         const Values h = h_of(slot, octet, count);
-        const NormPair pair = weighed(sum_of(slot, octet, count), h, octet, count);
+        const NormPair pair = weighed(row.sum(slot, octet, count), h, octet, count);
         Values out;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            out.at[j] = gradient.apply(standard, standard.apply(pair.s.at[j]), pair.g.at[j]);
+            out.at[j] = gradient.add_to(0.0f, pair.s.at[j], pair.g.at[j]);
         }
         p.ds.template cached<aligned>(row.at(octet), count, pack<float>(out));
         if (!p.slopes.present()) return;
+        const Standard& standard = gradient.standard;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            out.at[j] = __fmul_rn(h.at[j], standard.apply(pair.s.at[j]));
+            out.at[j] = __fmul_rn(h.at[j], standard.xhat(standard.centred(pair.s.at[j])));
         }
         p.slopes.template cached<aligned>(row.at(octet), count, pack<float>(out));
     });
 }
 
-/// The kernels of one form and storage type. Without their bound those of unaligned rows spill on sm_80.
-#define FD_EMBEDDING_NORM(form, walk, T, type)                                                     \
-    FD_KERNEL(embedding_dropout_norm_forward_##form##_##type, EmbeddingNormParams<T>, THREADS,     \
-              embedding_norm_forward<T, walk<true>>)                                               \
-    FD_KERNEL_BLOCKS(embedding_dropout_norm_forward_##form##_unaligned_##type, EmbeddingNormParams<T>, \
-                     THREADS, 2, embedding_norm_forward<T, walk<false>>)                           \
-    FD_KERNEL(embedding_dropout_norm_backward_##form##_##type, EmbeddingNormParams<T>, THREADS,    \
-              embedding_norm_backward<T, walk<true>>)                                              \
-    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##form##_unaligned_##type, EmbeddingNormParams<T>, \
-                     THREADS, 2, embedding_norm_backward<T, walk<false>>)
+#define FD_EMBEDDING_NORM(shape, Walk, T, type)                                                    \
+    FD_KERNEL(embedding_dropout_norm_forward_##shape##_##type, EmbeddingNormParams<T>, Walk::BLOCK, \
+              embedding_norm_forward<T, Walk>)                                                     \
+    FD_KERNEL(embedding_dropout_norm_backward_##shape##_##type, EmbeddingNormParams<T>, Walk::BLOCK, \
+              embedding_norm_backward<T, Walk>)
+/// Without their bound those of unaligned rows spill on sm_80.
+#define FD_EMBEDDING_NORM_UNALIGNED(shape, Walk, T, type)                                          \
+    FD_KERNEL_BLOCKS(embedding_dropout_norm_forward_##shape##_##type, EmbeddingNormParams<T>,      \
+                     Walk::BLOCK, 512 / Walk::BLOCK, embedding_norm_forward<T, Walk>)              \
+    FD_KERNEL_BLOCKS(embedding_dropout_norm_backward_##shape##_##type, EmbeddingNormParams<T>,     \
+                     Walk::BLOCK, 512 / Walk::BLOCK, embedding_norm_backward<T, Walk>)
 
-FD_ROW_FORMS(FD_EMBEDDING_NORM)
+FD_ROW_SHAPES(FD_EMBEDDING_NORM)
+FD_UNALIGNED_ROW_SHAPES(FD_EMBEDDING_NORM_UNALIGNED)

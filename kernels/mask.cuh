@@ -130,6 +130,8 @@ struct Index {
     unsigned ahead;
 
     __device__ __forceinline__ unsigned sum() const { return base + ahead; }
+    /// The first element of an octet with this index.
+    __device__ __forceinline__ unsigned long long element() const { return 8ull * base + 8 * ahead; }
 };
 
 /// Where an octet of a launch lies. `dense`: rows are whole octets and follow each other in every matrix, so octets do.
@@ -154,7 +156,7 @@ struct Position {
 
     /// The octet's first element in a matrix whose rows begin `stride` elements apart.
     __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
-        if (dense) return 8ull * index.base + 8 * index.ahead;
+        if (dense) return index.element();
         return row * stride + 8ull * octet;
     }
 };
@@ -255,3 +257,13 @@ struct MaskReader {
         return kept;
     }
 };
+
+/// Calls `body` with the reader of a mask, which for a plain one asks nothing.
+template <typename Body>
+__device__ __forceinline__ void with_draws(const Mask& mask, Body body) {
+    if (mask.plain) {
+        body(MaskReader<true>(mask));
+    } else {
+        body(MaskReader<false>(mask));
+    }
+}

@@ -3,64 +3,55 @@
 //     xhat = ((s - pivot) - delta) * rstd,  y = xhat * weight + bias
 //
 // The mean is pivot + delta: one f32 has no room for the digits of a mean of 1e4 that a deviation of 1e-2
-// asks for; two have, and s - pivot is exact where s and the pivot are near each other. The pivot is the
-// mean as a first sum gives it, of distances from the row's first value: what that sum lost where this value
-// is far from the others, delta has again; and a row of one value has a deviation of exactly 0.
+// asks for; two have, and s - pivot is exact where s and the pivot are near each other. The pivot is a mean of some of the
+// row:
 //
-// A row's mean is a sum of shares, x / n: no sum of large values overflows. Squares do, and those of small values
-// vanish: a variance out of range is computed again from the row times a power of two.
+// - of the team's first octets, where all of its threads have one: m of n columns, a power of two. Any m of n values have
+//   a mean within sqrt(n / m - 1) deviations of that of all, here within sqrt(3), so the variance, mean d^2 - delta^2,
+//   loses two bits at most. Sums of equal values are exact: a row of one value has a deviation of 0;
+// - otherwise of the whole row, of distances from its first value.
+//
+// A row whose squares are out of f32's range, or whose sums are, is computed again from the row times a power of two.
 //
 // Every function with a `Walk` wants all threads of its team, and `get(slot, octet, count)` gives an octet
 // of the row as f32 `Values`: from registers, or by reading it again.
 
 #pragma once
 
+#include "exponential.cuh"
 #include "team.cuh"
 
 /// A normalisation, as the host describes it.
 struct RowNorm {
-    float columns;   // of a row, at least 1: what a mean divides by
+    float share;  // 1 over the columns of a row: what a value counts for in a mean
     float epsilon;
     unsigned layer;  // 1: LayerNorm; 0: RMSNorm
 };
 static_assert(sizeof(RowNorm) == 12, "abi.rs: RowNorm");
 
 /// Shared memory of the collectives of one row, in turns.
+template <typename Walk>
 struct NormScratch {
-    Scratch first;
-    Scratch second;
-    Scratch third;
+    typename Walk::Scratch first;
+    typename Walk::Scratch second;
+    typename Walk::Scratch moments[2];
+    typename Walk::Scratch sums[3];
 };
 
 /// How a row is standardised.
 struct Standard {
     float pivot;
-    float delta;
     float rstd;
+    float shift;  // -delta * rstd
 
-    /// s less the mean.
-    __device__ __forceinline__ float centred(float s) const {
-        return __fsub_rn(__fsub_rn(s, pivot), delta);
+    __device__ __forceinline__ float centred(float s) const { return __fsub_rn(s, pivot); }
+    /// xhat, but for the shift.
+    __device__ __forceinline__ float scaled(float s) const { return __fmul_rn(centred(s), rstd); }
+    /// xhat from s - pivot.
+    __device__ __forceinline__ float xhat(float centred) const {
+        return __fmaf_rn(centred, rstd, shift);
     }
-    /// xhat.
-    __device__ __forceinline__ float apply(float s) const { return __fmul_rn(centred(s), rstd); }
-    __device__ __forceinline__ float mean() const { return __fadd_rn(pivot, delta); }
 };
-
-/// What a value counts for in its row's mean.
-__device__ __forceinline__ float share_of(const RowNorm& norm) {
-    return __fdiv_rn(1.0f, norm.columns);
-}
-
-/// What `pivot` lacks of the row's mean.
-template <typename Walk, typename Get>
-__device__ __forceinline__ float delta_of(const RowNorm& norm, const Walk& walk, float pivot,
-                                          Scratch& scratch, Get get) {
-    if (!norm.layer) return 0.0f;
-    return walk.mean(share_of(norm), scratch, get, [&](const Values& s, unsigned j) {
-        return __fsub_rn(s.at[j], pivot);
-    });
-}
 
 /// Mean and variance of a row: the mean is pivot + delta.
 struct Moments {
@@ -69,57 +60,88 @@ struct Moments {
     float variance;
 };
 
-/// Of a row, or where `scaled` of the row times `power`.
-template <bool scaled, typename Walk, typename Get>
-__device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& walk, float power,
-                                              NormScratch& scratch, Get get) {
-    const auto value = [&](float s) { return scaled ? __fmul_rn(s, power) : s; };
-    const float share = share_of(norm);
-    Moments row = {};
-    if (norm.layer) {
-        float first = 0.0f;
-        if (walk.team.rank == 0 && walk.cols > 0) {
-            first = value(get(0u, 0u, below(walk.cols, 0)).at[0]);
-        }
-        first = walk.team.first(first, scratch.first);
-        const float distance =
-            walk.mean(share, scratch.second, get, [&](const Values& s, unsigned j) {
-                return __fsub_rn(value(s.at[j]), first);
-            });
-        row.pivot = __fadd_rn(first, distance);
+/// The sum of an octet, as a tree.
+__device__ __forceinline__ float tree_sum(const Values& s) {
+    float sums[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] = __fadd_rn(s.at[2 * j], s.at[2 * j + 1]);
+    return __fadd_rn(__fadd_rn(sums[0], sums[1]), __fadd_rn(sums[2], sums[3]));
+}
+
+/// The pivot of a row of values `get`.
+template <typename Walk, typename Get>
+__device__ __forceinline__ float pivot_of(const RowNorm& norm, const Walk& walk,
+                                          NormScratch<Walk>& scratch, Get get) {
+    if (Walk::SURE > 0) {
+        const float sum = tree_sum(get(0u, Index{walk.team.rank, 0}, 8u));
+        return __fmul_rn(walk.team.sum(sum, scratch.first), 1.0f / (8 * Walk::Team::SIZE));
     }
-    // Of d = s - pivot: delta is its mean, and the variance is what its mean square has beyond delta's.
-    float delta = 0.0f;
-    float square = 0.0f;
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values& s = get(slot, octet, count);
+    float first = 0.0f;
+    if (walk.team.rank == 0 && walk.cols > 0) {
+        first = get(0u, Index{0, 0}, below(walk.cols, 0ull)).at[0];
+    }
+    first = walk.team.first(first, scratch.first);
+    float distance = 0.0f;
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        const Values s = get(slot, octet, count);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
             if (!Walk::aligned && j >= count) continue;
-            const float d = __fsub_rn(value(s.at[j]), row.pivot);
-            delta = __fmaf_rn(d, share, delta);
-            square = __fmaf_rn(d, d, square);
+            distance = __fmaf_rn(__fsub_rn(s.at[j], first), norm.share, distance);
         }
     });
-    if (norm.layer) row.delta = walk.team.sum(delta, scratch.third);
-    square = __fmul_rn(walk.team.sum(square, scratch.first), share);
-    row.variance = __fmaf_rn(-row.delta, row.delta, square);
+    return __fadd_rn(first, walk.team.sum(distance, scratch.second));
+}
+
+/// s - pivot of an octet.
+__device__ __forceinline__ Values less(const Values& s, float pivot) {
+    Values d;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) d.at[j] = __fsub_rn(s.at[j], pivot);
+    return d;
+}
+
+/// The moments of a row of values `get`. Leaves s - pivot in `centred` where the walk holds.
+template <typename Walk, typename Get>
+__device__ __forceinline__ Moments moments_of(const RowNorm& norm, const Walk& walk,
+                                              NormScratch<Walk>& scratch, Get get,
+                                              Values (&centred)[Walk::SLOTS]) {
+    Moments row = {};
+    if (norm.layer) row.pivot = pivot_of(norm, walk, scratch, get);
+    // Of d = s - pivot: delta is its mean, and the variance is what its mean square has beyond delta's.
+    float sums[2] = {};
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        const Values d = less(get(slot, octet, count), row.pivot);
+        if (Walk::held) centred[slot] = d;
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            if (!Walk::aligned && j >= count) continue;
+            sums[0] = __fmaf_rn(d.at[j], norm.share, sums[0]);
+            sums[1] = __fmaf_rn(d.at[j], d.at[j], sums[1]);
+        }
+    });
+    walk.team.sums(sums, scratch.moments);
+    if (norm.layer) row.delta = sums[0];
+    row.variance = __fmaf_rn(-row.delta, row.delta, __fmul_rn(sums[1], norm.share));
     if (row.variance < 0.0f) row.variance = 0.0f;
     return row;
 }
 
-/// A variance in this range lost nothing to squares out of f32's own: 2^-90 and the largest number.
-constexpr unsigned LEAST_VARIANCE = 0x12800000u;
-constexpr unsigned MOST_VARIANCE = 0x7f7fffffu;
+/// A row's mean, and how it is standardised.
+struct Normal {
+    float mean;
+    Standard standard;
+};
 
 /// Of a row of any magnitude: from the row times a power of two that brings it, or the root of epsilon, near
 /// 1. rstd is at most the largest f32.
 template <typename Walk, typename Get>
-__device__ __forceinline__ Standard scaled_standard_of(const RowNorm& norm, const Walk& walk,
-                                                       NormScratch& scratch, Get get) {
+__device__ __forceinline__ Normal scaled_normal_of(const RowNorm& norm, const Walk& walk,
+                                                   NormScratch<Walk>& scratch, Get get,
+                                                   Values (&centred)[Walk::SLOTS]) {
     float largest = __fsqrt_rn(norm.epsilon);
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values& s = get(slot, octet, count);
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        const Values s = get(slot, octet, count);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
             if (Walk::aligned || j < count) largest = fmaxf(largest, fabsf(s.at[j]));
@@ -129,53 +151,68 @@ __device__ __forceinline__ Standard scaled_standard_of(const RowNorm& norm, cons
     // The ends of the range, where a power or its reciprocal is no normal number, take their neighbour's.
     exponent = min(max(exponent, 1u), 253u);
     const float power = bits_as<float>((254u - exponent) << 23);  // 2^(127 - exponent)
-    const Moments row = moments_of<true>(norm, walk, power, scratch, get);
+    const auto times_power = [&](unsigned slot, Index octet, unsigned count) {
+        Values s = get(slot, octet, count);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) s.at[j] = __fmul_rn(s.at[j], power);
+        return s;
+    };
+    const Moments row = moments_of(norm, walk, scratch, times_power, centred);
     const float epsilon = __fmul_rn(__fmul_rn(norm.epsilon, power), power);
     const float variance = __fadd_rn(row.variance, epsilon);
     const float rstd = variance == 0.0f ? 0.0f : __fdiv_rn(power, __fsqrt_rn(variance));
     const float most = bits_as<float>(0x7f7fffffu);
+    const float limited = rstd > most ? most : rstd;
     const float back = __fdiv_rn(1.0f, power);
-    return {__fmul_rn(row.pivot, back), __fmul_rn(row.delta, back), rstd > most ? most : rstd};
+    const float pivot = __fmul_rn(row.pivot, back);
+    const float delta = __fmul_rn(row.delta, back);
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        if (Walk::held) centred[slot] = less(get(slot, octet, count), pivot);
+    });
+    return {__fadd_rn(pivot, delta), {pivot, limited, -__fmul_rn(delta, limited)}};
 }
 
-/// Of a row.
+/// A variance in this range lost nothing to squares out of f32's own: 2^-90 and the largest number.
+constexpr unsigned LEAST_VARIANCE = 0x12800000u;
+constexpr unsigned MOST_VARIANCE = 0x7f7fffffu;
+
+/// Of a row of values `get`. Leaves s - pivot in `centred` where the walk holds.
 template <typename Walk, typename Get>
-__device__ __forceinline__ Standard standard_of(const RowNorm& norm, const Walk& walk,
-                                                NormScratch& scratch, Get get) {
-    const Moments row = moments_of<false>(norm, walk, 1.0f, scratch, get);
+__device__ __forceinline__ Normal normal_of(const RowNorm& norm, const Walk& walk,
+                                            NormScratch<Walk>& scratch, Get get,
+                                            Values (&centred)[Walk::SLOTS]) {
+    const Moments row = moments_of(norm, walk, scratch, get, centred);
     const float variance = __fadd_rn(row.variance, norm.epsilon);
     const bool usual =
         variance >= bits_as<float>(LEAST_VARIANCE) && variance <= bits_as<float>(MOST_VARIANCE);
     // The same for all threads of the team.
-    if (!usual) return scaled_standard_of(norm, walk, scratch, get);
-    return {row.pivot, row.delta, __fdiv_rn(1.0f, __fsqrt_rn(variance))};
+    if (!usual) return scaled_normal_of(norm, walk, scratch, get, centred);
+    const float rstd = rsqrt_fast(variance);
+    return {__fadd_rn(row.pivot, row.delta), {row.pivot, rstd, -__fmul_rn(row.delta, rstd)}};
 }
 
-/// Of the same row, from the mean and rstd that were saved. That mean is a rounded one: what it lacks is
-/// computed again.
-template <typename Walk, typename Get>
-__device__ __forceinline__ Standard standard_saved(const RowNorm& norm, const Walk& walk, float mean,
-                                                   float rstd, Scratch& scratch, Get get) {
-    return {mean, delta_of(norm, walk, mean, scratch, get), rstd};
-}
-
-/// y of an octet; `bias` is zeros where there is none.
-__device__ __forceinline__ Values normalised(const Standard& row, const Values& s,
+/// y of an octet, from s - pivot; `bias` is zeros where there is none.
+__device__ __forceinline__ Values normalised(const Standard& row, const Values& centred,
                                              const Values& weight, const Values& bias) {
     Values y;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) y.at[j] = __fmaf_rn(row.apply(s.at[j]), weight.at[j], bias.at[j]);
+    for (int j = 0; j < 8; ++j) {
+        y.at[j] = __fmaf_rn(row.xhat(centred.at[j]), weight.at[j], bias.at[j]);
+    }
     return y;
 }
 
 /// How the gradient g = dy * weight of a row's xhat becomes that of the row.
 struct NormGradient {
+    Standard standard;
     float centre;  // mean of g; 0 for RMSNorm
     float slope;   // mean of g * xhat
 
-    __device__ __forceinline__ float apply(const Standard& row, float xhat, float g) const {
-        const float centred = __fsub_rn(g, centre);
-        return __fmul_rn(row.rstd, __fmaf_rn(-xhat, slope, centred));
+    /// rstd * (g - centre - xhat * slope), added to `ds`.
+    __device__ __forceinline__ float add_to(float ds, float s, float g) const {
+        const float offset = __fmaf_rn(-standard.shift, slope, -centre);  // the same for a row
+        const float rest = __fmaf_rn(standard.scaled(s), -slope, offset);
+        return __fmaf_rn(standard.rstd, __fadd_rn(g, rest), ds);
     }
 };
 
@@ -185,21 +222,27 @@ struct NormPair {
     Values g;
 };
 
-/// Of a row; `get` gives its octets as `NormPair`.
+/// Of a row, from the mean and rstd that were saved; `get` gives its octets as `NormPair`. The saved mean is a rounded
+/// one: what it lacks is computed again.
 template <typename Walk, typename Get>
 __device__ __forceinline__ NormGradient norm_gradient(const RowNorm& norm, const Walk& walk,
-                                                      const Standard& row, NormScratch& scratch,
-                                                      Get get) {
-    NormGradient gradient = {};
-    if (norm.layer) {
-        const float sum = walk.sum(scratch.second, get, [&](const NormPair& pair, unsigned j) {
-            return pair.g.at[j];
-        });
-        gradient.centre = __fdiv_rn(sum, norm.columns);
-    }
-    const float sum = walk.sum(scratch.third, get, [&](const NormPair& pair, unsigned j) {
-        return __fmul_rn(pair.g.at[j], row.apply(pair.s.at[j]));
+                                                      float mean, float rstd,
+                                                      NormScratch<Walk>& scratch, Get get) {
+    const Standard saved = {mean, rstd, 0.0f};
+    float sums[3] = {};
+    walk.each([&](unsigned slot, Index octet, unsigned count) {
+        const NormPair pair = get(slot, octet, count);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            if (!Walk::aligned && j >= count) continue;
+            const float x = saved.scaled(pair.s.at[j]);
+            sums[0] = __fadd_rn(sums[0], x);
+            sums[1] = __fadd_rn(sums[1], pair.g.at[j]);
+            sums[2] = __fmaf_rn(x, pair.g.at[j], sums[2]);
+        }
     });
-    gradient.slope = __fdiv_rn(sum, norm.columns);
-    return gradient;
+    walk.team.sums(sums, scratch.sums);
+    const float shift = norm.layer ? __fmul_rn(-sums[0], norm.share) : 0.0f;
+    const float centre = norm.layer ? __fmul_rn(sums[1], norm.share) : 0.0f;
+    return {{mean, rstd, shift}, centre, __fmaf_rn(shift, centre, __fmul_rn(sums[2], norm.share))};
 }

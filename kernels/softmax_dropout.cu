@@ -7,26 +7,32 @@
 //               dx = scale * P * (g - sum P g)
 //
 // The visible columns of a row are its first ones: as many as the causal limit and the row's length
-// allow. A column beyond them has y = dx = +0 and is not loaded; nor are octets that lie wholly beyond.
+// allow. A column beyond them has y = dx = +0; octets that lie wholly beyond are neither loaded nor drawn.
 // An additive mask of -infinity masks one by one. A row whose z are all -infinity gives zeros and the
 // statistics (-infinity, 0). Where P is 0, dx is +0 and dy is not looked at.
 //
 // m and 1 / S are kept apart: their log-sum-exp m + ln S, rounded to f32, would lose ln S where |m| is large.
 //
+// The exponential is 2^(z log2 e - fl(m log2 e)): one fma, and one instruction of the multi-function unit. At z = m
+// that is 2^t with a t near 0. The factor 2^t is common to a row: P does without it, the statistics are freed of
+// it. Where |m| is so large that t would not be near 0, z - m takes the place of z. A scale that is a power of two is
+// multiplied into log2 e and m instead of x: the same bits, and a multiplication an element less.
+//
+// With these e, h = kept ? e * dy : 0 and c = 1 / S, the gradient is dx = (h - e * (c sum h)) * (scale * dropout scale * c).
+// A row whose sum is not finite is computed again from P and P dy, without its columns of P = 0.
+//
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written
-// (6). The row stays in registers between its passes:
+// (6). The row stays in registers between its passes where team.cuh has a shape for it; otherwise each pass
+// reads the row again (L2 answers while it fits).
 //
-//     warp   rows up to 1024 columns: a warp a row, 4 octets a thread
-//     block  rows up to 8192 columns: a block a row, 4 octets a thread
-//     wide   longer rows: a block a row; each pass reads the row again (L2 answers while it fits)
+// A `masked` kernel is for a causal limit, lengths, an additive mask, or octets that are not whole. It tests which
+// octets are visible, and in the last one of them which columns.
 //
-// Compiled, not timed: 4 octets are 32 f32 a thread forward and 64 backward, without a spill.
-//
-// Errors: z is one rounding, fma(x, scale, mask); z - m one; expf is
-// within 2 ulp by CUDA's table for the default flags; S is a tree of f32 sums of 8 * octets + 8 terms'
-// depth at most; 1 / S and each product one rounding.
+// Errors: z is one rounding, fma(x, scale, mask); the exponent one, and that of log2 e; exp2_fast is within 2 ulp; S is
+// a tree of f32 sums of 8 * octets + 8 terms' depth at most; 1 / S is within 2 ulp; each product one rounding.
 // In place: y may be x; dx may be dy. Each element is read and written by one thread.
 
+#include "exponential.cuh"
 #include "team.cuh"
 
 template <typename T>
@@ -43,40 +49,83 @@ struct SoftmaxParams {
     long long causal;  // query q sees columns <= q + causal; no limit: 2^40
     unsigned rows;     // of this launch, from local row mask.rows.offset on
     float scale;
+    float multiplier;  // of x; z is what comes out, times `unit`
+    float unit;        // a power of two; 1 where there is an additive mask
     Divisor queries;
     Divisor heads;
 };
-static_assert(sizeof(SoftmaxParams<float>) == 320, "softmax_dropout.rs: Params");
+static_assert(sizeof(SoftmaxParams<float>) == 328, "softmax_dropout.rs: Params");
 
-/// One row, as the threads that share it see it.
-struct Row {
-    unsigned local;              // local row
-    unsigned logical;            // logical row
-    unsigned long long mask;     // index of its first element in the additive mask
-    unsigned long long visible;  // columns
+/// Minus infinity: the z of a column that is not visible.
+__device__ __forceinline__ float minus_infinity() { return bits_as<float>(0xff800000u); }
 
-    template <typename T>
-    __device__ __forceinline__ Row(const SoftmaxParams<T>& p, unsigned row) {
-        local = p.mask.rows.offset + row;
-        logical = MaskReader<false>(p.mask).logical(row);
-        const unsigned head = p.queries.quotient(local);
-        const unsigned query = local - head * p.queries.divisor;
-        mask = (1ull * p.heads.quotient(head) * p.queries.divisor + query) * p.cols;
-        const long long limit = query + p.causal + 1;
-        visible = limit <= 0 ? 0 : static_cast<unsigned long long>(limit);
-        if (p.lengths.present()) visible = min(visible, 1ull * p.lengths.cached(local));
-        visible = min(visible, p.cols);
+/// The largest |m| with which z log2 e - m log2 e is computed as it is: t is within 2^-2.
+constexpr float NEAR = 1 << 20;
+
+/// How e follows from what is held of a row: from v = z / unit, or far from 0 from v = z - m.
+struct Exponent {
+    float shift;  // m
+    float slope;
+    float after;
+    float t;
+    bool near;
+
+    /// Of a row with this m. Where it is -infinity there is nothing to shift (z is -infinity or NaN everywhere, and the
+    /// exponential of either is right as it is).
+    __device__ __forceinline__ Exponent(float maximum, float unit) {
+        shift = maximum == minus_infinity() ? 0.0f : maximum;
+        near = fabsf(shift) <= NEAR;
+        slope = near ? __fmul_rn(unit, LOG2_E) : LOG2_E;
+        after = near ? __fmul_rn(shift, LOG2_E) : 0.0f;
+        t = near ? __fmaf_rn(shift, LOG2_E, -after) : 0.0f;
     }
 
-    /// An octet's first element in a matrix whose rows begin `stride` elements apart.
-    __device__ __forceinline__ unsigned long long element(unsigned long long stride,
-                                                          unsigned long long octet) const {
-        return local * stride + 8 * octet;
+    __device__ __forceinline__ void exponentiate(Values& v) const {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v.at[j] = exp2_fast(__fmaf_rn(v.at[j], slope, -after));
+    }
+
+    /// z - m in place of z / unit.
+    __device__ __forceinline__ void bring_near(Values& v, float unit) const {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v.at[j] = __fsub_rn(__fmul_rn(v.at[j], unit), shift);
     }
 };
 
-/// Minus infinity: the z of a column that is not visible.
-__device__ __forceinline__ float masked() { return bits_as<float>(0xff800000u); }
+/// 1 / S of a row, S at least 2^-2, within 2 ulp; 0 for a row without a visible column. A NaN stays one.
+__device__ __forceinline__ float inverse_of(float sum) {
+    return sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+}
+
+/// A row's softmax, beside the e.
+struct Softmax {
+    float maximum;  // m
+    Exponent exponent;
+    float inverse;  // 1 over the sum of the e as they are
+
+    /// 1 / S, as it is saved.
+    __device__ __forceinline__ float reciprocal() const {
+        return __fmul_rn(inverse, exp2_fast(exponent.t));
+    }
+    /// From a saved 1 / S.
+    static __device__ __forceinline__ Softmax with(float maximum, const Exponent& exponent,
+                                                   float reciprocal) {
+        return {maximum, exponent, __fmul_rn(reciprocal, exp2_fast(-exponent.t))};
+    }
+};
+
+/// The sum of an octet's values and `sum`.
+__device__ __forceinline__ float total(const Values& values, float sum) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum = __fadd_rn(sum, values.at[j]);
+    return sum;
+}
+
+/// An octet's e, and h: P dy where it is kept, before both are divided by S.
+struct Products {
+    Values e;
+    Values h;
+};
 
 /// What an octet of x and its additive mask are before they are computed with.
 template <typename T>
@@ -85,312 +134,354 @@ struct Scores {
     Octet<T> additive;
 };
 
-/// Loads an octet with at least one visible column; `exist` of its columns exist.
-template <typename T, bool aligned>
-__device__ __forceinline__ Scores<T> load_scores(const SoftmaxParams<T>& p, const Row& row,
-                                                 unsigned long long octet, unsigned exist) {
-    Scores<T> scores;
-    scores.x = p.x.template streaming<aligned>(row.element(p.x.stride, octet), exist);
-    // Read again by the other heads.
-    if (p.additive.present()) {
-        scores.additive = p.additive.template cached<aligned>(row.mask + 8 * octet, exist);
-    }
-    return scores;
-}
-
-/// z of an octet whose first `visible` columns are visible.
-template <typename T>
-__device__ __forceinline__ Values scaled(const SoftmaxParams<T>& p, const Scores<T>& scores,
-                                         unsigned visible) {
-    Values z = unpack(scores.x);
-    if (p.additive.present()) {
-        const Values additive = unpack(scores.additive);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) z.at[j] = __fmaf_rn(z.at[j], p.scale, additive.at[j]);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) z.at[j] = __fmul_rn(z.at[j], p.scale);
-    }
-#pragma unroll
-    for (unsigned j = 0; j < 8; ++j) {
-        if (j >= visible) z.at[j] = masked();
-    }
-    return z;
-}
-
-__device__ __forceinline__ float largest(const Values& values, float largest) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) largest = fmaxf(largest, values.at[j]);
-    return largest;
-}
-
-/// What z is shifted by before the exponential: the row's maximum. Where that is -infinity there is
-/// nothing to shift (z is -infinity or NaN everywhere, and exp of either is right as it is).
-__device__ __forceinline__ float shift_of(float maximum) {
-    return maximum == masked() ? 0.0f : maximum;
-}
-
-/// exp(z - shift) in place of z.
-__device__ __forceinline__ void exponentiate(Values& z, float shift) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) z.at[j] = expf(__fsub_rn(z.at[j], shift));
-}
-
-__device__ __forceinline__ float total(const Values& values, float sum) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum = __fadd_rn(sum, values.at[j]);
-    return sum;
-}
-
-/// 1 / S; 0 for a row without a visible column. A NaN stays one.
-__device__ __forceinline__ float reciprocal(float sum) {
-    return sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, sum);
-}
-
-/// How a row's z become probabilities: P = exp(z - maximum) * reciprocal.
-struct Statistics {
-    float maximum;
-    float reciprocal;
-};
-
-/// Writes a row's statistics, where they are asked for.
-template <typename T>
-__device__ __forceinline__ void save(const SoftmaxParams<T>& p, const Row& row,
-                                     Statistics statistics) {
-    if (!p.statistics_out.present()) return;
-    p.statistics_out.cached(2ull * row.local, statistics.maximum);
-    p.statistics_out.cached(2ull * row.local + 1, statistics.reciprocal);
-}
-
-/// What [`save`] wrote in the forward pass.
-template <typename T>
-__device__ __forceinline__ Statistics saved(const SoftmaxParams<T>& p, const Row& row) {
-    return {p.statistics.cached(2ull * row.local), p.statistics.cached(2ull * row.local + 1)};
-}
-
-__device__ __forceinline__ void scale(Values& values, float factor) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values.at[j] = __fmul_rn(values.at[j], factor);
-}
-
-/// P in place of z.
-__device__ __forceinline__ void probabilities(Values& z, Statistics statistics) {
-    exponentiate(z, shift_of(statistics.maximum));
-    scale(z, statistics.reciprocal);
-}
-
-/// y of an octet, from e: `factor` is the dropout scale over S.
-template <typename T>
-__device__ __forceinline__ Octet<T> dropped(const Values& e, const Kept& keep, float factor,
-                                            unsigned visible) {
-    Values y = {};
-#pragma unroll
-    for (unsigned j = 0; j < 8; ++j) {
-        if (keep.at[j] && j < visible) y.at[j] = __fmul_rn(e.at[j], factor);
-    }
-    return pack<T>(y);
-}
-
-/// g of an octet: D(dy), `scale` being the dropout's.
-template <typename T>
-__device__ __forceinline__ Values gradient(const Octet<T>& dy, const Kept& keep, float scale,
-                                           unsigned visible) {
-    const Values values = unpack(dy);
-    Values g = {};
-#pragma unroll
-    for (unsigned j = 0; j < 8; ++j) {
-        if (keep.at[j] && j < visible) g.at[j] = __fmul_rn(values.at[j], scale);
-    }
-    return g;
-}
-
-/// P g of an octet, added to `sum`. A masked column (P = 0) takes no part, whatever its g.
-__device__ __forceinline__ float total_product(const Values& probabilities, const Values& g,
-                                               float sum) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        if (probabilities.at[j] != 0.0f) sum = __fmaf_rn(probabilities.at[j], g.at[j], sum);
-    }
-    return sum;
-}
-
-/// dx of an octet: scale * P * (g - sum P g), +0 where P is.
-template <typename T>
-__device__ __forceinline__ Octet<T> score_gradient(const Values& probabilities, const Values& g,
-                                                   float scale, float sum, unsigned visible) {
-    Values dx = {};
-#pragma unroll
-    for (unsigned j = 0; j < 8; ++j) {
-        if (probabilities.at[j] != 0.0f && j < visible) {
-            const float centred = __fsub_rn(g.at[j], sum);
-            dx.at[j] = __fmul_rn(__fmul_rn(probabilities.at[j], centred), scale);
-        }
-    }
-    return pack<T>(dx);
-}
-
-/// z of one row, as its team has them: in registers where the walk holds them, otherwise read again in each pass.
-template <typename T, typename Walk>
-struct TeamRow {
-    static constexpr bool aligned = Walk::aligned;
+/// One row, as its team has it. What is held is z / unit, then e; without a held row both are computed again in each pass.
+template <typename T, typename Walk, bool masked>
+struct ScoreRow {
+    static_assert(masked || Walk::aligned, "octets that are not whole have columns that are not visible");
+    using Scratch = typename Walk::Scratch;
 
     const SoftmaxParams<T>& p;
-    const Row row;
-    const Walk walk;  // over all columns
-    const Walk seen;  // over the visible ones
+    const Walk walk;
+    const unsigned local;         // local row
+    unsigned long long visible;   // columns
+    unsigned long long additive;  // index of the row's first element in the additive mask
     Values held[Walk::SLOTS];
 
-    __device__ __forceinline__ TeamRow(const SoftmaxParams<T>& p, typename Walk::Team team)
-        : p(p), row(p, team.row), walk{team, p.cols}, seen{team, row.visible} {}
-
-    __device__ __forceinline__ Scores<T> scores(unsigned octet) const {
-        return load_scores<T, aligned>(p, row, octet, below(p.cols, octet));
+    __device__ __forceinline__ ScoreRow(const SoftmaxParams<T>& p, typename Walk::Team team)
+        : p(p), walk{team, p.cols}, local(p.mask.rows.offset + team.row) {
+        if (!masked) return;
+        const unsigned head = p.queries.quotient(local);
+        const unsigned query = local - head * p.queries.divisor;
+        additive = (1ull * p.heads.quotient(head) * p.queries.divisor + query) * p.cols;
+        const long long limit = query + p.causal + 1;
+        visible = limit <= 0 ? 0 : min(static_cast<unsigned long long>(limit), p.cols);
+        if (p.lengths.present()) visible = min(visible, 1ull * p.lengths.cached(local));
     }
 
-    /// Loads what is held. `beside(slot, octet)` loads what is held beside it.
+    /// How many columns of an octet are visible.
+    __device__ __forceinline__ unsigned visible_in(Index octet) const {
+        if (!masked) return 8;
+        // A row that is held has fewer than 2^32 columns.
+        return Walk::held ? below(static_cast<unsigned>(visible), octet.sum())
+                          : below(visible, 1ull * octet.sum());
+    }
+
+    /// Calls `each(slot, octet, count)` for the octets with visible columns, `count` of whose elements exist.
+    template <typename Each>
+    __device__ __forceinline__ void each_visible(Each each) const {
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            if (visible_in(octet) > 0) each(slot, octet, count);
+        });
+    }
+
+    /// The row's part of a matrix from octet `octet.base` on: all octets of a thread are at a fixed distance from it.
+    template <typename Matrix>
+    __device__ __forceinline__ auto place(const Matrix& matrix, Index octet) const {
+        return matrix.from(local * matrix.stride + 8ull * octet.base);
+    }
+
+    __device__ __forceinline__ Octet<T> load(const InMatrix<T>& matrix, Index octet,
+                                             unsigned count) const {
+        return place(matrix, octet).template streaming<Walk::aligned>(8 * octet.ahead, count);
+    }
+
+    __device__ __forceinline__ Scores<T> load_scores(Index octet, unsigned count) const {
+        Scores<T> scores = {load(p.x, octet, count), {}};
+        if (masked && p.additive.present()) {
+            // Read again by the other heads.
+            scores.additive =
+                p.additive.template cached<Walk::aligned>(additive + octet.element(), count);
+        }
+        return scores;
+    }
+
+    /// Whether x is multiplied by something before it is z / unit, or has something added.
+    __device__ __forceinline__ bool changes() const {
+        return p.multiplier != 1.0f || (masked && p.additive.present());
+    }
+
+    /// z / unit in place of x, all of whose columns are taken to be visible.
+    __device__ __forceinline__ void change(Values& x, const Octet<T>& additive) const {
+        if (masked && p.additive.present()) {
+            const Values values = unpack(additive);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) x.at[j] = __fmaf_rn(x.at[j], p.multiplier, values.at[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) x.at[j] = __fmul_rn(x.at[j], p.multiplier);
+        }
+    }
+
+    /// Puts `value` where a column is not visible: in the last octet of those that are seen, where not all of it is.
+    __device__ __forceinline__ void hide(Values& values, Index octet, float value) const {
+        const unsigned seen = visible_in(octet);
+        if (masked && seen < 8) {
+#pragma unroll
+            for (unsigned j = 0; j < 8; ++j) {
+                if (j >= seen) values.at[j] = value;
+            }
+        }
+    }
+
+    /// z / unit of an octet, read again.
+    __device__ __forceinline__ Values reread(Index octet, unsigned count) const {
+        const Scores<T> scores = load_scores(octet, count);
+        Values z = unpack(scores.x);
+        if (changes()) change(z, scores.additive);
+        hide(z, octet, minus_infinity());
+        return z;
+    }
+
+    /// Loads what is held. `beside(slot, octet, count)` loads what is held beside it.
     template <typename Beside>
     __device__ __forceinline__ void load(Beside beside) {
         if (!Walk::held) return;
         Scores<T> loaded[Walk::SLOTS];
-        seen.each([&](unsigned slot, unsigned octet, unsigned) {
-            loaded[slot] = scores(octet);
-            beside(slot, octet);
+        each_visible([&](unsigned slot, Index octet, unsigned count) {
+            loaded[slot] = load_scores(octet, count);
+            beside(slot, octet, count);
         });
         __syncwarp();  // keeps the loads first; all threads are here
-        seen.each([&](unsigned slot, unsigned, unsigned visible) {
-            held[slot] = scaled(p, loaded[slot], visible);
+        each_visible([&](unsigned slot, Index, unsigned) { held[slot] = unpack(loaded[slot].x); });
+        if (changes()) {  // one branch, not one an octet
+            each_visible([&](unsigned slot, Index, unsigned) {
+                change(held[slot], loaded[slot].additive);
+            });
+        }
+        if (!masked) return;
+        each_visible([&](unsigned slot, Index octet, unsigned) {
+            hide(held[slot], octet, minus_infinity());
         });
     }
 
-    /// z of an octet, or what became of it where it is held.
-    __device__ __forceinline__ Values z(unsigned slot, unsigned octet, unsigned visible) const {
-        return Walk::held ? held[slot] : scaled(p, scores(octet), visible);
+    /// Makes e of what is held.
+    __device__ __forceinline__ void exponentiate(const Exponent& exponent) {
+        if (!Walk::held) return;
+        if (!exponent.near) {
+            each_visible([&](unsigned slot, Index, unsigned) {
+                exponent.bring_near(held[slot], p.unit);
+            });
+        }
+        each_visible([&](unsigned slot, Index, unsigned) { exponent.exponentiate(held[slot]); });
     }
 
-    /// Calls `each(z)` for octets with visible columns. What it makes of z stays where z is held.
-    template <typename Each>
-    __device__ __forceinline__ void each(Each each) {
-        seen.each([&](unsigned slot, unsigned octet, unsigned visible) {
-            if (Walk::held) return each(held[slot]);
-            Values z = scaled(p, scores(octet), visible);
-            each(z);
+    /// e of an octet, when what is held is e.
+    __device__ __forceinline__ Values e(unsigned slot, Index octet, unsigned count,
+                                        const Exponent& exponent) const {
+        if (Walk::held) return held[slot];
+        Values z = reread(octet, count);
+        if (!exponent.near) exponent.bring_near(z, p.unit);
+        exponent.exponentiate(z);
+        return z;
+    }
+
+    /// The softmax of the row; what is held is e afterwards.
+    __device__ __forceinline__ Softmax softmax(Scratch& max_scratch, Scratch& sum_scratch) {
+        float maximum = minus_infinity();
+        each_visible([&](unsigned slot, Index octet, unsigned count) {
+            const Values z = Walk::held ? held[slot] : reread(octet, count);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) maximum = fmaxf(maximum, z.at[j]);
         });
-    }
-
-    /// The statistics of the row. What is held is e afterwards.
-    __device__ __forceinline__ Statistics statistics(Scratch& max_scratch, Scratch& sum_scratch) {
-        float maximum = masked();
-        each([&](Values& z) { maximum = largest(z, maximum); });
-        maximum = walk.team.max(maximum, max_scratch);
+        maximum = __fmul_rn(walk.team.max(maximum, max_scratch), p.unit);
+        const Exponent exponent(maximum, p.unit);
+        exponentiate(exponent);
         float sum = 0.0f;
-        each([&](Values& z) {
-            exponentiate(z, shift_of(maximum));
-            sum = total(z, sum);
+        each_visible([&](unsigned slot, Index octet, unsigned count) {
+            sum = total(e(slot, octet, count, exponent), sum);
         });
-        return {maximum, reciprocal(walk.team.sum(sum, sum_scratch))};
+        return {maximum, exponent, inverse_of(walk.team.sum(sum, sum_scratch))};
     }
 
-    /// Writes the row: `get(slot, octet, visible)` of octets with visible columns, +0 in the others.
+    /// Writes the statistics, where they are asked for.
+    __device__ __forceinline__ void save(const Softmax& softmax) const {
+        if (walk.team.rank != 0 || !p.statistics_out.present()) return;
+        p.statistics_out.cached(2ull * local, softmax.maximum);
+        p.statistics_out.cached(2ull * local + 1, softmax.reciprocal());
+    }
+
+    /// The softmax with saved statistics; what is held is e afterwards.
+    __device__ __forceinline__ Softmax saved(float maximum, float reciprocal) {
+        const Exponent exponent(maximum, p.unit);
+        exponentiate(exponent);
+        return Softmax::with(maximum, exponent, reciprocal);
+    }
+
+    /// The lanes of the octets that are held; of a masked row only of those with visible columns.
+    template <typename Draws>
+    __device__ __forceinline__ void draw(const Draws& draws, Lanes (&lanes)[Walk::SLOTS]) const {
+        if (!masked) return walk.draw(draws, lanes);
+        const unsigned logical = draws.logical(walk.team.row);
+        each_visible([&](unsigned slot, Index octet, unsigned) {
+            lanes[slot] = draws.lanes(logical, octet.sum());
+        });
+    }
+
+    /// Writes the row: `get(slot, octet, count)` of octets with visible columns, +0 in the others.
     template <typename Get>
     __device__ __forceinline__ void write(Get get) const {
-        walk.each([&](unsigned slot, unsigned octet, unsigned exist) {
-            const unsigned visible = below(row.visible, octet);
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
             Octet<T> out = {};
-            if (visible > 0) out = get(slot, octet, visible);
-            p.out.template cached<aligned>(row.element(p.out.stride, octet), exist, out);
+            if (visible_in(octet) > 0) {
+                Values values = get(slot, octet, count);
+                hide(values, octet, 0.0f);
+                out = pack<T>(values);
+            }
+            place(p.out, octet).template cached<Walk::aligned>(8 * octet.ahead, count, out);
         });
     }
 };
 
-template <typename T, typename Walk>
+template <typename T, typename Walk, bool masked>
 __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
-    __shared__ Scratch max_scratch;
-    __shared__ Scratch sum_scratch;
+    __shared__ typename Walk::Scratch max_scratch;
+    __shared__ typename Walk::Scratch sum_scratch;
     const typename Walk::Team team;
     if (team.row >= p.rows) return;  // the whole team
-    TeamRow<T, Walk> row(p, team);
-    row.load([](unsigned, unsigned) {});
-    const Statistics statistics = row.statistics(max_scratch, sum_scratch);
-    if (team.rank == 0) save(p, row.row, statistics);
+    ScoreRow<T, Walk, masked> row(p, team);
+    row.load([](unsigned, Index, unsigned) {});
+    const Softmax softmax = row.softmax(max_scratch, sum_scratch);
+    row.save(softmax);
 
-    row.write([&](unsigned slot, unsigned octet, unsigned visible) {
-        Values e = row.z(slot, octet, visible);
-        if (!Walk::held) exponentiate(e, shift_of(statistics.maximum));
-        const MaskReader<false> draws(p.mask);  // read late: it is not held beside the row
-        const float factor = __fmul_rn(statistics.reciprocal, draws.odds.scale);
-        const Kept keep = draws.kept(draws.lanes(row.row.logical, octet));
-        return dropped<T>(e, keep, factor, visible);
+    with_draws(p.mask, [&](const auto& draws) {
+        const unsigned logical = draws.logical(team.row);
+        const float factor = __fmul_rn(softmax.inverse, draws.odds.scale);
+        Lanes lanes[Walk::SLOTS];
+        if constexpr (Walk::held) row.draw(draws, lanes);
+        row.write([&](unsigned slot, Index octet, unsigned count) {
+            const Kept keep = draws.kept(Walk::held ? lanes[slot] : draws.lanes(logical, octet.sum()));
+            const Values e = row.e(slot, octet, count, softmax.exponent);
+            Values y = {};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                if (keep.at[j]) y.at[j] = __fmul_rn(e.at[j], factor);
+            }
+            return y;
+        });
     });
 }
 
-template <typename T, typename Walk>
-__device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
-    __shared__ Scratch max_scratch;
-    __shared__ Scratch sum_scratch;
-    __shared__ Scratch product_scratch;
-    const typename Walk::Team team;
-    if (team.row >= p.rows) return;  // the whole team
-    TeamRow<T, Walk> row(p, team);
-    const auto load_dy = [&](unsigned octet) -> Octet<T> {
-        const unsigned long long element = row.row.element(p.dy.stride, octet);
-        return p.dy.template streaming<Walk::aligned>(element, below(p.cols, octet));
-    };
-    Octet<T> dy[Walk::SLOTS];
-    row.load([&](unsigned slot, unsigned octet) { dy[slot] = load_dy(octet); });
-
-    Statistics statistics;
-    if (p.statistics.present()) {
-        statistics = saved(p, row.row);
-        if (Walk::held) {
-            row.each([&](Values& z) { probabilities(z, statistics); });
-        }
-    } else {
-        statistics = row.statistics(max_scratch, sum_scratch);
-        if (Walk::held) {
-            row.each([&](Values& e) { scale(e, statistics.reciprocal); });
-        }
+/// P and P dy from e and h. A column of P = 0 takes no part, whatever its dy.
+__device__ __forceinline__ Products normalised(const Products& products, float inverse) {
+    Products out = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        out.e.at[j] = __fmul_rn(products.e.at[j], inverse);
+        if (products.e.at[j] != 0.0f) out.h.at[j] = __fmul_rn(products.h.at[j], inverse);
     }
+    return out;
+}
 
-    const auto g_of = [&](const Octet<T>& dy, unsigned octet, unsigned visible) -> Values {
-        const MaskReader<false> draws(p.mask);  // as in the forward pass
-        const Kept keep = draws.kept(draws.lanes(row.row.logical, octet));
-        return gradient(dy, keep, draws.odds.scale, visible);
-    };
-    // P, and in `g` the gradient: at hand where they are held, otherwise from loads that are issued together.
-    Values g[Walk::SLOTS];
-    const auto read = [&](unsigned slot, unsigned octet, unsigned visible) -> Values {
-        const Scores<T> scores = row.scores(octet);
-        g[slot] = g_of(load_dy(octet), octet, visible);
-        Values z = scaled(p, scores, visible);
-        probabilities(z, statistics);
-        return z;
-    };
-    float product = 0.0f;
-    row.seen.each([&](unsigned slot, unsigned octet, unsigned visible) {
-        if (Walk::held) {
-            g[slot] = g_of(dy[slot], octet, visible);
-            product = total_product(row.held[slot], g[slot], product);
-        } else {
-            const Values z = read(slot, octet, visible);
-            product = total_product(z, g[slot], product);
-        }
+/// (h - e * mean) * factor. Adding +0 makes a -0 of e = 0 a +0.
+__device__ __forceinline__ Values centred(const Products& products, float mean, float factor) {
+    Values dx;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float difference = __fmaf_rn(-products.e.at[j], mean, products.h.at[j]);
+        dx.at[j] = __fmaf_rn(difference, factor, 0.0f);
+    }
+    return dx;
+}
+
+template <typename T, typename Walk, bool masked>
+__device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
+    __shared__ typename Walk::Scratch max_scratch;
+    __shared__ typename Walk::Scratch sum_scratch;
+    __shared__ typename Walk::Scratch product_scratch;
+    const typename Walk::Team team;
+    if (team.row >= p.rows) return;  // the whole team
+    ScoreRow<T, Walk, masked> row(p, team);
+    float maximum = 0.0f;
+    float reciprocal = 0.0f;
+    if (p.statistics.present()) {
+        maximum = p.statistics.cached(2ull * row.local);
+        reciprocal = p.statistics.cached(2ull * row.local + 1);
+    }
+    Octet<T> dy[Walk::SLOTS];
+    row.load([&](unsigned slot, Index octet, unsigned count) {
+        dy[slot] = row.load(p.dy, octet, count);
     });
-    product = team.sum(product, product_scratch);
-    row.write([&](unsigned slot, unsigned octet, unsigned visible) {
-        const Values z = Walk::held ? row.held[slot] : read(slot, octet, visible);
-        return score_gradient<T>(z, g[slot], p.scale, product, visible);
+    const auto computed = [&]() {
+        const Softmax softmax = row.softmax(max_scratch, sum_scratch);
+        // The same bits as from saved statistics.
+        return Softmax::with(softmax.maximum, softmax.exponent, softmax.reciprocal());
+    };
+    const Softmax softmax =
+        p.statistics.present() ? row.saved(maximum, reciprocal) : computed();
+
+    const auto h_of = [&](const Kept& keep, const Values& e, const Octet<T>& dy) {
+        const Values values = unpack(dy);
+        Values h = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (keep.at[j]) h.at[j] = __fmul_rn(e.at[j], values.at[j]);
+        }
+        return h;
+    };
+    Values held_h[Walk::SLOTS];
+    if constexpr (Walk::held) {
+        with_draws(p.mask, [&](const auto& draws) {
+            Lanes lanes[Walk::SLOTS];
+            row.draw(draws, lanes);
+            row.each_visible([&](unsigned slot, Index, unsigned) {
+                held_h[slot] = h_of(draws.kept(lanes[slot]), row.held[slot], dy[slot]);
+            });
+        });
+    }
+    const auto products = [&](unsigned slot, Index octet, unsigned count) -> Products {
+        if (Walk::held) return {row.held[slot], held_h[slot]};
+        const MaskReader<false> draws(p.mask);
+        const Kept keep = draws.kept(draws.lanes(draws.logical(team.row), octet.sum()));
+        const Octet<T> dy = row.load(p.dy, octet, count);
+        const Values e = row.e(slot, octet, count, softmax.exponent);
+        return {e, h_of(keep, e, dy)};
+    };
+
+    float sum = 0.0f;
+    row.each_visible([&](unsigned slot, Index octet, unsigned count) {
+        sum = total(products(slot, octet, count).h, sum);
+    });
+    sum = team.sum(sum, product_scratch);
+    const float factor = __fmul_rn(p.scale, odds_of(p.mask).scale);
+    const bool finite = fabsf(sum) <= bits_as<float>(0x7f7fffffu);  // the same for the whole team
+    if (finite) {
+        const float mean = __fmul_rn(sum, softmax.inverse);
+        const float scaled = __fmul_rn(factor, softmax.inverse);
+        row.write([&](unsigned slot, Index octet, unsigned count) {
+            return centred(products(slot, octet, count), mean, scaled);
+        });
+        return;
+    }
+    sum = 0.0f;
+    row.each_visible([&](unsigned slot, Index octet, unsigned count) {
+        sum = total(normalised(products(slot, octet, count), softmax.inverse).h, sum);
+    });
+    sum = team.sum(sum, sum_scratch);
+    row.write([&](unsigned slot, Index octet, unsigned count) {
+        const Products own = normalised(products(slot, octet, count), softmax.inverse);
+        Values dx = centred(own, sum, factor);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            if (own.e.at[j] == 0.0f) dx.at[j] = 0.0f;
+        }
+        return dx;
     });
 }
 
-/// The kernels of one form and storage type. Without its bound the forward pass of unaligned rows of f32 spills on sm_80.
-#define FD_SOFTMAX(form, walk, T, type)                                                            \
-    FD_KERNEL(softmax_dropout_forward_##form##_##type, SoftmaxParams<T>, THREADS,                  \
-              forward<T, walk<true>>)                                                              \
-    FD_KERNEL_BLOCKS(softmax_dropout_forward_##form##_unaligned_##type, SoftmaxParams<T>, THREADS, \
-                     2, forward<T, walk<false>>)                                                   \
-    FD_KERNEL(softmax_dropout_backward_##form##_##type, SoftmaxParams<T>, THREADS,                 \
-              backward<T, walk<true>>)                                                             \
-    FD_KERNEL(softmax_dropout_backward_##form##_unaligned_##type, SoftmaxParams<T>, THREADS,       \
-              backward<T, walk<false>>)
+#define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type)                                            \
+    FD_KERNEL(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,             \
+              forward<T, Walk, masked>)                                                            \
+    FD_KERNEL(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,            \
+              backward<T, Walk, masked>)
+#define FD_SOFTMAX(shape, Walk, T, type)                                                           \
+    FD_SOFTMAX_PASSES(shape, Walk, false, T, type)                                                 \
+    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type)
+/// With registers for 512 threads a multiprocessor, where ptxas spills without a reason.
+#define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                 \
+    FD_KERNEL_BLOCKS(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,      \
+                     512 / Walk::BLOCK, forward<T, Walk, true>)                                    \
+    FD_KERNEL_BLOCKS(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,     \
+                     512 / Walk::BLOCK, backward<T, Walk, true>)
 
-FD_ROW_FORMS(FD_SOFTMAX)
+FD_ROW_SHAPES(FD_SOFTMAX)
+FD_UNALIGNED_ROW_SHAPES(FD_SOFTMAX_UNALIGNED)

@@ -69,7 +69,7 @@ __device__ __forceinline__ void sum_rows(const SumRowsParams& p) {
     // The threads beyond the last column add it up as well: a warp stays together.
     const unsigned long long own = min(column, p.cols - 1);
     const In<float> values = p.parts[which];
-    for (unsigned group = warp; group < count; group += WARPS) {
+    for (unsigned group = warp; group < count; group += THREADS / 32) {
         const unsigned end = min((group + 1) * TILE_ROWS, parts);
         groups[group][rank] = sum_group(values, p.cols, own, first + group * TILE_ROWS, first + end);
     }

@@ -1,32 +1,36 @@
 // The threads that share a row, and their walk over its octets.
 //
-// Every collective here wants all threads of its team: a warp's 32, or a block's 256 threads.
+// Every collective here wants all threads of its team: a warp's 32, or a block's.
 
 #pragma once
 
 #include "kernel.cuh"
 #include "reduce.cuh"
 
-/// Octets that a thread holds of a row that stays in registers.
-constexpr unsigned OCTETS_HELD = 4;
-
 /// Elements of octet `octet` that lie below column `end`.
-__device__ __forceinline__ unsigned below(unsigned long long end, unsigned long long octet) {
+template <typename Column>
+__device__ __forceinline__ unsigned below(Column end, Column octet) {
     if (8 * octet >= end) return 0;
-    return static_cast<unsigned>(min(end - 8 * octet, 8ull));
+    return static_cast<unsigned>(min(end - 8 * octet, Column(8)));
 }
-
-/// What a block's teams need of shared memory for one collective.
-using Scratch = float[WARPS];
 
 /// A warp a row.
 struct WarpTeam {
     static constexpr unsigned SIZE = 32;
-    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32;
-    unsigned rank = threadIdx.x % 32;
+    static constexpr unsigned BLOCK = 128;  // four rows
+    using Scratch = float[1];
+
+    unsigned row = blockIdx.x * (BLOCK / SIZE) + threadIdx.x / SIZE;
+    unsigned rank = threadIdx.x % SIZE;
 
     __device__ __forceinline__ float max(float value, Scratch&) const { return warp_max(value); }
     __device__ __forceinline__ float sum(float value, Scratch&) const { return warp_sum(value); }
+    /// The sums of several values.
+    template <unsigned COUNT>
+    __device__ __forceinline__ void sums(float (&values)[COUNT], Scratch (&)[COUNT]) const {
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) values[i] = warp_sum(values[i]);
+    }
     /// The value of the thread of rank 0.
     __device__ __forceinline__ float first(float value, Scratch&) const {
         return __shfl_sync(0xffffffffu, value, 0);
@@ -34,8 +38,13 @@ struct WarpTeam {
 };
 
 /// A block a row.
+template <unsigned THREADS_>
 struct BlockTeam {
-    static constexpr unsigned SIZE = THREADS;
+    static constexpr unsigned SIZE = THREADS_;
+    static constexpr unsigned BLOCK = THREADS_;
+    /// What a team needs of shared memory for one collective.
+    using Scratch = float[THREADS_ / 32];
+
     unsigned row = blockIdx.x;
     unsigned rank = threadIdx.x;
 
@@ -44,6 +53,15 @@ struct BlockTeam {
     }
     __device__ __forceinline__ float sum(float value, Scratch& scratch) const {
         return block_sum(value, scratch);
+    }
+    /// The sums of several values, at one barrier.
+    template <unsigned COUNT>
+    __device__ __forceinline__ void sums(float (&values)[COUNT], Scratch (&scratch)[COUNT]) const {
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) leave(warp_sum(values[i]), scratch[i]);
+        __syncthreads();
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) values[i] = folded(scratch[i], plus<float>);
     }
     /// The value of the thread of rank 0.
     __device__ __forceinline__ float first(float value, Scratch& scratch) const {
@@ -54,85 +72,108 @@ struct BlockTeam {
 };
 
 /// How the threads of a `Team` walk over the octets of their row: octet `rank`, then every `SIZE`th.
-/// `held`: at most OCTETS_HELD of them each, which may lie in registers, an array that `slot` indexes;
-/// otherwise any number, and the slot is 0. `aligned`: octets are whole.
-template <typename Team_, bool held_, bool aligned_>
+///
+/// `SLOTS`: octets that a thread holds of a row that stays in registers, an array that `slot` indexes; 0: any number of
+/// octets, none of them held, and the slot is 0. The first `SURE` of its slots exist for every thread: no test is needed.
+/// `aligned`: octets are whole.
+template <typename Team_, unsigned HELD, unsigned SURE_, bool aligned_>
 struct Walk {
     using Team = Team_;
-    static constexpr bool held = held_;
+    using Scratch = typename Team::Scratch;
+    static constexpr bool held = HELD > 0;
     static constexpr bool aligned = aligned_;
-    /// Slots of what a thread holds.
-    static constexpr unsigned SLOTS = held ? OCTETS_HELD : 1;
+    static constexpr unsigned SLOTS = held ? HELD : 1;
+    static constexpr unsigned SURE = SURE_;
+    static constexpr unsigned BLOCK = Team::BLOCK;
 
     Team team;
     unsigned long long cols;
 
-    /// Calls `each(slot, octet, count)` for the thread's octets, `count` of whose elements exist.
+    /// Calls `each(slot, octet, count)` for the thread's octets, an `Index` in the row each, `count` of whose elements exist.
     template <typename Each>
     __device__ __forceinline__ void each(Each each) const {
         if (held) {
 #pragma unroll
             for (unsigned slot = 0; slot < SLOTS; ++slot) {
-                const unsigned octet = team.rank + slot * Team::SIZE;
-                const unsigned count = below(cols, octet);
+                const Index octet = {team.rank, slot * Team::SIZE};
+                const unsigned count = existing(slot, octet.sum());
                 if (count > 0) each(slot, octet, count);
             }
         } else {
             for (unsigned long long octet = team.rank; 8 * octet < cols; octet += Team::SIZE) {
-                each(0u, static_cast<unsigned>(octet), below(cols, octet));
+                const unsigned count = aligned ? 8 : below(cols, octet);
+                each(0u, Index{static_cast<unsigned>(octet), 0}, count);
             }
         }
     }
 
-    /// The team's sum of `term(values, j)` over the elements j of the octets `values = get(slot, octet,
-    /// count)`.
-    template <typename Get, typename Term>
-    __device__ __forceinline__ float sum(Scratch& scratch, Get get, Term term) const {
-        return total(scratch, get, [&](float sum, const auto& values, unsigned j) {
-            return __fadd_rn(sum, term(values, j));
-        });
-    }
-
-    /// The sum of the same terms, each times `share`: their mean, where that is 1 over their number.
-    template <typename Get, typename Term>
-    __device__ __forceinline__ float mean(float share, Scratch& scratch, Get get, Term term) const {
-        return total(scratch, get, [&](float sum, const auto& values, unsigned j) {
-            return __fadd_rn(sum, __fmul_rn(term(values, j), share));
-        });
+    /// The lanes of the octets that a thread holds. Those of a row of whole octets are drawn without a branch, of octets
+    /// that do not exist too, so that the rounds of all share the round keys: 34 instructions less of a softmax of 1,024
+    /// columns for sm_90.
+    template <typename Draws>
+    __device__ __forceinline__ void draw(const Draws& draws, Lanes (&lanes)[SLOTS]) const {
+        static_assert(held, "a row that is not held is drawn an octet at a time");
+        const unsigned logical = draws.logical(team.row);
+#pragma unroll
+        for (unsigned slot = 0; slot < SLOTS; ++slot) {
+            const unsigned octet = team.rank + slot * Team::SIZE;
+            if (aligned || existing(slot, octet) > 0) lanes[slot] = draws.lanes(logical, octet);
+        }
     }
 
 private:
-    template <typename Get, typename Add>
-    __device__ __forceinline__ float total(Scratch& scratch, Get get, Add add) const {
-        float sum = 0.0f;
-        each([&](unsigned slot, unsigned octet, unsigned count) {
-            const auto& values = get(slot, octet, count);
-#pragma unroll
-            for (unsigned j = 0; j < 8; ++j) {
-                if (aligned || j < count) sum = add(sum, values, j);
-            }
-        });
-        return team.sum(sum, scratch);
+    /// Elements of an octet of a row that is held, so short that its columns fit in 32 bits.
+    __device__ __forceinline__ unsigned existing(unsigned slot, unsigned octet) const {
+        if (SURE > 0 && slot < SURE) return 8;
+        const unsigned end = static_cast<unsigned>(cols);
+        if (aligned) return 8 * octet < end ? 8 : 0;
+        return below(end, octet);
     }
 };
 
-/// The forms of a kernel whose threads share a row: by a warp or a block that holds it, or by a block that reads it again
-/// in each pass (src/device/rows.rs chooses).
+/// Rows of any length: each pass reads the row again.
 template <bool aligned>
-using WarpWalk = Walk<WarpTeam, true, aligned>;
-template <bool aligned>
-using BlockWalk = Walk<BlockTeam, true, aligned>;
-template <bool aligned>
-using WideWalk = Walk<BlockTeam, false, aligned>;
+using WideWalk = Walk<BlockTeam<THREADS>, 0, 0, aligned>;
 
-/// `stamp(form, walk, T, type)` for each form and storage type.
-#define FD_ROW_FORMS(stamp)             \
-    stamp(warp, WarpWalk, float, f32)   \
-    stamp(warp, WarpWalk, f16, f16)     \
-    stamp(warp, WarpWalk, bf16, bf16)   \
-    stamp(block, BlockWalk, float, f32) \
-    stamp(block, BlockWalk, f16, f16)   \
-    stamp(block, BlockWalk, bf16, bf16) \
-    stamp(wide, WideWalk, float, f32)   \
-    stamp(wide, WideWalk, f16, f16)     \
-    stamp(wide, WideWalk, bf16, bf16)
+/// Unaligned rows of at most 1024 columns, and of at most 8192.
+using UnalignedWarpWalk = Walk<WarpTeam, 4, 0, false>;
+using UnalignedBlockWalk = Walk<BlockTeam<THREADS>, 4, 0, false>;
+
+/// The shapes of teams that hold a row whose octets are whole: threads, octets a thread, and how many of these every
+/// thread has. src/device/rows.rs chooses the smallest that has room for a row; a row of a larger shape is longer than the
+/// one before has room for.
+using Walk32x1 = Walk<WarpTeam, 1, 0, true>;
+using Walk32x2 = Walk<WarpTeam, 2, 1, true>;
+using Walk32x3 = Walk<WarpTeam, 3, 2, true>;
+using Walk32x4 = Walk<WarpTeam, 4, 3, true>;
+using Walk128x2 = Walk<BlockTeam<128>, 2, 1, true>;
+using Walk256x2 = Walk<BlockTeam<256>, 2, 1, true>;
+using Walk256x4 = Walk<BlockTeam<256>, 4, 2, true>;
+using Walk512x4 = Walk<BlockTeam<512>, 4, 2, true>;
+
+/// `stamp(shape, Walk, T, type)` for each shape that has registers for the storage type. 512 threads have 128 each.
+#define FD_ROW_SHAPES(stamp)      \
+    FD_ROW_SHAPES_OF(stamp, float, f32) \
+    FD_ROW_SHAPES_OF(stamp, f16, f16)   \
+    FD_ROW_SHAPES_OF(stamp, bf16, bf16) \
+    stamp(512x4, Walk512x4, f16, f16)   \
+    stamp(512x4, Walk512x4, bf16, bf16)
+#define FD_ROW_SHAPES_OF(stamp, T, type) \
+    stamp(32x1, Walk32x1, T, type)       \
+    stamp(32x2, Walk32x2, T, type)       \
+    stamp(32x3, Walk32x3, T, type)       \
+    stamp(32x4, Walk32x4, T, type)       \
+    stamp(128x2, Walk128x2, T, type)     \
+    stamp(256x2, Walk256x2, T, type)     \
+    stamp(256x4, Walk256x4, T, type)     \
+    stamp(wide, WideWalk<true>, T, type)
+
+/// The same for rows of any alignment.
+#define FD_UNALIGNED_ROW_SHAPES(stamp)      \
+    FD_UNALIGNED_ROW_SHAPES_OF(stamp, float, f32) \
+    FD_UNALIGNED_ROW_SHAPES_OF(stamp, f16, f16)   \
+    FD_UNALIGNED_ROW_SHAPES_OF(stamp, bf16, bf16)
+#define FD_UNALIGNED_ROW_SHAPES_OF(stamp, T, type)            \
+    stamp(warp_unaligned, UnalignedWarpWalk, T, type)         \
+    stamp(block_unaligned, UnalignedBlockWalk, T, type)       \
+    stamp(wide_unaligned, WideWalk<false>, T, type)

@@ -35,6 +35,22 @@ __device__ __forceinline__ To bits_as(From from) {
     return to;
 }
 
+/// A question's answer at compile time.
+template <bool value_>
+struct Answer {
+    static constexpr bool value = value_;
+};
+
+/// Calls `body` with the answer to a question that is the same for a whole launch: two bodies, neither of which asks.
+template <typename Body>
+__device__ __forceinline__ void ask(bool answer, Body body) {
+    if (answer) {
+        body(Answer<true>{});
+    } else {
+        body(Answer<false>{});
+    }
+}
+
 /// The unsigned integer as wide as a storage type.
 template <typename T>
 struct Bits {
@@ -162,6 +178,13 @@ public:
     /// Whether there is such a tensor.
     __device__ __forceinline__ bool present() const { return pointer != nullptr; }
 
+    /// The tensor from an element on.
+    __device__ __forceinline__ In from(unsigned long long element) const {
+        In rest;
+        rest.pointer = pointer + element;
+        return rest;
+    }
+
     /// Elements `element .. element + count`, 8 of them where `aligned`, read once.
     template <bool aligned>
     __device__ __forceinline__ Octet<T> streaming(unsigned long long element, unsigned count) const {
@@ -195,6 +218,13 @@ class Out {
 public:
     /// Whether there is such a tensor.
     __device__ __forceinline__ bool present() const { return pointer != nullptr; }
+
+    /// The tensor from an element on.
+    __device__ __forceinline__ Out from(unsigned long long element) const {
+        Out rest;
+        rest.pointer = pointer + element;
+        return rest;
+    }
 
     /// Writes elements `element .. element + count`, 8 of them where `aligned`.
     template <bool aligned>

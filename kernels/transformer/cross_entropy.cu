@@ -34,46 +34,52 @@ static_assert(sizeof(CrossEntropyParams<float>) == 56, "kernels.rs: CrossEntropy
 template <typename T, typename Walk>
 __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
     constexpr bool aligned = Walk::aligned;
-    __shared__ Scratch maxima;
-    __shared__ Scratch sums;
+    __shared__ typename Walk::Scratch maxima;
+    __shared__ typename Walk::Scratch sums;
     const Walk walk = {{}, p.cols};
     const unsigned row = walk.team.row;
     if (row >= p.rows) return;  // the whole team
     const unsigned long long start = row * p.cols;
-    const auto load = [&](unsigned, unsigned octet, unsigned count) {
-        return unpack(p.logits.in.template cached<aligned>(start + 8ull * octet, count));
+    const auto load = [&](Index octet, unsigned count) {
+        return unpack(p.logits.in.template cached<aligned>(start + octet.element(), count));
     };
-    const auto store = [&](unsigned octet, unsigned count, const Values& values) {
-        p.logits.out.template cached<aligned>(start + 8ull * octet, count, pack<T>(values));
+    const auto store = [&](Index octet, unsigned count, const Values& values) {
+        p.logits.out.template cached<aligned>(start + octet.element(), count, pack<T>(values));
     };
 
     const int label = p.labels.cached(row);
     if (label < 0 || label >= static_cast<long long>(p.cols)) {  // the whole team
-        walk.each([&](unsigned, unsigned octet, unsigned count) { store(octet, count, {}); });
+        walk.each([&](unsigned, Index octet, unsigned count) { store(octet, count, {}); });
         if (walk.team.rank != 0) return;
         p.losses.cached(row, label < 0 ? 0.0f : bits_as<float>(0x7fc00000u));
         return;
     }
 
     float most = bits_as<float>(0xff800000u);  // -infinity
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        const Values x = load(slot, octet, count);
+    walk.each([&](unsigned, Index octet, unsigned count) {
+        const Values x = load(octet, count);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
             if (aligned || j < count) most = fmaxf(most, x.at[j]);
         }
     });
     most = walk.team.max(most, maxima);
-    const float sum = walk.sum(sums, load, [&](const Values& x, unsigned j) {
-        return expf(__fsub_rn(x.at[j], most));
+    float sum = 0.0f;
+    walk.each([&](unsigned, Index octet, unsigned count) {
+        const Values x = load(octet, count);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+            if (aligned || j < count) sum = __fadd_rn(sum, expf(__fsub_rn(x.at[j], most)));
+        }
     });
+    sum = walk.team.sum(sum, sums);
 
     const float inverse = __fdiv_rn(1.0f, sum);
     const float factor = p.factor.cached(0);
-    walk.each([&](unsigned slot, unsigned octet, unsigned count) {
-        Values x = load(slot, octet, count);
+    walk.each([&](unsigned, Index octet, unsigned count) {
+        Values x = load(octet, count);
         // The label's place in its octet; 8 in the others.
-        const unsigned target_at = octet == label / 8u ? label % 8u : 8u;
+        const unsigned target_at = octet.base == label / 8u ? label % 8u : 8u;
         float of_label = 0.0f;
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
@@ -90,13 +96,13 @@ __device__ __forceinline__ void cross_entropy(const CrossEntropyParams<T>& p) {
 
 /// Each pass reads the row again.
 template <bool aligned>
-using WideWarpWalk = Walk<WarpTeam, false, aligned>;
+using WideWarpWalk = Walk<WarpTeam, 0, 0, aligned>;
 
 /// The kernels of one form and storage type.
 #define FD_CROSS_ENTROPY(form, walk, T, type)                                                     \
-    FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, THREADS,                      \
+    FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, walk<true>::BLOCK,                      \
               cross_entropy<T, walk<true>>)                                                       \
-    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, THREADS,            \
+    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, walk<true>::BLOCK,            \
               cross_entropy<T, walk<false>>)
 
 FD_CROSS_ENTROPY(warp, WideWarpWalk, float, f32)

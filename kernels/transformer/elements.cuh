@@ -74,7 +74,7 @@ __device__ __forceinline__ auto block_total(unsigned long long first, unsigned l
                                             Term term) {
     using Sum = decltype(term(first));
     constexpr unsigned AT_ONCE = 8;  // loads on their way: a block may be all that runs
-    __shared__ Sum scratch[WARPS];
+    __shared__ Sum scratch[THREADS / 32];
     Sum sum = 0;
     for (unsigned long long i = first + threadIdx.x; i < end; i += AT_ONCE * THREADS) {
         Sum terms[AT_ONCE];

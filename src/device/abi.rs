@@ -257,8 +257,8 @@ impl Factor {
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct RowNorm {
-    /// Columns of a row, at least 1: what a mean divides by.
-    pub columns: f32,
+    /// 1 over the columns of a row: what a value counts for in a mean.
+    pub share: f32,
     pub epsilon: f32,
     /// 1: LayerNorm; 0: RMSNorm.
     pub layer: u32,
@@ -267,7 +267,7 @@ pub(crate) struct RowNorm {
 impl RowNorm {
     pub fn new(norm: &Norm, cols: usize) -> Self {
         let layer = u32::from(norm.kind == NormKind::Layer);
-        Self { columns: cols.max(1) as f32, epsilon: norm.epsilon, layer }
+        Self { share: 1.0 / cols.max(1) as f32, epsilon: norm.epsilon, layer }
     }
 }
 

@@ -89,7 +89,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         // that dx is dy.
         return unsafe { without_sums::<T, D>(device, &mask, shape, layout, grad) };
     };
-    let aligned = layout != Layout::Unaligned;
+    let aligned = layout.is_aligned();
     let kernel = kernel!(NAME, "bias_act_dropout_bias_grad", T, if aligned);
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;

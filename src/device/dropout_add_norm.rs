@@ -2,9 +2,9 @@
 //! [`crate::ops::dropout_add_norm`].
 
 use super::abi::{Factor, IndexDivisor, Mask, Matrix, RowNorm};
-use super::rows::{self, forms, launch_rows};
+use super::rows::{self, kernels, launch_rows};
 use super::sum_rows::Tree;
-use super::{Address, Device, Launch, Layout, kernel, launch, layout, pointer};
+use super::{Address, Device, Launch, kernel, launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -94,11 +94,11 @@ pub(crate) fn forward<T: Dtype, D: Device>(
         norm: RowNorm::new(&pass.norm, shape.cols),
         rows,
     };
-    let forms = forms!(NAME, "dropout_add_norm_forward", T);
+    let kernels = kernels!(NAME, "dropout_add_norm_forward", T);
     let layout = layout(shape, &[sum.x, sum.residual, s, y], &[sum.bias, weight, norm_bias]);
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernels allow that
     // s is the residual.
-    unsafe { launch_rows(device, forms, shape, layout != Layout::Unaligned, params) }
+    unsafe { launch_rows(device, kernels, shape, layout.is_aligned(), params) }
 }
 
 /// dresidual, dx, and the gradients of the parameters.
@@ -179,18 +179,18 @@ unsafe fn launch_backward<T: Dtype, D: Device>(
     if shape.cols == 0 {
         return Ok(());
     }
-    let forms = forms!(NAME, "dropout_add_norm_backward", T);
+    let kernels = kernels!(NAME, "dropout_add_norm_backward", T);
     let part =
         |first, rows| BackwardParams { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, aligned(shape, &params), part) }
+    unsafe { launch_rows(device, kernels, shape, aligned(shape, &params), part) }
 }
 
 /// Whether the kernels can take whole octets of the tensors of T.
 fn aligned(shape: Shape, params: &BackwardParams) -> bool {
     let SumOf { x, bias, residual } = params.sum;
     let matrices = [x, residual, params.dy, params.ds, params.dresidual, params.dx];
-    layout(shape, &matrices, &[bias, params.weight]) != Layout::Unaligned
+    layout(shape, &matrices, &[bias, params.weight]).is_aligned()
 }
 
 /// Columns of a tile: `NORM_TILE_COLS` in `kernels/dropout_add_norm.cu`.

@@ -22,7 +22,7 @@ pub(crate) mod dropout_add;
 pub(crate) mod dropout_add_norm;
 pub(crate) mod embedding_dropout;
 pub(crate) mod keep_mask;
-mod rows;
+pub(crate) mod rows;
 pub(crate) mod softmax_dropout;
 mod stream;
 mod sum_rows;
@@ -165,17 +165,32 @@ impl<'a, D: Device> Launch<'a, D> {
     }
 }
 
-/// Threads of a block, in every kernel: `THREADS` in `kernels/kernel.cuh`.
+/// Threads of a block, in every kernel whose threads do not share a row: `THREADS` in `kernels/kernel.cuh`.
 const THREADS: u32 = 256;
 
 /// Launches `kernel` on `blocks` blocks.
 ///
 /// # Safety
-/// `P` is the structure that the kernel declares, and its addresses are as [`Device::launch`] asks.
+/// As [`launch_threads`].
 pub(crate) unsafe fn launch<D: Device, P>(
     device: &D,
     kernel: Kernel,
     blocks: usize,
+    params: &P,
+) -> Result<(), Error> {
+    // SAFETY: the caller's promise.
+    unsafe { launch_threads(device, kernel, blocks, THREADS, params) }
+}
+
+/// Launches `kernel` on `blocks` blocks of `threads`.
+///
+/// # Safety
+/// `P` is the structure that the kernel declares, and its addresses are as [`Device::launch`] asks.
+pub(crate) unsafe fn launch_threads<D: Device, P>(
+    device: &D,
+    kernel: Kernel,
+    blocks: usize,
+    threads: u32,
     params: &P,
 ) -> Result<(), Error> {
     // What a GPU's grid can have in its first dimension.
@@ -184,7 +199,7 @@ pub(crate) unsafe fn launch<D: Device, P>(
         return Err(Error::argument(kernel.operator, "shape", expected, blocks));
     }
     // SAFETY: the caller's promise; `params` lives through the call.
-    unsafe { device.launch(kernel, blocks as u32, THREADS, std::ptr::from_ref(params).cast()) }
+    unsafe { device.launch(kernel, blocks as u32, threads, std::ptr::from_ref(params).cast()) }
 }
 
 /// Whether kernels can take whole octets of every row in 16-byte accesses: the one place where the
@@ -202,6 +217,12 @@ pub(crate) enum Layout {
     Strided,
     /// Elements anywhere.
     Unaligned,
+}
+
+impl Layout {
+    pub fn is_aligned(self) -> bool {
+        self != Self::Unaligned
+    }
 }
 
 /// The layout of a pass: of its matrices, and of what it reads beside them, a value a column; what is absent is left out.

@@ -2,8 +2,8 @@
 //! [`crate::ops::softmax_dropout`].
 
 use super::abi::{self, Divisor, Matrix};
-use super::rows::{self, Forms, forms, launch_rows};
-use super::{Device, Launch, Layout, layout, pointer};
+use super::rows::{self, Kernels, kernels, launch_rows};
+use super::{Device, Launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -26,10 +26,30 @@ struct Params {
     causal: i64,
     rows: u32,
     scale: f32,
+    multiplier: f32,
+    unit: f32,
     queries: Divisor,
     heads: Divisor,
 }
-const _: () = assert!(size_of::<Params>() == 320);
+const _: () = assert!(size_of::<Params>() == 328);
+
+/// Above any column, and its negative below any query: a causal offset beyond it changes no result.
+const NO_LIMIT: i64 = 1 << 40;
+
+impl Params {
+    /// Whether some column may not be visible, or has something added.
+    fn is_masked(&self) -> bool {
+        self.causal != NO_LIMIT || self.lengths != 0 || self.additive != 0
+    }
+
+    /// Splits the scale. A power of two that neither overflows a product with x nor makes it vanish is the unit of z.
+    fn with_scale(self, scale: f32) -> Self {
+        let is_power = scale.to_bits() << 9 == 0;
+        let splits = is_power && (2f32.powi(-24)..=1.0).contains(&scale) && self.additive == 0;
+        let (multiplier, unit) = if splits { (1.0, scale) } else { (scale, 1.0) };
+        Self { scale, multiplier, unit, ..self }
+    }
+}
 
 /// y = D(softmax(scale * x + mask)).
 pub(crate) fn forward<T: Dtype, D: Device>(
@@ -49,10 +69,13 @@ pub(crate) fn forward<T: Dtype, D: Device>(
         additive: pointer(&additive),
         ..params(to.mask, &scores, mask.causal)?
     };
-    let forms = forms!(NAME, "softmax_dropout_forward", T);
+    let kernels = match params.is_masked() {
+        true => kernels!(NAME, "softmax_dropout_forward_masked" or "softmax_dropout_forward", T),
+        false => kernels!(NAME, "softmax_dropout_forward", T),
+    };
     // SAFETY: the lengths were checked against the scores; the addresses are held until the end; the kernels allow
     // that y is x.
-    unsafe { launch(device, forms, shape, params) }
+    unsafe { launch(device, kernels, shape, params) }
 }
 
 /// dx from x, dy, and the rows' statistics where they were saved.
@@ -74,17 +97,19 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         additive: pointer(&additive),
         ..params(to.mask, &scores, mask.causal)?
     };
-    let forms = forms!(NAME, "softmax_dropout_backward", T);
+    let kernels = match params.is_masked() {
+        true => kernels!(NAME, "softmax_dropout_backward_masked" or "softmax_dropout_backward", T),
+        false => kernels!(NAME, "softmax_dropout_backward", T),
+    };
     // SAFETY: as above, for dx and dy.
-    unsafe { launch(device, forms, shape, params) }
+    unsafe { launch(device, kernels, shape, params) }
 }
 
 /// What forward and backward passes share; the tensors are still to be filled in.
 fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Params, Error> {
     let shape = scores.shape()?;
     rows::check(NAME, shape)?;
-    // Above any column, and its negative below any query: it clamps without changing a result.
-    let no_limit = 1i64 << 40;
+    let causal = causal.map_or(NO_LIMIT, |offset| offset.clamp(-NO_LIMIT, NO_LIMIT));
     // Neither exceeds the rows, at most 2^32, where there is any row; 2^32 itself is one too many.
     let divisor = |n: usize| Divisor::new(n.clamp(1, u32::MAX as usize) as u32);
     Ok(Params {
@@ -97,9 +122,11 @@ fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Param
         lengths: 0,
         additive: 0,
         cols: shape.cols as u64,
-        causal: causal.map_or(no_limit, |offset| offset.clamp(-no_limit, no_limit)),
+        causal,
         rows: 0,
         scale: scores.scale,
+        multiplier: 1.0,
+        unit: 1.0,
         queries: divisor(scores.queries),
         heads: divisor(scores.heads),
     })
@@ -108,7 +135,7 @@ fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Param
 /// Launches the form for the shape.
 unsafe fn launch<D: Device>(
     device: &D,
-    forms: Forms,
+    kernels: Kernels,
     shape: Shape,
     params: Params,
 ) -> Result<(), Error> {
@@ -117,7 +144,8 @@ unsafe fn launch<D: Device>(
         return Ok(());
     }
     let layout = layout(shape, &[params.x, params.dy, params.out], &[params.additive]);
+    let params = params.with_scale(params.scale);
     let part = |first, rows| Params { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, layout != Layout::Unaligned, part) }
+    unsafe { launch_rows(device, kernels, shape, layout.is_aligned(), part) }
 }

@@ -114,8 +114,14 @@ impl Bounded {
     /// NaN or an infinity: an infinity times what may be 0 or of either sign.
     pub const NOT_FINITE: Self = Self { value: f64::NAN, error: f64::INFINITY };
 
+    /// Whatever comes out, where an implementation may or may not lose a value to an infinity.
+    pub const UNSPECIFIED: Self = Self { value: f64::NAN, error: f64::NAN };
+
     /// Whether `given` is the value within its bound; NaN and infinities must be themselves.
     pub fn admits(self, given: f64) -> bool {
+        if self.error.is_nan() {
+            return true;
+        }
         if self.value.is_nan() {
             return given.is_nan() || self.error == f64::INFINITY && given.is_infinite();
         }

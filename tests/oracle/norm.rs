@@ -17,12 +17,14 @@ pub fn levels(n: usize) -> f64 {
 /// A row's deviations from its mean, and the errors that f32 brings, with u = 2^-24 and L the levels of a sum. First
 /// order, but for the variance of a row whose values are all near its mean.
 ///
-/// - d = s - pivot is one rounding: u |d|. Backward the pivot is the saved mean, forward the first value plus a sum's, which
-///   is off by no more than the `slack` (L + 3) u mean|s - first| + u |mean|: |d| is at most that more than the distance
-///   from the mean;
+/// - d = s - pivot is one rounding: u |d|. Backward the pivot is the saved mean. Forward it is off by no more than the
+///   `slack`, and |d| is at most that more than the distance from the mean. It is the first value plus the mean distance
+///   from it, which is off by (L + 3) u mean|s - first| + u |mean|; or the mean of at least a quarter of the row, which is
+///   within sqrt(3) deviations;
 /// - delta = mean(d): each term's u, L u for the sum, 2u for the share: (L + 3) u mean|d|, and L times half of the
 ///   smallest subnormal where shares are;
-/// - c = d - delta is one more: `error` = u |d| + (L + 3) u mean|d| + u |c|;
+/// - c = d - delta is one more, and delta itself may be rounded once more: `error` = u |d| + (L + 3) u mean|d| + u |c| +
+///   u slack;
 /// - RMSNorm centres nothing: c = s, exactly.
 pub struct Centred {
     pub c: Vec<f64>,
@@ -48,13 +50,15 @@ pub fn centred(kind: NormKind, row: &[f64], pivot: Option<f64>) -> Centred {
     let slack = match pivot {
         Some(_) => 0.0,
         None => {
-            sum_error * row.iter().map(|s| (s - row[0]).abs()).sum::<f64>() / n + U * mean.abs()
+            let variance = row.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n;
+            let lost = row.iter().map(|s| (s - row[0]).abs()).sum::<f64>() / n;
+            (3.0 * variance).sqrt() + sum_error * lost + U * mean.abs()
         }
     };
     let distance = |s: &f64| (s - pivot.unwrap_or(mean)).abs() + slack;
     let delta_error = sum_error * row.iter().map(distance).sum::<f64>() / n;
     let delta_error = delta_error + levels(row.len()) * SUBNORMAL;
-    let error = |s: &f64| U * distance(s) + delta_error + U * (s - mean).abs();
+    let error = |s: &f64| U * (distance(s) + (s - mean).abs() + slack) + delta_error;
     Centred {
         c: row.iter().map(|s| s - mean).collect(),
         error: row.iter().map(error).collect(),
@@ -68,8 +72,8 @@ pub fn centred(kind: NormKind, row: &[f64], pivot: Option<f64>) -> Centred {
 ///
 /// v = mean(d^2) - delta^2, with |delta| at most the slack, so mean(d^2) at most q = v + slack^2: a term is off by 2u for d
 /// and one rounding, then the sum's and the share's: (L + 6) u q; delta^2 by 2 slack e + e^2 for delta's error e, and the
-/// difference is one rounding, u q. One rounding more for the sum with epsilon; half of that in the root, and two
-/// roundings for root and quotient; the quotient may be subnormal, and is at most the largest f32. That squares may be out
+/// difference is one rounding, u q. One rounding more for the sum with epsilon; half of that in the root, and 2.5u for the
+/// reciprocal root of a GPU, or for root and quotient; the quotient may be subnormal, and is at most the largest f32. That squares may be out
 /// of f32's range costs nothing: such a row is computed from itself times a power of two.
 pub fn deviation(norm: &Norm, row: &Centred) -> (f64, f64) {
     let n = row.c.len().max(1) as f64;
@@ -85,7 +89,7 @@ pub fn deviation(norm: &Norm, row: &Centred) -> (f64, f64) {
     let rstd = 1.0 / total.sqrt();
     // Not f64::min, which would lose a NaN.
     let rstd = if rstd > f64::from(f32::MAX) { f64::from(f32::MAX) } else { rstd };
-    (rstd, (error / total + U) / 2.0 + 2.0 * U + SUBNORMAL / rstd)
+    (rstd, (error / total + U) / 2.0 + 2.5 * U + SUBNORMAL / rstd)
 }
 
 /// A row's xhat and the gradient at the row, rstd ((g - mean(g)) - xhat mean(g xhat)).
@@ -101,7 +105,7 @@ pub struct RowGradient {
 /// - xhat = c rstd: rstd e_c + 2u |xhat|;
 /// - mean(g): (L + roundings + 3) u mean|g|;
 /// - mean(g xhat): mean(|g| e_xhat) + (L + roundings + 3) u mean|g xhat|, for a product and the share;
-/// - (g - mean(g)) - xhat mean(g xhat): the parts' errors and a rounding for each operation;
+/// - (g - mean(g)) - xhat mean(g xhat), in whatever order: the parts' errors and a rounding for each operation;
 /// - rstd times that: 2u.
 pub fn row_gradient(norm: &Norm, row: &[f64], mean: f32, g: &[f64], roundings: f64) -> RowGradient {
     let row = centred(norm.kind, row, Some(f64::from(mean)));
@@ -122,7 +126,10 @@ pub fn row_gradient(norm: &Norm, row: &[f64], mean: f32, g: &[f64], roundings: f
     let slope_error = mean(&|k| g[k].abs() * (xhat[k].error + levels * U * xhat[k].value.abs()));
     let ds_of = |(g, xhat): (&f64, &Bounded)| {
         let inner = g - centre - xhat.value * slope;
-        let magnitude = roundings * g.abs() + (g - centre).abs() + (xhat.value * slope).abs();
+        let magnitude = roundings * g.abs()
+            + (g - centre).abs()
+            + (xhat.value * slope).abs()
+            + 2.0 * centre.abs();
         let error = U * (magnitude + inner.abs())
             + centre_error
             + xhat.error * slope.abs()

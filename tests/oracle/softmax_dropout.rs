@@ -15,32 +15,35 @@ pub struct AttentionMask<'a, T> {
 /// implementation of each probability may have.
 ///
 /// With u = 2^-24, to first order:
-/// - z - max is one rounding, doubled for a base-2 formulation: 2u |z - max|. The shift itself cancels;
+/// - z - max is one rounding, doubled for a base-2 formulation, whose exponent is z log2 e less that of the maximum in one
+///   rounding, and whose log2 e is within 0.23u: 2u |z - max|. The shift itself cancels;
 /// - an absolute error of an exponential's argument is a relative one of its value, and the
 ///   exponential adds 2 ulp, 4u: e = 2u |z - max| + 4u;
 /// - the sum's relative error is the mean of the e under P, plus a rounding a level of the summation:
 ///   every implementation keeps at least 16 running sums, so ceil(n / 16) + 8 levels;
-/// - the reciprocal or quotient, and the product with it: 3u.
+/// - the reciprocal or quotient, 2u, and two products with it: 4u. That of the maximum's own exponential, by which a
+///   base-2 formulation multiplies the saved reciprocal and divides it again: 4u.
 ///
-/// An exponential below the normal numbers has an absolute error instead, 2^-148, which counts as much
+/// An exponential below the normal numbers may be 0, an absolute error of 2^-126, which counts as much
 /// in P, since the sum is at least 1.
 pub struct Row {
     pub p: Vec<f64>,
-    /// Relative error of each probability; see [`SUBNORMAL`] for the absolute one.
+    /// Relative error of each probability; see [`FLUSHED`] for the absolute one.
     pub error: Vec<f64>,
     /// The largest z, NaNs left out.
     pub max: f32,
     /// 1 over the sum of exp(z - max).
     pub reciprocal: Bounded,
-    /// Keys whose exponential is not 0 in f32, or is a NaN. The others take no part: y and dx are +0 there.
+    /// Keys whose exponential is not 0 in f32, or is a NaN. The others take no part: y and dx are +0 there. Those whose
+    /// exponential is below the normal numbers may.
     pub present: Vec<bool>,
 }
 
 /// Below it exp is 0 in f32, 2^-150 rounded. No case comes near it.
 const VANISHES: f64 = -104.0;
 
-/// Absolute error of a probability whose exponential is subnormal.
-const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+/// Absolute error of a probability whose exponential is below the normal numbers: 2^-126.
+const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
 
 pub fn softmax_row<T: Dtype>(
     scores: &Scores,
@@ -79,8 +82,8 @@ pub fn softmax_row<T: Dtype>(
     let levels = n.div_ceil(16) as f64 + 8.0;
     let mean: f64 = p.iter().zip(&term).filter(|(p, _)| **p != 0.0).map(|(p, e)| p * e).sum();
     let sum_error = mean + levels * U;
-    let error = term.iter().map(|e| e + sum_error + 3.0 * U).collect();
-    let reciprocal = Bounded { value: 1.0 / sum, error: 1.01 * (sum_error + U) / sum };
+    let error = term.iter().map(|e| e + sum_error + 8.0 * U).collect();
+    let reciprocal = Bounded { value: 1.0 / sum, error: 1.01 * (sum_error + 7.0 * U) / sum };
     // Where the sum is a NaN, so is each product with it.
     let present = (0..n).map(|k| seen[k] && (sum.is_nan() || below[k] >= VANISHES)).collect();
     Row { p, error, max, reciprocal, present }
@@ -107,7 +110,7 @@ pub fn softmax_dropout<T: Dtype>(
             }
             let value = row.p[k] * f64::from(scale);
             // One more rounding for the product with dropout's scale, then the storage type's.
-            let error = value * (row.error[k] + U) + SUBNORMAL * f64::from(scale);
+            let error = value * (row.error[k] + U) + FLUSHED * f64::from(scale);
             let error = error * 1.01 + (value + error) * relative + absolute;
             y.push(Bounded { value, error });
         }
@@ -116,10 +119,11 @@ pub fn softmax_dropout<T: Dtype>(
     (y, statistics)
 }
 
-/// dx = scale * P * (g - sum P g), g = D(dy) rounded to f32, with its bounds.
+/// dx = scale * P * (g - sum P g), g = D(dy), with its bounds.
 ///
-/// Errors, to first order: P as above; the dot product the mean of them under P |g|, plus its levels and a product;
-/// then one rounding each for the difference and two products.
+/// Errors, to first order: P as above; the dot product the mean of them under P |g|, plus its levels and two products;
+/// then P g - P dot, where both are rounded before, and two products. A row with a g beyond f32 may be lost, or not:
+/// dropout's scale may come last.
 pub fn softmax_dropout_backward<T: Dtype>(
     dropout: &Dropout<'_>,
     scores: &Scores,
@@ -138,15 +142,23 @@ pub fn softmax_dropout_backward<T: Dtype>(
         let row = softmax_row(scores, mask, r, x);
         let g = |k: usize| {
             let i = r * shape.cols + k;
-            if keep[i] { f64::from(dy[i].to_f32() * scale) } else { 0.0 }
+            if keep[i] { f64::from(dy[i].to_f32()) * f64::from(scale) } else { 0.0 }
         };
+        let overflows = |k: usize| g(k).is_finite() && !(g(k) as f32).is_finite();
+        if (0..shape.cols).any(|k| row.present[k] && overflows(k)) {
+            dx.extend(row.present.iter().map(|present| match present {
+                true => Bounded::UNSPECIFIED,
+                false => Bounded { value: 0.0, error: 0.0 },
+            }));
+            continue;
+        }
         let present = |k: &usize| row.present[*k];
         let dot: f64 = (0..shape.cols).filter(present).map(|k| row.p[k] * g(k)).sum();
         let dot_error: f64 = (0..shape.cols)
             .filter(present)
             .map(|k| {
-                let relative = row.error[k] + (levels + 3.0) * U;
-                g(k).abs() * (row.p[k] * relative + SUBNORMAL)
+                let relative = row.error[k] + (levels + 4.0) * U;
+                g(k).abs() * (row.p[k] * relative + FLUSHED)
             })
             .sum();
         for k in 0..shape.cols {
@@ -155,10 +167,10 @@ pub fn softmax_dropout_backward<T: Dtype>(
                 continue;
             }
             let value = factor * row.p[k] * (g(k) - dot);
-            let inner = dot_error + U * (g(k) - dot).abs();
+            let inner = dot_error + U * ((g(k) - dot).abs() + 2.0 * g(k).abs() + dot.abs());
             let error = value.abs() * (row.error[k] + 3.0 * U)
                 + (factor * row.p[k]).abs() * inner
-                + (factor * (g(k) - dot)).abs() * SUBNORMAL
+                + (factor * (g(k) - dot)).abs() * FLUSHED
                 + SUBNORMAL;
             let error = error * 1.01 + (value.abs() + error) * relative + absolute;
             dx.push(Bounded { value, error });

@@ -3,7 +3,7 @@
 
 use super::{Embeddings, Held, TABLE_GRAD_ROWS, check_rows, table_gradient, table_gradients};
 use crate::device::abi::{Mask, RowNorm};
-use crate::device::rows::{Forms, forms, launch_rows};
+use crate::device::rows::{Kernels, kernels, launch_rows};
 use crate::device::{Device, Launch, aligned, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
@@ -57,9 +57,9 @@ pub(crate) fn forward_norm<T: Dtype, D: Device>(
         report: held.report(pass.report, device)?,
         ..norm_params(mask, &pass.norm, shape, lookups, tables)
     };
-    let forms = forms!(KERNELS, "embedding_dropout_norm_forward", T);
+    let kernels = kernels!(KERNELS, "embedding_dropout_norm_forward", T);
     // SAFETY: as in `forward`.
-    unsafe { launch_norm(device, forms, shape, params) }
+    unsafe { launch_norm(device, kernels, shape, params) }
 }
 
 /// The gradients of the tables and of the norm's parameters.
@@ -86,13 +86,13 @@ pub(crate) fn backward_norm<T: Dtype, D: Device>(
         slopes: if pass.dweight.is_some() { slopes } else { 0 },
         ..norm_params(mask, &pass.norm, shape, lookups, tables)
     };
-    let forms = forms!(KERNELS, "embedding_dropout_norm_backward", T);
+    let kernels = kernels!(KERNELS, "embedding_dropout_norm_backward", T);
     // Everything is kept of what is a gradient already.
     let kept = mask.all_kept();
     // SAFETY: as in `backward`; the kernels that read the workspace run behind the one that writes it, and read no row
     // that it left out.
     unsafe {
-        launch_norm(device, forms, shape, params)?;
+        launch_norm(device, kernels, shape, params)?;
         table_gradients::<f32, D>(
             device,
             &kept,
@@ -141,7 +141,7 @@ fn norm_params(
 
 unsafe fn launch_norm<D: Device>(
     device: &D,
-    forms: Forms,
+    kernels: Kernels,
     shape: Shape,
     params: NormParams,
 ) -> Result<(), Error> {
@@ -154,5 +154,5 @@ unsafe fn launch_norm<D: Device>(
     let tensors = [token, position, segment, weight, norm_bias, y, dy, ds, slopes];
     let part = |first, rows| NormParams { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, forms, shape, aligned(shape.cols, tensors), part) }
+    unsafe { launch_rows(device, kernels, shape, aligned(shape.cols, tensors), part) }
 }

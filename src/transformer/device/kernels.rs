@@ -1,5 +1,6 @@
 //! The transformer's own kernels (`kernels/transformer/`) as launches, for every [`Device`].
 
+use crate::device::rows::Team;
 use crate::device::{Address, Device, Kernel, aligned, kernel, launch};
 use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
@@ -62,9 +63,11 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
     let (logits, loss) = (logits.write(device)?, loss.write(device)?);
     let losses = device.workspace(shape.rows)?;
     let aligned = aligned(shape.cols, [logits.pointer]);
-    let (kernel, rows_a_block) = match shape.cols <= WARP_COLS {
-        true => (kernel!(NAME, "cross_entropy_warp", T, if aligned), 8),
-        false => (kernel!(NAME, "cross_entropy_block", T, if aligned), 1),
+    let (kernel, team) = match shape.cols <= WARP_COLS {
+        true => (kernel!(NAME, "cross_entropy_warp", T, if aligned), Team::warp(WARP_COLS)),
+        false => {
+            (kernel!(NAME, "cross_entropy_block", T, if aligned), Team::block(256, usize::MAX))
+        }
     };
     let params = CrossEntropyParams {
         logits: [logits.pointer; 2],
@@ -84,7 +87,7 @@ pub(super) fn cross_entropy<T: Dtype, D: Device>(
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
     unsafe {
         if shape.rows > 0 {
-            launch(device, kernel, shape.rows.div_ceil(rows_a_block), &params)?;
+            team.launch(device, kernel, shape.rows, &params)?;
         }
         launch(device, Kernel { operator: NAME, name: "cross_entropy_loss_f32" }, 1, &sum)
     }
