@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Holds the kernels' registers and shared memory to kernels/budget.txt, and forbids spills; holds the loads of
-their sm_90 machine code to kernels/loads.txt.
+their sm_90 machine code to kernels/loads.txt, and what it executes for a usual row to kernels/usual.txt.
 
-  budget.py            compile every kernel for every chip of the table and compare
-  budget.py --write    compile, and write both tables anew
+  budget.py            compile every kernel for every chip of the tables and compare
+  budget.py --write    compile, and write the tables anew
   budget.py --sass     print what the sm_90 machine code is made of, kernel by kernel
 
 nvcc: $FUSED_DROPOUT_NVCC, else the first on PATH, else the wheels' in $VIRTUAL_ENV or this Python.
@@ -21,9 +21,14 @@ import sys
 import sysconfig
 import tempfile
 
+import usual_row
+
 KERNELS = pathlib.Path(__file__).resolve().parent.parent / "kernels"
 BUDGET = KERNELS / "budget.txt"
 LOADS = KERNELS / "loads.txt"
+USUAL = KERNELS / "usual.txt"
+# No kernels of the crate: the activations alone, for the last table.
+ACTIVATIONS = pathlib.Path(__file__).resolve().parent / "activations.cu"
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -44,22 +49,23 @@ def flags():
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def compile_one(nvcc, source, arch, folder):
+    """Compiles a .cu; what ptxas printed."""
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    # A warning here is an error: users of the crate see them as their own build's.
+    command = [nvcc, "--cubin", f"--gpu-architecture={arch}", *flags(), "--Werror=all-warnings"]
+    command += ["--resource-usage", source, "-o", cubin]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"budget: {source.name} for {arch}:\n{done.stderr}{done.stdout}")
+    return done.stderr + done.stdout
+
+
 def compile_all(nvcc, archs, folder):
     """Compiles every .cu for every arch; {(file, arch): what ptxas printed}."""
-
-    def one(source, arch):
-        cubin = folder / f"{source.stem}.{arch}.cubin"
-        # A warning here is an error: users of the crate see them as their own build's.
-        command = [nvcc, "--cubin", f"--gpu-architecture={arch}", *flags(), "--Werror=all-warnings"]
-        command += ["--resource-usage", source, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"budget: {source.name} for {arch}:\n{done.stderr}{done.stdout}")
-        return done.stderr + done.stdout
-
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
-            (source.stem, arch): pool.submit(one, source, arch)
+            (source.stem, arch): pool.submit(compile_one, nvcc, source, arch, folder)
             for source in sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("transformer/*.cu")])
             for arch in archs
         }
@@ -158,7 +164,7 @@ def loads_in_flight(code):
     """The most global loads that a straight run through the code, no branch taken that need not be,
     issues before it first needs the result of one of them."""
     most, waiting, loads = 0, set(), 0
-    for predicate, name, operands in code:
+    for _, predicate, name, operands in code:
         leaves = not predicate and name in ("BRA", "EXIT")
         if name.startswith("LDG"):
             target = next(o for o in operands.split(",") if re.match(r"\s*R\d", o)).strip()
@@ -186,13 +192,14 @@ COLUMNS = {
 
 
 def machine_code(nvcc, folder):
-    """{kernel: [(predicate, name, operands)]} of the sm_90 cubins in a folder, without NOPs."""
+    """{kernel: [(address, predicate, name, operands)]} of the sm_90 cubins in a folder, without NOPs."""
     kernels = {}
     for cubin in sorted(folder.glob("*.sm_90.cubin")):
         text = run([nvcc.parent / "cuobjdump", "-sass", cubin])
         for part in text.split("Function : ")[1:]:
-            code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*([^;]*);", part)
-            kernels[part.split()[0]] = [line for line in code if line[1] != "NOP"]
+            lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)\s*([^;]*);", part)
+            code = [(int(line[0], 16), *line[1:]) for line in lines]
+            kernels[part.split()[0]] = [line for line in code if line[2] != "NOP"]
     return kernels
 
 
@@ -200,7 +207,7 @@ def measure_loads(code):
     """{kernel: (loads in flight, loads of 16 bytes, narrower loads)} of the kernels for aligned tensors."""
     loads = {}
     for kernel, lines in code.items():
-        names = [name for _, name, _ in lines]
+        names = [name for _, _, name, _ in lines]
         wide, every = COLUMNS["LDG128"](names), COLUMNS["LDG"](names)
         if wide and "_unaligned_" not in kernel:
             loads[kernel] = loads_in_flight(lines), wide, every - wide
@@ -234,12 +241,57 @@ def compare_loads(measured, committed):
     return wrong
 
 
+def read_usual():
+    """{kernel: (instructions, the row's work)}"""
+    usual = {}
+    for line in USUAL.read_text().splitlines():
+        fields = line.split()
+        if fields and fields[0] != "#":
+            instructions, *work = map(int, fields[1:])
+            usual[fields[0]] = instructions, dict(zip(usual_row.WORK, work))
+    return usual
+
+
+def measure_usual(code, usual):
+    """{kernel: instructions} of the table's kernels."""
+    return {
+        kernel: usual_row.instructions(code[kernel], work) for kernel, (_, work) in usual.items() if kernel in code
+    }
+
+
+def write_usual(measured, usual):
+    width = max(map(len, usual))
+    lines = [
+        "# sm_90 code: instructions that a warp executes for a usual row, at most: whole, aligned, in a plain mask, of a scale",
+        "# that is a power of two; norms with their bias and without that of x, their gradients without ds. And for an octet of",
+        "# each activation and its slope (.ci/activations.cu), of which the identity's 22 are loads, stores and conversions. Then",
+        "# the work that tells the way through the code from others: wide multiplications of Philox, 16-byte loads and stores,",
+        "# multi-function instructions, shuffles, packed conversions, at least. It is written by hand, the count by",
+        "# .ci/budget.py --write; .ci/usual_row.py counts.",
+        f"# {'kernel':<{width - 2}}{'instructions':>14}" + "".join(f"{kind:>10}" for kind in usual_row.WORK),
+    ]
+    for kernel, (_, work) in sorted(usual.items()):
+        row = "".join(f"{n:>10}" for n in work.values())
+        lines.append(f"{kernel:<{width}}{measured[kernel]:>14}{row}")
+    USUAL.write_text("\n".join(lines) + "\n")
+
+
+def compare_usual(measured, usual):
+    wrong = [f"{kernel}: not in the code" for kernel in usual.keys() - measured.keys()]
+    for kernel, instructions in sorted(measured.items()):
+        if instructions is None:
+            wrong.append(f"{kernel} sm_90: no way through the code does the work of {USUAL.name}")
+        elif instructions > usual[kernel][0]:
+            wrong.append(f"{kernel} sm_90: {instructions} instructions a row, {usual[kernel][0]} allowed")
+    return wrong
+
+
 def print_sass(nvcc, folder):
     """Counts over a kernel's whole code, all its paths together."""
     compile_all(nvcc, ["sm_90"], folder)
     rows = []
     for kernel, code in machine_code(nvcc, folder).items():
-        names = [name for _, name, _ in code]
+        names = [name for _, _, name, _ in code]
         rows.append([kernel, *(count(names) for count in COLUMNS.values()), loads_in_flight(code)])
     print("sm_90 machine code, instructions a kernel, all its paths together. WIDE and HI: the wide")
     print("multiplications; in flight: global loads issued before the first one's result is needed\n")
@@ -267,13 +319,17 @@ def main():
             return print_sass(nvcc, folder)
         measured = measure(nvcc, folder)
         loads = measure_loads(machine_code(nvcc, folder))
+        compile_one(nvcc, ACTIVATIONS, "sm_90", folder)
+        usual = read_usual()
+        rows = measure_usual(machine_code(nvcc, folder), usual)
     if arguments.write:
         # A table cannot allow a spill: say so now.
         for line in spills(measured):
             print(f"budget: {line}")
         write_loads(loads)
+        write_usual(rows, usual)
         return write_budget(measured, nvcc)
-    return compare(measured, read_budget(), compare_loads(loads, read_loads()))
+    return compare(measured, read_budget(), compare_loads(loads, read_loads()) + compare_usual(rows, usual))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ struct BiasAct {
         Loaded loaded = {};
         loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count());
         if (p.bias.present()) {
-            loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count());
+            loaded.bias = p.bias.template cached<aligned>(at.column(), at.count());
         }
         return loaded;
     }
@@ -62,7 +62,7 @@ struct BiasAct {
     static __device__ __forceinline__ void finish(const Params& p, const Position& at,
                                                   const Kept& keep, float scale, const Loaded& loaded) {
         Values activated = biased(loaded.x, loaded.bias, p.bias.present());
-        apply<false>(p.activation, activated);
+        apply<T, false>(p.activation, activated);
         Values y = {};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -118,7 +118,7 @@ struct BiasActBackward {
         loaded.x = grad.x.template streaming<aligned>(at.element(grad.x.stride), at.count());
         loaded.dy = grad.dy.template streaming<aligned>(at.element(grad.dy.stride), at.count());
         if (grad.bias.present()) {
-            loaded.bias = grad.bias.template cached<aligned>(8ull * at.octet, at.count());
+            loaded.bias = grad.bias.template cached<aligned>(at.column(), at.count());
         }
         return loaded;
     }
@@ -129,7 +129,7 @@ struct BiasActBackward {
                                                     const Kept& keep, float scale,
                                                     const Loaded& loaded) {
         Values slope = biased(loaded.x, loaded.bias, p.grad.bias.present());
-        apply<true>(p.grad.activation, slope);
+        apply<T, true>(p.grad.activation, slope);
         const Values dy = unpack(loaded.dy);
         Values dx = {};
 #pragma unroll

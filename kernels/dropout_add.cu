@@ -50,7 +50,7 @@ struct DropoutAdd {
         loaded.x = p.x.template streaming<aligned>(at.element(p.x.stride), at.count());
         loaded.residual =
             p.residual.template streaming<aligned>(at.element(p.residual.stride), at.count());
-        if (with_bias) loaded.bias = p.bias.template cached<aligned>(8ull * at.octet, at.count());
+        if (with_bias) loaded.bias = p.bias.template cached<aligned>(at.column(), at.count());
         return loaded;
     }
 

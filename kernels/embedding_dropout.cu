@@ -80,11 +80,11 @@ FD_KERNEL(embedding_dropout_f16, EmbeddingParams<f16>, THREADS, stream<Embedding
 FD_KERNEL(embedding_dropout_bf16, EmbeddingParams<bf16>, THREADS,
           stream<EmbeddingDropout<bf16, true>>)
 FD_KERNEL(embedding_dropout_unaligned_f32, EmbeddingParams<float>, THREADS,
-          stream_unaligned<EmbeddingDropout<float, false>>)
+          stream<EmbeddingDropout<float, false>, false>)
 FD_KERNEL(embedding_dropout_unaligned_f16, EmbeddingParams<f16>, THREADS,
-          stream_unaligned<EmbeddingDropout<f16, false>>)
+          stream<EmbeddingDropout<f16, false>, false>)
 FD_KERNEL(embedding_dropout_unaligned_bf16, EmbeddingParams<bf16>, THREADS,
-          stream_unaligned<EmbeddingDropout<bf16, false>>)
+          stream<EmbeddingDropout<bf16, false>, false>)
 
 /// Rows of a tile, and tiles of a span: the radix of the tree. A span's rows are looked at together.
 constexpr unsigned RADIX = 64;

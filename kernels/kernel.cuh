@@ -25,49 +25,9 @@
 /// Threads of a block, in every kernel.
 constexpr unsigned THREADS = 256;
 
-/// Octets a thread of a streaming kernel: two 16-byte loads a 16-bit tensor in flight, 4 KiB apart.
-/// Four would take 97.5 instructions an octet in place of 104.5 (dropout_add_bf16 for sm_90), but 63
-/// registers in place of 36 and half the blocks, which small tensors do not have to spare.
-constexpr unsigned OCTETS_A_THREAD = 2;
-
-/// Octets a block of a streaming kernel.
-constexpr unsigned OCTETS_A_BLOCK = THREADS * OCTETS_A_THREAD;
-
-/// Two octets that were loaded, in a block whose octets all exist.
-template <typename Op, bool plain, bool dense>
-__device__ __forceinline__ void finish_both(const typename Op::Params& params, Index first,
-                                            const typename Op::Loaded& a, Index second,
-                                            const typename Op::Loaded& b) {
-    const MaskReader<plain> draws(params.mask);
-    // Anew: held from before the loads, they would be registers (sm_80, bias_act_dropout_bf16: 61 in place of 48).
-    const Position<dense> at(params.octets, first);
-    const Position<dense> beyond(params.octets, second);
-    // Both Philox blocks before the rest: their rounds alternate and share each pair of round keys.
-    const Lanes lanes_a = draws.lanes(draws.logical(at.row), at.octet);
-    const Lanes lanes_b = draws.lanes(draws.logical(beyond.row), beyond.octet);
-    Op::finish(params, at, draws.kept(lanes_a), draws.odds.scale, a);
-    Op::finish(params, beyond, draws.kept(lanes_b), draws.odds.scale, b);
-}
-
-/// One octet, where it exists.
-template <typename Op, bool dense>
-__device__ __forceinline__ void load_and_finish(const typename Op::Params& params, Index index) {
-    if (index.sum() >= params.octets.count) return;
-    const MaskReader<false> draws(params.mask);
-    const typename Op::Loaded loaded = Op::load(params, Position<dense>(params.octets, index));
-    const Position<dense> at(params.octets, index);
-    const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
-    Op::finish(params, at, draws.kept(lanes), draws.odds.scale, loaded);
-}
-
-/// A streaming kernel, an octet after the other: for tensors that are not aligned, where an octet alone
-/// is enough loads, and both at once are more registers than ptxas grants without a spill.
-template <typename Op, bool dense = false>
-__device__ __forceinline__ void stream_unaligned(const typename Op::Params& params) {
-    const unsigned start = blockIdx.x * OCTETS_A_BLOCK + threadIdx.x;
-    load_and_finish<Op, dense>(params, {start, 0});
-    load_and_finish<Op, dense>(params, {start, THREADS});
-}
+// Streaming kernels take one octet a thread: a 16-byte load of each 16-bit tensor. Measured on an H200 at 2^28 elements, a
+// copy so takes 258 us where one of two octets a thread takes 272 and of four 276, as a copy by memcpy does 258; with
+// evict-first stores two take 260, but then the next kernel does not find them in L2.
 
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
 /// `Params` with members `mask` and `octets`, `Loaded`, `load(params, position)` and
@@ -76,34 +36,42 @@ __device__ __forceinline__ void stream_unaligned(const typename Op::Params& para
 /// No thread reads what another one writes, so every call may be in place.
 template <typename Op, bool dense = true>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
-    const unsigned start = blockIdx.x * OCTETS_A_BLOCK;
-    // The last block, where it is not full: no collective there.
-    if (start + OCTETS_A_BLOCK > params.octets.count) return stream_unaligned<Op, dense>(params);
-    const Index first = {start + threadIdx.x, 0};
-    const Index second = {start + threadIdx.x, THREADS};
-    const typename Op::Loaded a = Op::load(params, Position<dense>(params.octets, first));
-    const typename Op::Loaded b = Op::load(params, Position<dense>(params.octets, second));
-    // All threads of the block are here. ptxas would sink the second octet's loads behind the first
-    // one's arithmetic; it does not move them across this and the branch. (One branch for both, before
-    // the loads, is four instructions less a thread, but then it does move them. A bound on the
-    // registers keeps them, but has parameters read again at every use.)
-    __syncwarp();
-    if (params.mask.plain) {
-        finish_both<Op, true, dense>(params, first, a, second, b);
-    } else {
-        finish_both<Op, false, dense>(params, first, a, second, b);
-    }
+    const Index index = {blockIdx.x * THREADS + threadIdx.x, 0};
+    if (index.base >= params.octets.count) return;
+    const Position<dense> at(params.octets, index);
+    const typename Op::Loaded loaded = Op::load(params, at);
+    with_draws(params.mask, [&](const auto& draws) {
+        const Lanes lanes = draws.lanes(draws.logical(at.row), at.octet);
+        Op::finish(params, at, draws.kept(lanes), draws.odds.scale, loaded);
+    });
+}
+
+/// The same of f32, where an octet is two accesses. Of a pair of neighbouring octets each of two threads takes the same
+/// half of both (`PairPosition`), so that both accesses of a warp are whole 32-byte sectors. An octet in one thread would be
+/// two half sectors: measured on an H200, 72 % of the bandwidth. Rows have an even number of octets, one behind the other.
+template <typename Op>
+__device__ __forceinline__ void stream_pairs(const typename Op::Params& params) {
+    const unsigned index = blockIdx.x * THREADS + threadIdx.x;
+    const bool exists = index < params.octets.count;
+    const unsigned there = __ballot_sync(0xffffffffu, exists);
+    if (!exists) return;
+    const PairPosition at(params.octets, index);
+    const typename Op::Loaded loaded = Op::load(params, at);
+    with_draws(params.mask, [&](const auto& draws) {
+        const Lanes own = draws.lanes(draws.logical(at.row), at.octet);
+        Op::finish(params, at, draws.kept(at.shared(own, there)), draws.odds.scale, loaded);
+    });
 }
 
 /// The kernels of a streaming operator `Op<T, aligned>`, for each storage type: `name` where no matrix has a stride, and
-/// its twins for strides between whole octets, and for any alignment (src/device/stream.rs chooses).
-#define FD_STREAM_KERNELS(name, Params, Op)          \
+/// its twins for strides between whole octets, and for any alignment (`Layout` in src/device/mod.rs).
+#define FD_STREAM_KERNELS(name, Params, Op)            \
     FD_STREAM_KERNELS_OF(name, Params, Op, float, f32) \
     FD_STREAM_KERNELS_OF(name, Params, Op, f16, f16)   \
-    FD_STREAM_KERNELS_OF(name, Params, Op, bf16, bf16)
-#define FD_STREAM_KERNELS_OF(name, Params, Op, T, type) \
-    FD_ALIGNED_STREAM_KERNELS(name, Params, Op, T, type) \
-    FD_KERNEL(name##_unaligned_##type, Params<T>, THREADS, stream_unaligned<Op<T, false>>)
-#define FD_ALIGNED_STREAM_KERNELS(name, Params, Op, T, type)                      \
-    FD_KERNEL(name##_##type, Params<T>, THREADS, stream<Op<T, true>>)             \
-    FD_KERNEL(name##_strided_##type, Params<T>, THREADS, stream<Op<T, true>, false>)
+    FD_STREAM_KERNELS_OF(name, Params, Op, bf16, bf16) \
+    FD_KERNEL(name##_f32, Params<float>, THREADS, stream_pairs<Op<float, true>>)     \
+    FD_KERNEL(name##_f16, Params<f16>, THREADS, stream<Op<f16, true>>)               \
+    FD_KERNEL(name##_bf16, Params<bf16>, THREADS, stream<Op<bf16, true>>)
+#define FD_STREAM_KERNELS_OF(name, Params, Op, T, type)                              \
+    FD_KERNEL(name##_strided_##type, Params<T>, THREADS, stream<Op<T, true>, false>) \
+    FD_KERNEL(name##_unaligned_##type, Params<T>, THREADS, stream<Op<T, false>, false>)

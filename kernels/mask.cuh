@@ -159,6 +159,44 @@ struct Position {
         if (dense) return index.element();
         return row * stride + 8ull * octet;
     }
+
+    /// Its first element in a value a column.
+    __device__ __forceinline__ unsigned long long column() const { return 8ull * octet; }
+};
+
+/// What one of two threads takes of a pair of neighbouring octets of f32: the same half of both. Its position is that of
+/// its own octet, of which it draws the lanes. For dense matrices with an even number of octets a row.
+struct PairPosition {
+    const Octets& octets;
+    unsigned index;
+    unsigned row;
+    unsigned octet;
+
+    __device__ __forceinline__ PairPosition(const Octets& octets, unsigned index)
+        : octets(octets), index(index) {
+        row = octets.per_row.quotient(index);
+        octet = octets.per_row.remainder(index, row);
+    }
+
+    __device__ __forceinline__ unsigned count() const { return 8; }
+
+    __device__ __forceinline__ Halves element(unsigned long long) const { return halves(index); }
+
+    __device__ __forceinline__ Halves column() const { return halves(octet); }
+
+    /// The lanes of the thread's elements, from those of its octet: each thread gives the other one the half that it needs.
+    /// `there`: the threads of the warp that are here.
+    __device__ __forceinline__ uint4 shared(uint4 own, unsigned there) const {
+        const bool second = index % 2 == 1;
+        const unsigned low = __shfl_xor_sync(there, second ? own.x : own.z, 1);
+        const unsigned high = __shfl_xor_sync(there, second ? own.y : own.w, 1);
+        return second ? make_uint4(low, high, own.z, own.w) : make_uint4(own.x, own.y, low, high);
+    }
+
+private:
+    static __device__ __forceinline__ Halves halves(unsigned octet) {
+        return {8ull * octet - 4 * (octet % 2)};
+    }
 };
 
 /// A parameter in a register: the compiler would read it from the parameters again at every predicated

@@ -18,7 +18,7 @@
 
 #pragma once
 
-#include "exponential.cuh"
+#include "special.cuh"
 #include "team.cuh"
 
 /// A normalisation, as the host describes it.

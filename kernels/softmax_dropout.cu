@@ -32,7 +32,7 @@
 // a tree of f32 sums of 8 * octets + 8 terms' depth at most; 1 / S is within 2 ulp; each product one rounding.
 // In place: y may be x; dx may be dy. Each element is read and written by one thread.
 
-#include "exponential.cuh"
+#include "special.cuh"
 #include "team.cuh"
 
 template <typename T>
@@ -127,83 +127,91 @@ struct Products {
     Values h;
 };
 
-/// What an octet of x and its additive mask are before they are computed with.
-template <typename T>
-struct Scores {
-    Octet<T> x;
-    Octet<T> additive;
-};
-
 /// One row, as its team has it. What is held is z / unit, then e; without a held row both are computed again in each pass.
 template <typename T, typename Walk, bool masked>
 struct ScoreRow {
     static_assert(masked || Walk::aligned, "octets that are not whole have columns that are not visible");
     using Scratch = typename Walk::Scratch;
 
+    // A row that is held has fewer than 2^32 columns.
+    using Column = typename Choice<Walk::held, unsigned, unsigned long long>::Type;
+
     const SoftmaxParams<T>& p;
     const Walk walk;
-    const unsigned local;         // local row
-    unsigned long long visible;   // columns
-    unsigned long long additive;  // index of the row's first element in the additive mask
+    const unsigned local;  // local row
+    Column visible;        // columns
+    const In<T> x;         // the matrices, from where the thread begins in the row
+    const In<T> dy;
+    In<T> additive;        // may be absent
+    const Out<T> out;
     Values held[Walk::SLOTS];
 
     __device__ __forceinline__ ScoreRow(const SoftmaxParams<T>& p, typename Walk::Team team)
-        : p(p), walk{team, p.cols}, local(p.mask.rows.offset + team.row) {
+        : p(p),
+          walk{team, p.cols},
+          local(p.mask.rows.offset + team.row),
+          x(p.x.from(local * p.x.stride + walk.start())),
+          dy(p.dy.from(local * p.dy.stride + walk.start())),
+          out(p.out.from(local * p.out.stride + walk.start())) {
         if (!masked) return;
         const unsigned head = p.queries.quotient(local);
         const unsigned query = local - head * p.queries.divisor;
-        additive = (1ull * p.heads.quotient(head) * p.queries.divisor + query) * p.cols;
+        additive = p.additive;
+        if (additive.present()) {
+            const unsigned long long row = 1ull * p.heads.quotient(head) * p.queries.divisor + query;
+            additive = additive.from(row * p.cols + walk.start());
+        }
         const long long limit = query + p.causal + 1;
-        visible = limit <= 0 ? 0 : min(static_cast<unsigned long long>(limit), p.cols);
-        if (p.lengths.present()) visible = min(visible, 1ull * p.lengths.cached(local));
+        visible = limit <= 0 ? 0 : static_cast<Column>(min(static_cast<unsigned long long>(limit), p.cols));
+        if (p.lengths.present()) visible = min(visible, static_cast<Column>(p.lengths.cached(local)));
     }
 
-    /// How many columns of an octet are visible.
-    __device__ __forceinline__ unsigned visible_in(Index octet) const {
-        if (!masked) return 8;
-        // A row that is held has fewer than 2^32 columns.
-        return Walk::held ? below(static_cast<unsigned>(visible), octet.sum())
-                          : below(visible, 1ull * octet.sum());
+    /// Whether an octet has a visible column.
+    __device__ __forceinline__ bool sees(Index octet) const {
+        return !masked || Column(8) * octet.sum() < visible;
     }
 
     /// Calls `each(slot, octet, count)` for the octets with visible columns, `count` of whose elements exist.
     template <typename Each>
     __device__ __forceinline__ void each_visible(Each each) const {
         walk.each([&](unsigned slot, Index octet, unsigned count) {
-            if (visible_in(octet) > 0) each(slot, octet, count);
+            if (sees(octet)) each(slot, octet, count);
         });
     }
 
-    /// The row's part of a matrix from octet `octet.base` on: all octets of a thread are at a fixed distance from it.
-    template <typename Matrix>
-    __device__ __forceinline__ auto place(const Matrix& matrix, Index octet) const {
-        return matrix.from(local * matrix.stride + 8ull * octet.base);
-    }
-
-    __device__ __forceinline__ Octet<T> load(const InMatrix<T>& matrix, Index octet,
-                                             unsigned count) const {
-        return place(matrix, octet).template streaming<Walk::aligned>(8 * octet.ahead, count);
-    }
-
-    __device__ __forceinline__ Scores<T> load_scores(Index octet, unsigned count) const {
-        Scores<T> scores = {load(p.x, octet, count), {}};
-        if (masked && p.additive.present()) {
-            // Read again by the other heads.
-            scores.additive =
-                p.additive.template cached<Walk::aligned>(additive + octet.element(), count);
+    /// The same, and where octets that are not visible are held too (a masked row has -infinity in them) for all, without
+    /// asking.
+    template <typename Each>
+    __device__ __forceinline__ void each_held(Each each) const {
+        if constexpr (masked && Walk::held) {
+#pragma unroll
+            for (unsigned slot = 0; slot < Walk::SLOTS; ++slot) {
+                each(slot, Index{walk.team.rank, slot * Walk::Team::SIZE}, 8u);
+            }
+        } else {
+            each_visible(each);
         }
-        return scores;
+    }
+
+    /// An octet of x or dy.
+    __device__ __forceinline__ Octet<T> load(const In<T>& row, Index octet, unsigned count) const {
+        return row.template streaming<Walk::aligned>(walk.from_start(octet), count);
+    }
+
+    /// An octet of the additive mask, which the other heads read again.
+    __device__ __forceinline__ Octet<T> load_additive(Index octet, unsigned count) const {
+        return additive.template cached<Walk::aligned>(walk.from_start(octet), count);
     }
 
     /// Whether x is multiplied by something before it is z / unit, or has something added.
     __device__ __forceinline__ bool changes() const {
-        return p.multiplier != 1.0f || (masked && p.additive.present());
+        return p.multiplier != 1.0f || (masked && additive.present());
     }
 
     /// z / unit in place of x, all of whose columns are taken to be visible.
-    __device__ __forceinline__ void change(Values& x, const Octet<T>& additive) const {
-        if (masked && p.additive.present()) {
-            const Values values = unpack(additive);
+    __device__ __forceinline__ void change(Values& x, const Octet<T>& added) const {
+        if (masked && additive.present()) {
+            const Values values = unpack(added);
 #pragma unroll
             for (int j = 0; j < 8; ++j) x.at[j] = __fmaf_rn(x.at[j], p.multiplier, values.at[j]);
         } else {
@@ -214,42 +222,48 @@ struct ScoreRow {
 
     /// Puts `value` where a column is not visible: in the last octet of those that are seen, where not all of it is.
     __device__ __forceinline__ void hide(Values& values, Index octet, float value) const {
-        const unsigned seen = visible_in(octet);
-        if (masked && seen < 8) {
+        const Column first = Column(8) * octet.sum();
+        if (masked && first + 8 > visible) {
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
-                if (j >= seen) values.at[j] = value;
+                if (first + j >= visible) values.at[j] = value;
             }
         }
     }
 
     /// z / unit of an octet, read again.
     __device__ __forceinline__ Values reread(Index octet, unsigned count) const {
-        const Scores<T> scores = load_scores(octet, count);
-        Values z = unpack(scores.x);
-        if (changes()) change(z, scores.additive);
+        Octet<T> added = {};
+        if (masked && additive.present()) added = load_additive(octet, count);
+        Values z = unpack(load(x, octet, count));
+        if (changes()) change(z, added);
         hide(z, octet, minus_infinity());
         return z;
     }
 
-    /// Loads what is held. `beside(slot, octet, count)` loads what is held beside it.
+    /// Loads what is held. `beside(slot, octet, count)` loads what is held beside it. What is the same for all octets is
+    /// asked once.
     template <typename Beside>
     __device__ __forceinline__ void load(Beside beside) {
         if (!Walk::held) return;
-        Scores<T> loaded[Walk::SLOTS];
+        Octet<T> loaded[Walk::SLOTS];
+        Octet<T> added[Walk::SLOTS];
         each_visible([&](unsigned slot, Index octet, unsigned count) {
-            loaded[slot] = load_scores(octet, count);
+            loaded[slot] = load(x, octet, count);
             beside(slot, octet, count);
         });
-        __syncwarp();  // keeps the loads first; all threads are here
-        each_visible([&](unsigned slot, Index, unsigned) { held[slot] = unpack(loaded[slot].x); });
-        if (changes()) {  // one branch, not one an octet
-            each_visible([&](unsigned slot, Index, unsigned) {
-                change(held[slot], loaded[slot].additive);
+        if (masked && additive.present()) {
+            each_visible([&](unsigned slot, Index octet, unsigned count) {
+                added[slot] = load_additive(octet, count);
             });
         }
+        __syncwarp();  // keeps the loads first; all threads are here
+        each_visible([&](unsigned slot, Index, unsigned) { held[slot] = unpack(loaded[slot]); });
+        if (changes()) {
+            each_visible([&](unsigned slot, Index, unsigned) { change(held[slot], added[slot]); });
+        }
         if (!masked) return;
-        each_visible([&](unsigned slot, Index octet, unsigned) {
+        each_held([&](unsigned slot, Index octet, unsigned) {
             hide(held[slot], octet, minus_infinity());
         });
     }
@@ -258,11 +272,11 @@ struct ScoreRow {
     __device__ __forceinline__ void exponentiate(const Exponent& exponent) {
         if (!Walk::held) return;
         if (!exponent.near) {
-            each_visible([&](unsigned slot, Index, unsigned) {
+            each_held([&](unsigned slot, Index, unsigned) {
                 exponent.bring_near(held[slot], p.unit);
             });
         }
-        each_visible([&](unsigned slot, Index, unsigned) { exponent.exponentiate(held[slot]); });
+        each_held([&](unsigned slot, Index, unsigned) { exponent.exponentiate(held[slot]); });
     }
 
     /// e of an octet, when what is held is e.
@@ -278,7 +292,7 @@ struct ScoreRow {
     /// The softmax of the row; what is held is e afterwards.
     __device__ __forceinline__ Softmax softmax(Scratch& max_scratch, Scratch& sum_scratch) {
         float maximum = minus_infinity();
-        each_visible([&](unsigned slot, Index octet, unsigned count) {
+        each_held([&](unsigned slot, Index octet, unsigned count) {
             const Values z = Walk::held ? held[slot] : reread(octet, count);
 #pragma unroll
             for (int j = 0; j < 8; ++j) maximum = fmaxf(maximum, z.at[j]);
@@ -287,7 +301,7 @@ struct ScoreRow {
         const Exponent exponent(maximum, p.unit);
         exponentiate(exponent);
         float sum = 0.0f;
-        each_visible([&](unsigned slot, Index octet, unsigned count) {
+        each_held([&](unsigned slot, Index octet, unsigned count) {
             sum = total(e(slot, octet, count, exponent), sum);
         });
         return {maximum, exponent, inverse_of(walk.team.sum(sum, sum_scratch))};
@@ -307,30 +321,41 @@ struct ScoreRow {
         return Softmax::with(maximum, exponent, reciprocal);
     }
 
-    /// The lanes of the octets that are held; of a masked row only of those with visible columns.
-    template <typename Draws>
-    __device__ __forceinline__ void draw(const Draws& draws, Lanes (&lanes)[Walk::SLOTS]) const {
-        if (!masked) return walk.draw(draws, lanes);
-        const unsigned logical = draws.logical(walk.team.row);
-        each_visible([&](unsigned slot, Index octet, unsigned) {
-            lanes[slot] = draws.lanes(logical, octet.sum());
-        });
-    }
-
     /// Writes the row: `get(slot, octet, count)` of octets with visible columns, +0 in the others.
     template <typename Get>
     __device__ __forceinline__ void write(Get get) const {
         walk.each([&](unsigned slot, Index octet, unsigned count) {
-            Octet<T> out = {};
-            if (visible_in(octet) > 0) {
-                Values values = get(slot, octet, count);
-                hide(values, octet, 0.0f);
-                out = pack<T>(values);
-            }
-            place(p.out, octet).template cached<Walk::aligned>(8 * octet.ahead, count, out);
+            Octet<T> values = {};
+            if (sees(octet)) values = pack<T>(get(slot, octet, count));
+            out.template cached<Walk::aligned>(walk.from_start(octet), count, values);
         });
     }
 };
+
+/// The lanes of a row's octets. Those of a row that is held and not masked are drawn together (`Walk::draw`); otherwise an
+/// octet's when it is asked for, and of a masked row only where it is visible.
+template <typename Walk, bool masked, typename Draws>
+struct RowLanes {
+    static constexpr bool together = Walk::held && !masked;
+
+    const Draws& draws;
+    unsigned logical;
+    Lanes drawn[Walk::SLOTS];
+
+    __device__ __forceinline__ RowLanes(const Walk& walk, const Draws& draws)
+        : draws(draws), logical(draws.logical(walk.team.row)) {
+        if constexpr (together) walk.draw(draws, drawn);
+    }
+
+    __device__ __forceinline__ Kept kept(unsigned slot, Index octet) const {
+        return draws.kept(together ? drawn[slot] : draws.lanes(logical, octet.sum()));
+    }
+};
+
+template <bool masked, typename Walk, typename Draws>
+__device__ __forceinline__ RowLanes<Walk, masked, Draws> lanes_of(const Walk& walk, const Draws& draws) {
+    return {walk, draws};
+}
 
 template <typename T, typename Walk, bool masked>
 __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
@@ -343,19 +368,19 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     const Softmax softmax = row.softmax(max_scratch, sum_scratch);
     row.save(softmax);
 
+    const bool is_nan = softmax.inverse != softmax.inverse;  // what is not visible is +0 all the same
     with_draws(p.mask, [&](const auto& draws) {
-        const unsigned logical = draws.logical(team.row);
+        const auto lanes = lanes_of<masked>(row.walk, draws);
         const float factor = __fmul_rn(softmax.inverse, draws.odds.scale);
-        Lanes lanes[Walk::SLOTS];
-        if constexpr (Walk::held) row.draw(draws, lanes);
         row.write([&](unsigned slot, Index octet, unsigned count) {
-            const Kept keep = draws.kept(Walk::held ? lanes[slot] : draws.lanes(logical, octet.sum()));
+            const Kept keep = lanes.kept(slot, octet);
             const Values e = row.e(slot, octet, count, softmax.exponent);
             Values y = {};
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 if (keep.at[j]) y.at[j] = __fmul_rn(e.at[j], factor);
             }
+            if (is_nan) row.hide(y, octet, 0.0f);
             return y;
         });
     });
@@ -399,7 +424,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     }
     Octet<T> dy[Walk::SLOTS];
     row.load([&](unsigned slot, Index octet, unsigned count) {
-        dy[slot] = row.load(p.dy, octet, count);
+        dy[slot] = row.load(row.dy, octet, count);
     });
     const auto computed = [&]() {
         const Softmax softmax = row.softmax(max_scratch, sum_scratch);
@@ -419,28 +444,32 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         return h;
     };
     Values held_h[Walk::SLOTS];
+    float sum = 0.0f;
     if constexpr (Walk::held) {
         with_draws(p.mask, [&](const auto& draws) {
-            Lanes lanes[Walk::SLOTS];
-            row.draw(draws, lanes);
-            row.each_visible([&](unsigned slot, Index, unsigned) {
-                held_h[slot] = h_of(draws.kept(lanes[slot]), row.held[slot], dy[slot]);
+            const auto lanes = lanes_of<masked>(row.walk, draws);
+            row.each_visible([&](unsigned slot, Index octet, unsigned) {
+                held_h[slot] = h_of(lanes.kept(slot, octet), row.held[slot], dy[slot]);
+                sum = total(held_h[slot], sum);
             });
         });
     }
     const auto products = [&](unsigned slot, Index octet, unsigned count) -> Products {
-        if (Walk::held) return {row.held[slot], held_h[slot]};
-        const MaskReader<false> draws(p.mask);
-        const Kept keep = draws.kept(draws.lanes(draws.logical(team.row), octet.sum()));
-        const Octet<T> dy = row.load(p.dy, octet, count);
-        const Values e = row.e(slot, octet, count, softmax.exponent);
-        return {e, h_of(keep, e, dy)};
+        if constexpr (Walk::held) {
+            return {row.held[slot], held_h[slot]};
+        } else {
+            const MaskReader<false> draws(p.mask);
+            const Kept keep = draws.kept(draws.lanes(draws.logical(team.row), octet.sum()));
+            const Octet<T> dy = row.load(row.dy, octet, count);
+            const Values e = row.e(slot, octet, count, softmax.exponent);
+            return {e, h_of(keep, e, dy)};
+        }
     };
-
-    float sum = 0.0f;
-    row.each_visible([&](unsigned slot, Index octet, unsigned count) {
-        sum = total(products(slot, octet, count).h, sum);
-    });
+    if (!Walk::held) {
+        row.each_visible([&](unsigned slot, Index octet, unsigned count) {
+            sum = total(products(slot, octet, count).h, sum);
+        });
+    }
     sum = team.sum(sum, product_scratch);
     const float factor = __fmul_rn(p.scale, odds_of(p.mask).scale);
     const bool finite = fabsf(sum) <= bits_as<float>(0x7f7fffffu);  // the same for the whole team
@@ -464,6 +493,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         for (int j = 0; j < 8; ++j) {
             if (own.e.at[j] == 0.0f) dx.at[j] = 0.0f;
         }
+        row.hide(dx, octet, 0.0f);
         return dx;
     });
 }

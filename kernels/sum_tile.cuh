@@ -8,11 +8,11 @@
 /// Rows of a tile: the radix of the tree.
 constexpr unsigned TILE_ROWS = 64;
 
-/// Columns of a tile, 8 octets: a tile is two octets a thread, as in the streaming kernels, and a row
+/// Columns of a tile, 8 octets: a tile is two octets a thread, and a row
 /// of it is whole 32-byte sectors (128 bytes in 16-bit storage).
 constexpr unsigned TILE_COLS = 64;
 constexpr unsigned TILE_OCTETS = TILE_COLS / 8;
-static_assert(TILE_ROWS * TILE_OCTETS == OCTETS_A_BLOCK, "a thread has two octets of a tile");
+static_assert(TILE_ROWS * TILE_OCTETS == 2 * THREADS, "a thread has two octets of a tile");
 
 /// The tensor of a launch, in tiles, and where their sums go.
 struct Tiles {
@@ -38,6 +38,9 @@ struct TileOctet {
     __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
         return row * stride + 8ull * octet;
     }
+
+    /// Its first element in a value a column.
+    __device__ __forceinline__ unsigned long long column() const { return 8ull * octet; }
 };
 
 /// Elements of an octet that exist.

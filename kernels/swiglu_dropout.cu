@@ -19,8 +19,8 @@ struct Silu {
 
     __device__ __forceinline__ explicit Silu(float x) {
         const float near = limited(x, LOGISTIC);
-        const Logistic s(near);
-        value = __fmul_rn(at_least(x, LOGISTIC), s.value);
+        const Logistic s = Logistic::of(near);
+        value = silu(x, s);
         slope = __fmaf_rn(__fmul_rn(near, s.value), s.rest, s.value);
     }
 };
@@ -119,13 +119,4 @@ struct SwigluGrad {
     }
 };
 
-FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, float, f32)
-FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, f16, f16)
-FD_ALIGNED_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad, bf16, bf16)
-// Four blocks: on its own, ptxas takes 32 registers in the f16 kernel for sm_80, and spills.
-FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_f32, SwigluGradParams<float>, THREADS, 4,
-                 stream_unaligned<SwigluGrad<float, false>>)
-FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_f16, SwigluGradParams<f16>, THREADS, 4,
-                 stream_unaligned<SwigluGrad<f16, false>>)
-FD_KERNEL_BLOCKS(swiglu_dropout_grad_unaligned_bf16, SwigluGradParams<bf16>, THREADS, 4,
-                 stream_unaligned<SwigluGrad<bf16, false>>)
+FD_STREAM_KERNELS(swiglu_dropout_grad, SwigluGradParams, SwigluGrad)

@@ -89,6 +89,13 @@ struct Walk {
     Team team;
     unsigned long long cols;
 
+    /// The element of a row that a thread counts from, and the distance of an octet from it: of a row that is held a
+    /// constant, so that a thread's octets are one address.
+    __device__ __forceinline__ unsigned long long start() const { return held ? 8ull * team.rank : 0; }
+    __device__ __forceinline__ unsigned long long from_start(Index octet) const {
+        return held ? 8 * octet.ahead : octet.element();
+    }
+
     /// Calls `each(slot, octet, count)` for the thread's octets, an `Index` in the row each, `count` of whose elements exist.
     template <typename Each>
     __device__ __forceinline__ void each(Each each) const {

@@ -35,6 +35,16 @@ __device__ __forceinline__ To bits_as(From from) {
     return to;
 }
 
+/// One of two types.
+template <bool first, typename A, typename B>
+struct Choice {
+    using Type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+    using Type = B;
+};
+
 /// A question's answer at compile time.
 template <bool value_>
 struct Answer {
@@ -66,6 +76,11 @@ template <typename T>
 struct Octet {
     static constexpr int WORDS = 2 * sizeof(T);
     unsigned words[WORDS];
+};
+
+/// Where half of an octet of f32 begins, and 8 elements behind it the same half of the next one.
+struct Halves {
+    unsigned long long first;
 };
 
 /// Eight values in f32.
@@ -149,21 +164,26 @@ class In {
         return streaming ? __ldcs(address) : *address;
     }
 
+    /// Whole: in accesses of 16 bytes, `step` of 16 bytes from each other.
+    template <bool streaming>
+    __device__ __forceinline__ Octet<T> whole(unsigned long long element, int step) const {
+        Octet<T> octet;
+        const uint4* address = reinterpret_cast<const uint4*>(pointer + element);
+#pragma unroll
+        for (int i = 0; i < Octet<T>::WORDS / 4; ++i) {
+            const uint4 words = load<streaming>(address + i * step);
+            octet.words[4 * i] = words.x;
+            octet.words[4 * i + 1] = words.y;
+            octet.words[4 * i + 2] = words.z;
+            octet.words[4 * i + 3] = words.w;
+        }
+        return octet;
+    }
+
     template <bool streaming, bool aligned>
     __device__ __forceinline__ Octet<T> octet(unsigned long long element, unsigned count) const {
+        if (aligned) return whole<streaming>(element, 1);
         Octet<T> octet = {};
-        if (aligned) {
-            const uint4* address = reinterpret_cast<const uint4*>(pointer + element);
-#pragma unroll
-            for (int i = 0; i < Octet<T>::WORDS / 4; ++i) {
-                const uint4 words = load<streaming>(address + i);
-                octet.words[4 * i] = words.x;
-                octet.words[4 * i + 1] = words.y;
-                octet.words[4 * i + 2] = words.z;
-                octet.words[4 * i + 3] = words.w;
-            }
-            return octet;
-        }
         const Stored* address = reinterpret_cast<const Stored*>(pointer + element);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
@@ -197,6 +217,20 @@ public:
         return octet<false, aligned>(element, count);
     }
 
+    /// Two halves, read once.
+    template <bool aligned>
+    __device__ __forceinline__ Octet<T> streaming(Halves halves, unsigned) const {
+        static_assert(aligned && sizeof(T) == 4, "an octet in two accesses");
+        return whole<true>(halves.first, 2);
+    }
+
+    /// Two halves, read by others too.
+    template <bool aligned>
+    __device__ __forceinline__ Octet<T> cached(Halves halves, unsigned) const {
+        static_assert(aligned && sizeof(T) == 4, "an octet in two accesses");
+        return whole<false>(halves.first, 2);
+    }
+
     /// One element of a tensor that kernels do arithmetic on as it is (f32, integers).
     __device__ __forceinline__ T cached(unsigned long long element) const {
         return load<false>(pointer + element);
@@ -215,6 +249,17 @@ class Out {
         *address = word;
     }
 
+    /// As `In::whole`.
+    __device__ __forceinline__ void whole(unsigned long long element, int step,
+                                          const Octet<T>& octet) const {
+        uint4* address = reinterpret_cast<uint4*>(pointer + element);
+#pragma unroll
+        for (int i = 0; i < Octet<T>::WORDS / 4; ++i) {
+            store(address + i * step, make_uint4(octet.words[4 * i], octet.words[4 * i + 1],
+                                                 octet.words[4 * i + 2], octet.words[4 * i + 3]));
+        }
+    }
+
 public:
     /// Whether there is such a tensor.
     __device__ __forceinline__ bool present() const { return pointer != nullptr; }
@@ -230,15 +275,7 @@ public:
     template <bool aligned>
     __device__ __forceinline__ void cached(unsigned long long element, unsigned count,
                                            const Octet<T>& octet) const {
-        if (aligned) {
-            uint4* address = reinterpret_cast<uint4*>(pointer + element);
-#pragma unroll
-            for (int i = 0; i < Octet<T>::WORDS / 4; ++i) {
-                store(address + i, make_uint4(octet.words[4 * i], octet.words[4 * i + 1],
-                                              octet.words[4 * i + 2], octet.words[4 * i + 3]));
-            }
-            return;
-        }
+        if (aligned) return whole(element, 1, octet);
         Stored* address = reinterpret_cast<Stored*>(pointer + element);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) {
@@ -246,6 +283,13 @@ public:
             const unsigned word = octet.words[j * sizeof(T) / 4];
             store(address + j, static_cast<Stored>(word >> (8 * (j * sizeof(T) % 4))));
         }
+    }
+
+    /// Writes two halves.
+    template <bool aligned>
+    __device__ __forceinline__ void cached(Halves halves, unsigned, const Octet<T>& octet) const {
+        static_assert(aligned && sizeof(T) == 4, "an octet in two accesses");
+        whole(halves.first, 2, octet);
     }
 
     /// Writes one element.

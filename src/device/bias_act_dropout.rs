@@ -32,7 +32,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let y = matrix_mut(y, shape.cols, device)?;
     let matrices = [x.as_ref().unwrap_or(&y), &y].map(Matrix::of);
     let bias = pointer(&bias);
-    let kernel = kernel!(NAME, "bias_act_dropout", T, in layout(shape, &matrices, &[bias]));
+    let kernel = kernel!(NAME, "bias_act_dropout", T, in layout::<T>(shape, &matrices, &[bias]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
     // y is x.
     unsafe {
@@ -83,7 +83,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let matrices = [&x, dy.as_ref().unwrap_or(&dx), &dx].map(Matrix::of);
     let bias = pointer(&bias);
     let grad = Grad { matrices, bias, activation: activation as u32, padding: 0 };
-    let layout = layout(shape, &matrices, &[bias]);
+    let layout = layout::<T>(shape, &matrices, &[bias]);
     let Some(dbias) = dbias else {
         // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernels allow
         // that dx is dy.

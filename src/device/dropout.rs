@@ -51,7 +51,7 @@ pub(super) unsafe fn apply<T: Dtype, D: Device>(
     x: Matrix,
     y: Matrix,
 ) -> Result<(), Error> {
-    let kernel = kernel!(NAME, "dropout", T, in layout(shape, &[x, y], &[]));
+    let kernel = kernel!(NAME, "dropout", T, in layout::<T>(shape, &[x, y], &[]));
     // SAFETY: the caller's promise; the parts stay within the tensors.
     unsafe {
         launch_stream(device, kernel, mask, shape, |part, mask| Params {

@@ -32,7 +32,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let residual = source(pass.residual, shape.cols, device)?;
     let matrices = [&x, residual.as_ref().unwrap_or(&y), &y].map(Matrix::of);
     let bias = pointer(&bias);
-    let layout = layout(shape, &matrices, &[bias]);
+    let layout = layout::<T>(shape, &matrices, &[bias]);
     let kernel = match bias {
         0 => kernel!(NAME, "dropout_add", T, in layout),
         _ => kernel!(NAME, "dropout_add_bias", T, in layout),
@@ -79,7 +79,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, mask.factor());
     let (tiles, blocks) = tree.by_tiles();
-    let aligned = layout(shape, &[dy, dx], &[]).is_aligned();
+    let aligned = layout::<T>(shape, &[dy, dx], &[]).is_aligned();
     let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned);
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.
     unsafe {

@@ -95,7 +95,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
         rows,
     };
     let kernels = kernels!(NAME, "dropout_add_norm_forward", T);
-    let layout = layout(shape, &[sum.x, sum.residual, s, y], &[sum.bias, weight, norm_bias]);
+    let layout = layout::<T>(shape, &[sum.x, sum.residual, s, y], &[sum.bias, weight, norm_bias]);
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernels allow that
     // s is the residual.
     unsafe { launch_rows(device, kernels, shape, layout.is_aligned(), params) }
@@ -183,14 +183,14 @@ unsafe fn launch_backward<T: Dtype, D: Device>(
     let part =
         |first, rows| BackwardParams { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
-    unsafe { launch_rows(device, kernels, shape, aligned(shape, &params), part) }
+    unsafe { launch_rows(device, kernels, shape, aligned::<T>(shape, &params), part) }
 }
 
 /// Whether the kernels can take whole octets of the tensors of T.
-fn aligned(shape: Shape, params: &BackwardParams) -> bool {
+fn aligned<T: Dtype>(shape: Shape, params: &BackwardParams) -> bool {
     let SumOf { x, bias, residual } = params.sum;
     let matrices = [x, residual, params.dy, params.ds, params.dresidual, params.dx];
-    layout(shape, &matrices, &[bias, params.weight]).is_aligned()
+    layout::<T>(shape, &matrices, &[bias, params.weight]).is_aligned()
 }
 
 /// Columns of a tile: `NORM_TILE_COLS` in `kernels/dropout_add_norm.cu`.
@@ -240,7 +240,7 @@ unsafe fn launch_tiles<T: Dtype, D: Device>(
         factor: trees[0].as_ref().map_or(Factor::ONE, |dbias| dbias.first().1),
         ..params
     };
-    let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned(shape, &params));
+    let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned::<T>(shape, &params));
     // SAFETY: the caller's promise.
     unsafe { launch(device, kernel, blocks, &params) }
 }

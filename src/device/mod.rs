@@ -6,6 +6,7 @@
 //! A device's tensors are what [`Readable`] is implemented for: cudarc's slices and views, and bare
 //! addresses as [`Pointer`]s.
 
+use crate::dtype::{Dtype, DtypeId};
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::{MaskParams, Resident, Shape};
@@ -211,9 +212,9 @@ pub(crate) fn aligned(cols: usize, addresses: impl IntoIterator<Item = u64>) -> 
 /// How kernels find the octets of their matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
-    /// Whole octets, one behind the other.
+    /// Whole octets, one behind the other; of f32 an even number of them a row, which kernels take in pairs.
     Dense,
-    /// Whole octets, and a gap between rows.
+    /// Whole octets, and where a row's number and its stride say.
     Strided,
     /// Elements anywhere.
     Unaligned,
@@ -226,15 +227,16 @@ impl Layout {
 }
 
 /// The layout of a pass: of its matrices, and of what it reads beside them, a value a column; what is absent is left out.
-pub(crate) fn layout(shape: Shape, matrices: &[Matrix], rows: &[u64]) -> Layout {
+pub(crate) fn layout<T: Dtype>(shape: Shape, matrices: &[Matrix], rows: &[u64]) -> Layout {
     let octet = OCTET as u64;
     let matrices = matrices.iter().filter(|matrix| matrix.pointer != 0);
     let addresses = matrices.clone().map(|matrix| matrix.pointer).chain(rows.iter().copied());
     let mut strides = matrices.map(|matrix| matrix.stride).filter(|_| shape.rows > 1);
     let whole = strides.clone().all(|stride| stride.is_multiple_of(octet));
+    let paired = T::ID != DtypeId::F32 || shape.cols.is_multiple_of(2 * OCTET);
     match aligned(shape.cols, addresses) && whole {
         false => Layout::Unaligned,
-        true if strides.all(|stride| stride == shape.cols as u64) => Layout::Dense,
+        true if paired && strides.all(|stride| stride == shape.cols as u64) => Layout::Dense,
         true => Layout::Strided,
     }
 }

@@ -75,7 +75,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     };
     // SAFETY: the lengths were checked against the scores; the addresses are held until the end; the kernels allow
     // that y is x.
-    unsafe { launch(device, kernels, shape, params) }
+    unsafe { launch::<T, D>(device, kernels, shape, params) }
 }
 
 /// dx from x, dy, and the rows' statistics where they were saved.
@@ -102,7 +102,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         false => kernels!(NAME, "softmax_dropout_backward", T),
     };
     // SAFETY: as above, for dx and dy.
-    unsafe { launch(device, kernels, shape, params) }
+    unsafe { launch::<T, D>(device, kernels, shape, params) }
 }
 
 /// What forward and backward passes share; the tensors are still to be filled in.
@@ -133,7 +133,7 @@ fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Param
 }
 
 /// Launches the form for the shape.
-unsafe fn launch<D: Device>(
+unsafe fn launch<T: Dtype, D: Device>(
     device: &D,
     kernels: Kernels,
     shape: Shape,
@@ -143,7 +143,7 @@ unsafe fn launch<D: Device>(
     if shape.cols == 0 && params.statistics_out == 0 {
         return Ok(());
     }
-    let layout = layout(shape, &[params.x, params.dy, params.out], &[params.additive]);
+    let layout = layout::<T>(shape, &[params.x, params.dy, params.out], &[params.additive]);
     let params = params.with_scale(params.scale);
     let part = |first, rows| Params { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.

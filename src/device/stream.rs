@@ -2,15 +2,12 @@
 //! blocks.
 
 use super::abi::{IndexDivisor, Mask, Matrix, Octets};
-use super::{Device, Kernel, launch};
+use super::{Device, Kernel, THREADS, launch};
 use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::Shape;
 
-/// Octets that a block covers: `OCTETS_A_BLOCK` in `kernels/kernel.cuh`.
-const OCTETS_A_BLOCK: u32 = 512;
-
-/// Launches `kernel` for tensors of `shape`, a part at a time: `params(part, mask)` are those of a part, whose mask is
+/// Launches `kernel` for tensors of `shape`, an octet a thread and a part at a time: `params(part, mask)` are those of a part, whose mask is
 /// `mask`.
 ///
 /// # Safety
@@ -24,7 +21,7 @@ pub(super) unsafe fn launch_stream<D: Device, P>(
 ) -> Result<(), Error> {
     for part in parts(shape) {
         let params = params(&part, mask.advanced(part.row, part.octet));
-        let blocks = part.octets.count.div_ceil(OCTETS_A_BLOCK) as usize;
+        let blocks = part.octets.count.div_ceil(THREADS) as usize;
         // SAFETY: the caller's promise.
         unsafe { launch(device, kernel, blocks, &params)? };
     }

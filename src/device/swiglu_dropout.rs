@@ -27,7 +27,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let (gate, up) = (source(gate, shape.cols, device)?, matrix(up, shape.cols, device)?);
     let y = matrix_mut(y, shape.cols, device)?;
     let matrices = [gate.as_ref().unwrap_or(&y), &up, &y].map(Matrix::of);
-    let kernel = kernel!(NAME, "swiglu_dropout", T, in layout(shape, &matrices, &[]));
+    let kernel = kernel!(NAME, "swiglu_dropout", T, in layout::<T>(shape, &matrices, &[]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel allows that
     // y is gate.
     unsafe {
@@ -62,7 +62,7 @@ pub(crate) fn backward<T: Dtype, D: Device>(
         (matrix_mut(dgate, shape.cols, device)?, matrix_mut(dup, shape.cols, device)?);
     let dy = dy.as_ref().unwrap_or(&dup);
     let matrices = [&gate, &up, dy, &dgate, &dup].map(Matrix::of);
-    let kernel = kernel!(NAME, "swiglu_dropout_grad", T, in layout(shape, &matrices, &[]));
+    let kernel = kernel!(NAME, "swiglu_dropout_grad", T, in layout::<T>(shape, &matrices, &[]));
     // SAFETY: as above; the kernel allows that dup is dy.
     unsafe {
         launch_stream(device, kernel, &mask, shape, |part, mask| {

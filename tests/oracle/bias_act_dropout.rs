@@ -2,42 +2,49 @@
 //!
 //! Errors to first order, u = 2^-24; an exponential is within 2 ulp, 4u, of that of its rounded argument.
 //!
-//! - Φ(-z), z >= 0, as e^(-h) A(z) / B(z) with h = z²/2: u h for the rounded h, 4u for the exponential; A and
-//!   B have positive terms, so a step of Horner's rule costs a rounding at most: 4u and 5u; the quotient's fit
-//!   with rounded coefficients 0.7u, itself within 2 ulp, 4u; a product: (h + 19) u in all, relative, of which
-//!   (h + 22) u is promised.
+//! - Φ(-z), z >= 0, as e^(-h) M(z) with h = z²/2: the exponent -h log2 e has two products and a constant, 2.5u h; the
+//!   exponential 4u. M = A(z) / B(z) has positive terms, so a step of Horner's rule costs a rounding at most: 4u and 5u; its fit
+//!   with rounded coefficients 0.7u, the quotient 4u; a product: (2.5 h + 19) u in all, relative, of which (2.5 h + 22) u is
+//!   promised. For 16-bit storage M may be a polynomial in 1 / (1 + 0.3 z), within 36u: 40u more are promised.
 //! - Φ(z) = 1 - Φ(-z): that error, absolute, and a rounding.
-//! - The density has h u, the exponential's 4u, a constant and a product: (h + 6) u.
-//! - σ(v) from e^(-|v|), where v is off by dv: (1 - σ) (dv + 4u), a sum's rounding, a reciprocal within 2
-//!   ulp and a product, 6u, relative; 1 - σ likewise with σ for 1 - σ.
-//! - 2u of the approximate GELU has five roundings and constants: dv = 5u |v|; its derivative 5u, relative.
-//! - tanh z from e = e^(-2z), z >= 0.625: 4u of e come into it 2e / (1 - e²)-fold, 2.5u; 1 - e, 1 + e, the
-//!   reciprocal and a product are 7u, relative: 10u. Below 0.625 z (1 + z² P): a tenth of what z² P has, 4u, a
+//! - The density has 2.5u h, the exponential's 4u, a constant and a product: (2.5 h + 6) u.
+//! - σ(v) from e^(-|v|) or e^(-v), where v is off by dv: (1 - σ) (dv + 4u), a sum's rounding, a reciprocal within 2
+//!   ulp and a product, 6u, relative; 1 - σ likewise with σ for 1 - σ. The exponent v log2 e has a product and a constant:
+//!   dv = 1.5u |v|.
+//! - 2u of the approximate GELU has five roundings and constants beside that: dv = 6.5u |v|; its derivative 5u, relative.
+//! - tanh z from e = e^(-2z), z >= 0.625: 4u of e and 2.5u z of its exponent come into it 2e / (1 - e²)-fold, 3.5u; 1 - e,
+//!   1 + e, the reciprocal and a product are 6u, relative: 10u. Below 0.625 z (1 + z² P): a tenth of what z² P has, 4u, a
 //!   rounding, and 0.1u of the polynomial's fit.
-//! - 1 - tanh² = 4e / (1 + e)²: at most the exponential's 4u, twice the sum's and the reciprocal's 5u, two
-//!   products, 16u, relative.
+//! - 1 - tanh² = 4e / (1 + e)²: at most e's (2.5 z + 4) u, twice the sum's and the reciprocal's 5u, two
+//!   products, (2.5 z + 16) u, relative.
 //!
-//! An exponential below the normal numbers is off by 2^-148 instead, times what it is multiplied by.
+//! An exponential below the normal numbers may be 0: it is off by 2^-126 instead, times what it is multiplied by.
 
 use super::*;
 use fused_dropout::Activation;
 
-pub(super) const SUBNORMAL: f64 = 2.802_596_928_649_634e-45;
+/// An exponential that may be 0.
+const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
+
+/// What Φ(-z) may be off by beside its roundings, in units of u.
+fn fit<T: Dtype>() -> f64 {
+    if T::ID == DtypeId::F32 { 0.0 } else { 40.0 }
+}
 
 /// act(x); at -∞ its limit.
-pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
+pub(super) fn activation<T: Dtype>(activation: Activation, x: f64) -> Bounded {
     let curve = matches!(activation, Activation::Gelu | Activation::GeluTanh | Activation::Silu);
     let x = if curve && x == f64::NEG_INFINITY { f64::from(f32::MIN) } else { x };
     let error = match activation {
         Activation::Gelu => {
             let n = Normal::new(x);
-            x.abs() * U * (n.tail * (n.h + 22.0) + 2.0 * n.cdf)
+            x.abs() * U * (n.tail * (2.5 * n.h + 22.0 + fit::<T>()) + 2.0 * n.cdf)
         }
         Activation::GeluTanh => {
             let (v, _) = twice_u(x);
-            x.abs() * sigma(v) * (sigma_error(v, 5.0 * U * v.abs()) + U)
+            x.abs() * sigma(v) * (sigma_error(v, 6.5 * U * v.abs()) + U)
         }
-        Activation::Silu => x.abs() * sigma(x) * (sigma_error(x, 0.0) + U),
+        Activation::Silu => x.abs() * sigma(x) * (sigma_error(x, 1.5 * U * x.abs()) + U),
         Activation::Tanh => 10.0 * U * x.tanh().abs(),
         Activation::Relu | Activation::Identity => 0.0,
         other => unreachable!("{other:?} has no bound here"),
@@ -55,7 +62,7 @@ pub(super) fn activation(activation: Activation, x: f64) -> Bounded {
 }
 
 /// act'(x); at ±∞ its limit.
-pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
+pub(super) fn slope<T: Dtype>(activation: Activation, x: f64) -> Bounded {
     let x = x.clamp(f64::from(f32::MIN), f64::from(f32::MAX));
     // s + x s (1 - s) dv, and its errors.
     let logistic = |v: f64, dv: f64, slope: f64, slope_error: f64| {
@@ -70,18 +77,19 @@ pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
         Activation::Gelu => {
             let n = Normal::new(x);
             let value = n.cdf + x * n.density;
-            let error = n.tail * (n.h + 22.0) + n.cdf + (x * n.density).abs() * (n.h + 6.0);
+            let tail = n.tail * (2.5 * n.h + 22.0 + fit::<T>());
+            let error = tail + n.cdf + (x * n.density).abs() * (2.5 * n.h + 6.0);
             bounded(value, U * (error + value.abs()), x)
         }
         Activation::GeluTanh => {
             let (v, slope) = twice_u(x);
-            logistic(v, 5.0 * U * v.abs(), slope, 5.0 * U)
+            logistic(v, 6.5 * U * v.abs(), slope, 5.0 * U)
         }
-        Activation::Silu => logistic(x, 0.0, 1.0, 0.0),
+        Activation::Silu => logistic(x, 1.5 * U * x.abs(), 1.0, 0.0),
         Activation::Tanh => {
             let e = (-2.0 * x.abs()).exp();
             let value = 4.0 * e / (1.0 + e).powi(2);
-            bounded(value, 16.0 * U * value, 4.0)
+            bounded(value, (2.5 * x.abs() + 16.0) * U * value, 4.0)
         }
         Activation::Relu => bounded(if x <= 0.0 { 0.0 } else { 1.0 }, 0.0, 0.0),
         Activation::Identity => bounded(1.0, 0.0, 0.0),
@@ -92,9 +100,9 @@ pub(super) fn slope(activation: Activation, x: f64) -> Bounded {
 /// `factor`: what the exponential is multiplied by.
 fn bounded(value: f64, error: f64, factor: f64) -> Bounded {
     // Beyond 2^100 the exponential is exactly 0.
-    let subnormal = if factor.abs() < 1e30 { factor.abs() + 1.0 } else { 0.0 } * SUBNORMAL;
+    let flushed = if factor.abs() < 1e30 { factor.abs() + 1.0 } else { 0.0 } * FLUSHED;
     let exact = error == 0.0 || value.is_infinite();
-    Bounded { value, error: if exact { 0.0 } else { 1.01 * error + subnormal } }
+    Bounded { value, error: if exact { 0.0 } else { 1.01 * error + flushed } }
 }
 
 /// The normal distribution at x.
@@ -153,7 +161,7 @@ pub fn bias_act_dropout<T: Dtype>(
         if !keep {
             return Bounded { value: 0.0, error: 0.0 };
         }
-        let act = activation(act, biased(shape, x, bias, i));
+        let act = activation::<T>(act, biased(shape, x, bias, i));
         // The product with the scale is one more rounding.
         let value = act.value * scale;
         stored::<T>(value, act.error * scale + U * value.abs())
@@ -176,7 +184,7 @@ pub fn bias_act_dropout_backward<T: Dtype>(
         if !keep[i] {
             return Bounded { value: 0.0, error: 0.0 };
         }
-        let slope = slope(act, biased(shape, x, bias, i));
+        let slope = slope::<T>(act, biased(shape, x, bias, i));
         let dy = f64::from(dy[i].to_f32()) * f64::from(scale);
         if dy.is_infinite() && slope.value.abs() <= slope.error {
             return Bounded::NOT_FINITE;

@@ -3,7 +3,7 @@
 //! Errors beside those of silu and its slope (`bias_act_dropout`), to first order, u = 2^-24: a rounding for each product, and
 //! half a last place of each product that is subnormal, times what it is multiplied by.
 
-use super::bias_act_dropout::{SUBNORMAL, activation, slope};
+use super::bias_act_dropout::{activation, slope};
 use super::*;
 use fused_dropout::Activation::Silu;
 
@@ -16,7 +16,7 @@ pub fn swiglu_dropout<T: Dtype>(
 ) -> Vec<Bounded> {
     let scale = f64::from(scale_and_threshold(dropout).0);
     let value = |(i, keep): (usize, bool)| {
-        let silu = activation(Silu, f64::from(gate[i].to_f32()));
+        let silu = activation::<T>(Silu, f64::from(gate[i].to_f32()));
         let y = times(silu, &[f64::from(up[i].to_f32()), scale]);
         if keep { stored::<T>(y.value, y.error) } else { Bounded { value: 0.0, error: 0.0 } }
     };
@@ -50,7 +50,7 @@ pub fn swiglu_dropout_backward<T: Dtype>(
         };
         (0..keep.len()).map(value).collect()
     };
-    [of(slope, true), of(activation, false)]
+    [of(slope::<T>, true), of(activation::<T>, false)]
 }
 
 /// A product in f32, one factor after the other: what leaves f32's range on the way does not come back.
