@@ -6,7 +6,9 @@
 //!     cargo bench --features cuda --bench device -- --serve          # a server: serve.rs
 //!
 //! bf16, f16 and f32; 2^16 to 2^28 elements in rows of 1,024, and rows of 512 to 16,384 at 2^24. Answers are checked
-//! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON. Without a GPU the exit status is 3.
+//! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON, after each of them, so that what was measured
+//! is there when it is interrupted. After `FUSED_DROPOUT_BENCH_SECONDS`, 330 unless it is set, the rest is skipped, and said
+//! to be. Without a GPU the exit status is 3.
 
 mod about;
 #[path = "../../tests/device/backend.rs"]
@@ -25,20 +27,24 @@ mod serve;
 mod timer;
 
 use about::{About, clocks};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use operators::{Case, Data, PASSES, STORAGES};
 use report::{Clocks, Report, Row, word};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use timer::{SAMPLE_SECONDS, Timer, copy_bandwidth};
 
 /// Where there is no GPU.
 const NO_GPU: u8 = 3;
 
-const SAMPLES: usize = 100;
+/// Of each case. The median of 30 is within a fifth of the distance from the 5th to the 95th percentile.
+const SAMPLES: usize = 30;
+
+/// What all cases may take: less than ten minutes of a GPU that is lent, with room for the checks before.
+const SECONDS: u64 = 330;
 
 fn main() -> ExitCode {
     let gpu = match open() {
@@ -107,6 +113,10 @@ fn time_all(gpu: &Gpu, data: &Data, report: &mut Report) -> Result<()> {
         .measurement_time(Duration::from_secs_f64(SAMPLES as f64 * SAMPLE_SECONDS))
         .nresamples(1000) // its own intervals are not reported
         .configure_from_args();
+    let seconds = std::env::var("FUSED_DROPOUT_BENCH_SECONDS").ok();
+    let seconds =
+        seconds.map_or(Ok(SECONDS), |text| text.parse()).context("FUSED_DROPOUT_BENCH_SECONDS")?;
+    let end = Instant::now() + Duration::from_secs(seconds);
     for (operator, pass) in PASSES {
         for dtype in STORAGES {
             let name = format!("{} {} {}", word(&operator), word(&pass), word(&dtype));
@@ -115,10 +125,15 @@ fn time_all(gpu: &Gpu, data: &Data, report: &mut Report) -> Result<()> {
             group.sampling_mode(SamplingMode::Flat);
             for (rows, cols) in shapes() {
                 let case = Case { operator, pass, dtype, rows, cols };
+                if Instant::now() > end {
+                    report.skipped.push(format!("{name} {rows}x{cols}: out of time"));
+                    continue;
+                }
                 match time(&mut group, gpu, data, &case) {
                     Ok(false) => {}
                     Ok(true) => {
                         report.rows.push(Row::recorded(case, &name, &format!("{rows}x{cols}"))?);
+                        report.write()?;
                     }
                     Err(error) => report.skipped.push(format!("{name} {rows}x{cols}: {error:#}")),
                 }
@@ -146,7 +161,7 @@ fn time(
         calls += 1;
         let timer = timer.get_or_insert_with(|| Timer::new(gpu, data, case, 0.1));
         bencher.iter_custom(|replays| {
-            let seconds = timer.as_ref().ok().and_then(|timer| timer.seconds(replays).ok());
+            let seconds = timer.as_mut().ok().and_then(|timer| timer.seconds(replays).ok());
             // Of a call. Criterion takes no benchmark without an answer; this one is not reported.
             Duration::from_secs_f64(seconds.unwrap_or(1e-9) * replays as f64)
         });
