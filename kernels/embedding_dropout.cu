@@ -15,17 +15,18 @@
 //
 //     gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)
 //
-// in the order of the tree that src/ops/sum_rows.rs defines, without sorting, workspace or atomics: a
-// block owns an entry and some columns. It looks at all ids, 4096 at a time, and adds up the rows that
-// match. Rows that do not match are +0 and are left out, which changes no sum that started from +0. Each
-// 64 rows (a tile) are added in order by one thread an octet; tiles at the same time by the other threads
-// of the block, and then in order. Where a table has more entries than there are rows, there is a block
-// for each row in place of each entry; only that of an entry's first row goes on.
+// in the order of the tree that src/ops/sum_rows.rs defines, without atomics: a block owns an entry and some columns. It looks
+// at 4096 rows (a span) at a time, and adds up those that take the entry. Rows that do not are +0 and are left out, which
+// changes no sum that started from +0. Each 64 rows (a tile) are added in order by one thread an octet; tiles at the same time
+// by the other threads of the block, and then in order. Which rows those are a block sees
+//
+// - from all ids, where rows times entries are few;
+// - otherwise from the rows in the order of their entries (sort_rows.cu): it looks at its own alone. There is a block for each
+//   entry or, where these are more than the rows, for each place in that order; only that of an entry's first row goes on.
 //
 // Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written
-// once; and ids: 4 * rows * min(rows, entries) for each 2048 columns at most, from L2 (half of that, on
-// average, for a row's block that finds an earlier one). For 8192 rows of tokens that are 0.27 GB, more
-// than the 0.02 GB of dy at 768 columns in bf16; from some 10^5 rows on a sort would be better.
+// once; and ids: 4 * rows * entries for each 2048 columns at most, from L2, or 20 to 28 a row for each 8 bits of the
+// entries' number to sort them.
 
 #include "embedding.cuh"
 #include "kernel.cuh"
@@ -99,18 +100,21 @@ struct TableGradParams {
     Lookup taken;      // of the table whose gradient it is
     Lookup lookups[TABLES];
     unsigned long long cols;
+    In<unsigned> keys;    // [rows], entries in order, `taken.entries` where a row takes none; absent: not sorted
+    In<unsigned> order;   // [rows], their rows
+    In<unsigned> starts;  // [entries + 1], where in this order an entry's rows begin
     unsigned rows;        // at most 2^24: a tree of four levels
-    unsigned by_row;      // 1: blocks for each row; 0: for each entry
+    unsigned by_place;    // 1: blocks for each place of the order; 0: for each entry
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)
 };
-static_assert(sizeof(TableGradParams<float>) == 344, "embedding_dropout.rs: TableGradParams");
+static_assert(sizeof(TableGradParams<float>) == 368, "embedding_dropout.rs: TableGradParams");
 
 /// The rows of a span that take an entry, a bit each.
 struct Matches {
     unsigned words[SPAN / 32];
 
-    /// All threads of the block must be here; what they find is there after the block's next barrier.
+    /// Among all rows. All threads of the block must be here; what they find is there after the block's next barrier.
     template <typename T>
     __device__ __forceinline__ void find(const TableGradParams<T>& p, unsigned entry,
                                          unsigned first_row) {
@@ -133,6 +137,23 @@ struct Matches {
             const unsigned word = __ballot_sync(0xffffffffu, mine >> i & 1);
             if (rank == i) words[first_word + i] = word;
         }
+    }
+
+    /// Among the rows from `first` to `end` in the order of the entries, all of which take it. As `find`.
+    template <typename T>
+    __device__ __forceinline__ void list(const TableGradParams<T>& p, unsigned first, unsigned end,
+                                         unsigned first_row) {
+        const unsigned word = threadIdx.x;
+        if (word >= SPAN / 32) return;
+        const unsigned from = first_row + 32 * word;
+        unsigned bits = 0;
+        for (unsigned i = lower_bound(p.order, first, end, from); i < end; ++i) {
+            const unsigned row = p.order.cached(i);
+            if (row - from >= 32) break;
+            // A row with an id that is in no table takes nothing.
+            if (Entries(p.lookups, row).exist) bits |= 1u << (row - from);
+        }
+        words[word] = bits;
     }
 
     /// The rows of a tile.
@@ -235,8 +256,17 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     __shared__ unsigned taken;  // whether a row took the entry: written before a tile's barriers
 
     const unsigned candidate = p.blocks.quotient(blockIdx.x);
-    if (p.by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
-    const unsigned entry = p.by_row ? p.taken.entry(candidate) : candidate;
+    const bool sorted = p.keys.present();
+    const unsigned entry = p.by_place ? p.keys.cached(candidate) : candidate;
+    if (p.by_place) {
+        // The whole block, but the one of the entry's first row.
+        if (entry >= p.taken.entries) return;
+        if (candidate > 0 && p.keys.cached(candidate - 1) == entry) return;
+    }
+    // Where the entry's rows are in the order.
+    unsigned place = sorted ? p.starts.cached(entry) : 0;
+    const unsigned end = sorted ? p.starts.cached(1ull * entry + 1) : 0;
+    if (sorted && place == end) return;
 
     const unsigned width = 1u << p.log_width;
     const unsigned at_once = THREADS >> p.log_width;
@@ -253,17 +283,20 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
         fourth.put({});
     }
     if (threadIdx.x == 0) taken = 0;
-    for (unsigned span = 0; span * SPAN < p.rows; ++span) {
+    // Spans without a row of the entry are left out where that is known.
+    unsigned span = sorted ? p.order.cached(place) / SPAN : 0;
+    while (span * SPAN < p.rows) {
         __syncthreads();  // nobody reads the last span's matches any more
-        matches.find(p, entry, span * SPAN);
+        unsigned next = span + 1;
+        if (sorted) {
+            matches.list(p, place, end, span * SPAN);
+            place = lower_bound(p.order, place, end, next * SPAN);
+            next = place < end ? p.order.cached(place) / SPAN : p.rows / SPAN + 1;
+        } else {
+            matches.find(p, entry, span * SPAN);
+        }
         __syncthreads();
         const unsigned long long tiles = matches.tiles();
-        if (tiles != 0 && p.by_row && span <= candidate / SPAN) {
-            const unsigned tile = __ffsll(tiles) - 1;
-            const unsigned row = __ffsll(matches.tile(tile)) - 1;
-            // The whole block, but the one of the entry's first row.
-            if (span * SPAN + tile * RADIX + row != candidate) return;
-        }
         if (tiles != 0 && threadIdx.x == 0) taken = 1;
         for (unsigned first = 0; first < RADIX; first += at_once) {
             const unsigned long long now = tiles >> first & bits_below(at_once);
@@ -283,7 +316,8 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
             __syncthreads();
         }
         if (adds_tiles && tiles != 0) second.close(third);
-        if (adds_tiles && span % RADIX == RADIX - 1) third.close(fourth);
+        if (adds_tiles && next / RADIX != span / RADIX) third.close(fourth);
+        span = next;
     }
     if (taken == 0 || !adds_tiles) return;
     third.close(fourth);
@@ -293,12 +327,13 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     p.after.template cached<aligned>(element, column.count, pack<float>(after));
 }
 
-FD_KERNEL(embedding_dropout_table_grad_f32, TableGradParams<float>, THREADS, table_grad<float, true>)
-FD_KERNEL(embedding_dropout_table_grad_f16, TableGradParams<f16>, THREADS, table_grad<f16, true>)
-FD_KERNEL(embedding_dropout_table_grad_bf16, TableGradParams<bf16>, THREADS, table_grad<bf16, true>)
-FD_KERNEL(embedding_dropout_table_grad_unaligned_f32, TableGradParams<float>, THREADS,
-          table_grad<float, false>)
-FD_KERNEL(embedding_dropout_table_grad_unaligned_f16, TableGradParams<f16>, THREADS,
-          table_grad<f16, false>)
-FD_KERNEL(embedding_dropout_table_grad_unaligned_bf16, TableGradParams<bf16>, THREADS,
-          table_grad<bf16, false>)
+/// With registers for 512 threads a multiprocessor, where ptxas spills without a reason.
+#define FD_TABLE_GRAD(T, type)                                                                     \
+    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_##type, TableGradParams<T>, THREADS, 2,          \
+                     table_grad<T, true>)                                                          \
+    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_unaligned_##type, TableGradParams<T>, THREADS, 2, \
+                     table_grad<T, false>)
+
+FD_TABLE_GRAD(float, f32)
+FD_TABLE_GRAD(f16, f16)
+FD_TABLE_GRAD(bf16, bf16)

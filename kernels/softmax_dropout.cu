@@ -19,7 +19,7 @@
 // multiplied into log2 e and m instead of x: the same bits, and a multiplication an element less.
 //
 // With these e, h = kept ? e * dy : 0 and c = 1 / S, the gradient is dx = (h - e * (c sum h)) * (scale * dropout scale * c).
-// A row whose sum is not finite is computed again from P and P dy, without its columns of P = 0.
+// A row where c sum h is not finite is computed again from P and P dy, without its columns of P = 0.
 //
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written
 // (6). The row stays in registers between its passes where team.cuh has a shape for it; otherwise each pass
@@ -472,9 +472,9 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     }
     sum = team.sum(sum, product_scratch);
     const float factor = __fmul_rn(p.scale, odds_of(p.mask).scale);
-    const bool finite = fabsf(sum) <= bits_as<float>(0x7f7fffffu);  // the same for the whole team
-    if (finite) {
-        const float mean = __fmul_rn(sum, softmax.inverse);
+    const float mean = __fmul_rn(sum, softmax.inverse);
+    const bool usual = fabsf(mean) <= bits_as<float>(0x7f7fffffu);  // the same for the whole team
+    if (usual) {
         const float scaled = __fmul_rn(factor, softmax.inverse);
         row.write([&](unsigned slot, Index octet, unsigned count) {
             return centred(products(slot, octet, count), mean, scaled);

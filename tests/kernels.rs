@@ -365,10 +365,17 @@ fn tree(mut level: Vec<f32>) -> f32 {
 fn table_gradients_are_the_tree() {
     let emulator = Emulator::new();
     let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
-    for (rows, entries) in [(64 * 4096 + 5000, 2), (4096, 5000), (9000, 3)] {
+    // The last three are sorted: a block for each row, for each entry, and over more than one group of spans.
+    let shapes =
+        [(64 * 4096 + 5000, 2), (9000, 3), (4096, 5000), (5000, 1000), (64 * 4096 + 20_000, 40)];
+    for (rows, entries) in shapes {
         let shape = Shape::new(rows, 3);
-        // Most rows take entry 0.
-        let id = |r: usize| if r % 997 == 5 { (r / 997 + 1) % entries } else { 0 };
+        // Most rows take entry 0; some have an id that is in no table.
+        let id = |r: usize| match r {
+            r if r % 1009 == 7 => u32::MAX as usize - r % 2,
+            r if r % 997 == 5 => (r / 997 + 1) % entries,
+            _ => 0,
+        };
         let ids: Vec<u32> = (0..rows).map(|r| id(r) as u32).collect();
         let dy = values(rows * 3, 3);
         let kept = |r: usize, c: usize| drop.key.keeps(drop.p, r as u32, c as u64);
@@ -379,6 +386,7 @@ fn table_gradients_are_the_tree() {
         let mut taken: Vec<usize> = (0..rows).map(id).collect();
         taken.sort_unstable();
         taken.dedup();
+        taken.retain(|entry| *entry < entries);
         for entry in taken {
             for c in 0..3 {
                 let term = |r: usize| if id(r) == entry { scaled(r, c) } else { 0.0 };

@@ -25,6 +25,7 @@ pub(crate) mod embedding_dropout;
 pub(crate) mod keep_mask;
 pub(crate) mod rows;
 pub(crate) mod softmax_dropout;
+mod sort_rows;
 mod stream;
 mod sum_rows;
 pub(crate) mod swiglu_dropout;
