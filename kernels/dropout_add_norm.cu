@@ -454,10 +454,10 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
 
 /// Threads that a multiprocessor must have registers for. Of aligned rows in 16-bit storage for sm_90, 640: 96 registers
 /// each, where ptxas would take 128. Otherwise what ptxas needs to be told where it spills for no reason.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr unsigned FORWARD_THREADS = 512;
-#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr unsigned FORWARD_THREADS = 640;
+#else
+constexpr unsigned FORWARD_THREADS = 512;
 #endif
 
 #define FD_NORM_PASSES(shape, Walk, T, type, forward_threads, backward_threads)                    \

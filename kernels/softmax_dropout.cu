@@ -498,20 +498,18 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     });
 }
 
-#define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type)                                            \
-    FD_KERNEL(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,             \
-              forward<T, Walk, masked>)                                                            \
-    FD_KERNEL(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,            \
-              backward<T, Walk, masked>)
-#define FD_SOFTMAX(shape, Walk, T, type)                                                           \
-    FD_SOFTMAX_PASSES(shape, Walk, false, T, type)                                                 \
-    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type)
-/// With registers for 512 threads a multiprocessor, where ptxas spills without a reason.
-#define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                 \
+/// The kernels of a shape; `threads`: what a multiprocessor must have registers for, where ptxas otherwise spills for no
+/// reason.
+#define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type, threads)                                   \
     FD_KERNEL_BLOCKS(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,      \
-                     512 / Walk::BLOCK, forward<T, Walk, true>)                                    \
+                     (threads) / Walk::BLOCK, forward<T, Walk, masked>)                            \
     FD_KERNEL_BLOCKS(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,     \
-                     512 / Walk::BLOCK, backward<T, Walk, true>)
+                     (threads) / Walk::BLOCK, backward<T, Walk, masked>)
+#define FD_SOFTMAX(shape, Walk, T, type)                                                           \
+    FD_SOFTMAX_PASSES(shape, Walk, false, T, type, Walk::BLOCK)                                    \
+    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type, 512)
+#define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                 \
+    FD_SOFTMAX_PASSES(shape, Walk, true, T, type, 512)
 
 FD_ROW_SHAPES(FD_SOFTMAX)
 FD_UNALIGNED_ROW_SHAPES(FD_SOFTMAX_UNALIGNED)

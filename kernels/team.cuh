@@ -149,6 +149,11 @@ using UnalignedBlockWalk = Walk<BlockTeam<THREADS>, 4, 0, false>;
 /// The shapes of teams that hold a row whose octets are whole: threads, octets a thread, and how many of these every
 /// thread has. src/device/rows.rs chooses the smallest that has room for a row; a row of a larger shape is longer than the
 /// one before has room for.
+///
+/// From small kernels of the same shapes that were timed on an H200 at 2^28 elements of bf16, in shares of a copy: softmax
+/// forward 97 % with 32x4, 128x2 and 32x8, 93 % with 256x2, 94 % with 256x4, 84 % with 512x2 in place of it; its gradient 96 %
+/// with 32x4, 99 % with 128x2, 97 % with 512x2; LayerNorm forward 94 % with 32x4 and 256x2, 95 % with 512x2, and 97 % for
+/// 1,024 columns with 128x1, which is not here. 512x4 was not timed.
 using Walk32x1 = Walk<WarpTeam, 1, 0, true>;
 using Walk32x2 = Walk<WarpTeam, 2, 1, true>;
 using Walk32x3 = Walk<WarpTeam, 3, 2, true>;

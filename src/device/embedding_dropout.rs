@@ -225,7 +225,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     let octets = shape.cols.div_ceil(OCTET);
     let width = width(octets, candidates.count);
     let blocks = octets.div_ceil(width);
-    if blocks == 0 || candidates.count == 0 {
+    if blocks == 0 || candidates.count == 0 || shape.rows == 0 {
         return Ok(());
     }
     let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, [source, gradient]));
