@@ -82,6 +82,8 @@ def main():
         ROOT / "benches" / "peers", out / "peers", ignore=shutil.ignore_patterns("test_*", "__pycache__")
     )
     shutil.copytree(ROOT / "tests" / "hf", out / "hf", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    # For trying a change where there is nvcc and no Rust: `run bench --kernels`.
+    shutil.copytree(ROOT / "kernels", out / "kernels", ignore=shutil.ignore_patterns("emulator"))
     (out / "commit").write_text(commit() + "\n")
 
     print(f"{'program':<14} {'MB':>6}  {'glibc':<6} libraries")

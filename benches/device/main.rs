@@ -4,6 +4,7 @@
 //!     cargo bench --features cuda --bench device -- 'dropout_add '   # a part, by criterion's filter
 //!     cargo bench --features cuda --bench device -- --about          # the device, as JSON
 //!     cargo bench --features cuda --bench device -- --serve          # a server: serve.rs
+//!     cargo bench --features cuda --bench device -- --kernels DIR    # kernels of DIR (softmax_dropout.cubin) in place of ours
 //!
 //! bf16, f16 and f32; 2^16 to 2^28 elements in rows of 1,024, and rows of 512 to 16,384 at 2^24. Answers are checked
 //! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON, after each of them, so that what was measured
@@ -33,6 +34,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
 use fused_dropout::cuda::{self, Gpu, Kernels};
 use operators::{Case, Data, PASSES, STORAGES};
 use report::{Clocks, Report, Row, word};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use timer::{SAMPLE_SECONDS, Timer, copy_bandwidth};
@@ -63,13 +65,38 @@ fn main() -> ExitCode {
     }
 }
 
+/// The folder whose kernels are timed in place of the crate's.
+fn kernels_folder() -> Option<PathBuf> {
+    let mut arguments = std::env::args_os().skip_while(|argument| argument != "--kernels");
+    arguments.nth(1).map(PathBuf::from)
+}
+
 /// A stream of the first GPU.
 fn open() -> Result<Gpu, fused_dropout::Error> {
     let context = cuda::context(0)?;
     // SAFETY: this program uses one stream for everything. A capture does not get on with cudarc's events.
     unsafe { context.disable_event_tracking() };
-    let kernels = Kernels::load(&context)?;
+    let kernels = match kernels_folder() {
+        // SAFETY: who names the folder vouches for what is in it; the answers are checked before the clock starts.
+        Some(folder) => unsafe { Kernels::load_with(&context, &folder)? },
+        None => Kernels::load(&context)?,
+    };
     Gpu::new(&kernels, context.new_stream().expect("a stream"))
+}
+
+/// Criterion with what the command line says to it: beside `--kernels`, which it does not know, a filter alone.
+fn criterion() -> Criterion {
+    let criterion = Criterion::default()
+        .sample_size(SAMPLES)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_secs_f64(SAMPLES as f64 * SAMPLE_SECONDS))
+        .nresamples(1000); // its own intervals are not reported
+    let Some(folder) = kernels_folder() else { return criterion.configure_from_args() };
+    let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
+    match words.find(|word| folder.as_os_str() != word.as_str()) {
+        Some(filter) => criterion.with_filter(filter),
+        None => criterion,
+    }
 }
 
 fn run(gpu: &Gpu) -> Result<()> {
@@ -107,12 +134,7 @@ fn shapes() -> impl Iterator<Item = (usize, usize)> {
 }
 
 fn time_all(gpu: &Gpu, data: &Data, report: &mut Report) -> Result<()> {
-    let mut criterion = Criterion::default()
-        .sample_size(SAMPLES)
-        .warm_up_time(Duration::from_millis(50))
-        .measurement_time(Duration::from_secs_f64(SAMPLES as f64 * SAMPLE_SECONDS))
-        .nresamples(1000) // its own intervals are not reported
-        .configure_from_args();
+    let mut criterion = criterion();
     let seconds = std::env::var("FUSED_DROPOUT_BENCH_SECONDS").ok();
     let seconds =
         seconds.map_or(Ok(SECONDS), |text| text.parse()).context("FUSED_DROPOUT_BENCH_SECONDS")?;

@@ -7,8 +7,9 @@ use cudarc::driver::sys::cuDriverGetVersion;
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError};
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
-use std::fmt;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::{fmt, fs};
 
 /// What build.rs compiled: `TOOLKIT`, the toolkit's version ("none" where nothing was compiled), `ARCHS`, the
 /// architectures, and `FATBINS`, operator and fatbin.
@@ -33,13 +34,44 @@ impl Kernels {
     /// capability, those that were compiled, and both versions. [`Error::Unavailable`] where
     /// the crate was built for its documentation only.
     pub fn load(context: &Arc<CudaContext>) -> Result<Arc<Self>, Error> {
+        Self::load_images(context, |_| Ok(None))
+    }
+
+    /// The same, but for operators that have a file `<operator>.cubin` or `<operator>.fatbin` in `folder` from there: to try
+    /// a changed `kernels/<operator>.cu` without building the crate.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); [`Error::Unavailable`] where a file cannot be read, or there is none for any operator.
+    ///
+    /// # Safety
+    /// The files were compiled from kernels that take the parameters of this version's, and keep to their tensors.
+    pub unsafe fn load_with(context: &Arc<CudaContext>, folder: &Path) -> Result<Arc<Self>, Error> {
+        let mut found = 0;
+        let kernels = Self::load_images(context, |operator| {
+            let files = ["cubin", "fatbin"].map(|kind| folder.join(operator).with_extension(kind));
+            let Some(file) = files.into_iter().find(|file| file.exists()) else { return Ok(None) };
+            found += 1;
+            let image = fs::read(&file);
+            image.map(Some).map_err(|error| unavailable(format!("{}: {error}", file.display())))
+        })?;
+        if found == 0 {
+            return Err(unavailable(format!("no kernels of an operator in {}", folder.display())));
+        }
+        Ok(kernels)
+    }
+
+    /// Loads what `replacement` gives for an operator, or its own.
+    fn load_images(
+        context: &Arc<CudaContext>,
+        mut replacement: impl FnMut(&str) -> Result<Option<Vec<u8>>, Error>,
+    ) -> Result<Arc<Self>, Error> {
         if compiled::FATBINS.is_empty() {
             return Err(unavailable("the crate was built without its kernels".into()));
         }
         let mut modules = HashMap::new();
         for &(operator, fatbin) in compiled::FATBINS {
             // The copy gives the driver an aligned image.
-            let image = Ptx::from_binary(fatbin.to_vec());
+            let image = Ptx::from_binary(replacement(operator)?.unwrap_or_else(|| fatbin.to_vec()));
             modules.insert(
                 operator,
                 context.load_module(image).map_err(|error| refused(context, error))?,

@@ -9,6 +9,8 @@ use std::rc::Rc;
 
 /// What a fatbin begins with.
 const FATBIN: u32 = 0xba55_ed50;
+/// A cubin is an ELF file.
+const CUBIN: u32 = 0x464c_457f;
 
 fn status(result: Result) -> u32 {
     result.map_or_else(|code| code.0, |()| 0)
@@ -226,7 +228,7 @@ extern "C" fn cuStreamEndCapture(stream: usize, out: Option<&mut usize>) -> u32 
 
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleLoadData(out: Option<&mut usize>, image: Option<&u32>) -> u32 {
-    if image != Some(&FATBIN) {
+    if image != Some(&FATBIN) && image != Some(&CUBIN) {
         return INVALID_IMAGE.0;
     }
     if capability() < OLDEST {
