@@ -20,12 +20,14 @@
 // changes no sum that started from +0. Each 64 rows (a tile) are added in order by one thread an octet; tiles at the same time
 // by the other threads of the block, and then in order. Which rows those are a block sees
 //
-// - from all ids, where rows times entries are few;
-// - otherwise from the rows in the order of their entries (sort_rows.cu): it looks at its own alone. There is a block for each
-//   entry or, where these are more than the rows, for each place in that order; only that of an entry's first row goes on.
+// - from all ids, where these times the blocks are few;
+// - otherwise from the rows in the order of their entries (sort_rows.cu): it looks at its own alone.
+//
+// There is a block for each entry or, where these are more than the rows, for each row, or place in that order; only that of
+// an entry's first row goes on.
 //
 // Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written
-// once; and ids: 4 * rows * entries for each 2048 columns at most, from L2, or 20 to 28 a row for each 8 bits of the
+// once; and ids: 4 * rows * blocks for each 2048 columns at most, from L2, or 20 to 28 a row for each 8 bits of the
 // entries' number to sort them.
 
 #include "embedding.cuh"
@@ -104,7 +106,7 @@ struct TableGradParams {
     In<unsigned> order;   // [rows], their rows
     In<unsigned> starts;  // [entries + 1], where in this order an entry's rows begin
     unsigned rows;        // at most 2^24: a tree of four levels
-    unsigned by_place;    // 1: blocks for each place of the order; 0: for each entry
+    unsigned by_place;    // 1: blocks for each place of the order, or row where there is none; 0: for each entry
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)
 };
@@ -257,8 +259,12 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
 
     const unsigned candidate = p.blocks.quotient(blockIdx.x);
     const bool sorted = p.keys.present();
-    const unsigned entry = p.by_place ? p.keys.cached(candidate) : candidate;
-    if (p.by_place) {
+    const bool by_row = p.by_place && !sorted;
+    if (by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
+    unsigned entry = candidate;
+    if (by_row) entry = p.taken.entry(candidate);
+    if (p.by_place && sorted) {
+        entry = p.keys.cached(candidate);
         // The whole block, but the one of the entry's first row.
         if (entry >= p.taken.entries) return;
         if (candidate > 0 && p.keys.cached(candidate - 1) == entry) return;
@@ -297,6 +303,12 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
         }
         __syncthreads();
         const unsigned long long tiles = matches.tiles();
+        if (by_row && tiles != 0) {  // of few rows, all of them in one span
+            const unsigned tile = __ffsll(tiles) - 1;
+            const unsigned row = __ffsll(matches.tile(tile)) - 1;
+            // The whole block, but the one of the entry's first row.
+            if (tile * RADIX + row != candidate) return;
+        }
         if (tiles != 0 && threadIdx.x == 0) taken = 1;
         for (unsigned first = 0; first < RADIX; first += at_once) {
             const unsigned long long now = tiles >> first & bits_below(at_once);

@@ -365,9 +365,16 @@ fn tree(mut level: Vec<f32>) -> f32 {
 fn table_gradients_are_the_tree() {
     let emulator = Emulator::new();
     let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
-    // The last three are sorted: a block for each row, for each entry, and over more than one group of spans.
-    let shapes =
-        [(64 * 4096 + 5000, 2), (9000, 3), (4096, 5000), (5000, 1000), (64 * 4096 + 20_000, 40)];
+    // The first three are not sorted, of which the last has a block for each row; the others are: a block for each row, for
+    // each entry, and over more than one group of spans.
+    let shapes = [
+        (64 * 4096 + 5000, 2),
+        (9000, 3),
+        (1500, 5000),
+        (4096, 5000),
+        (5000, 1000),
+        (64 * 4096 + 20_000, 40),
+    ];
     for (rows, entries) in shapes {
         let shape = Shape::new(rows, 3);
         // Most rows take entry 0; some have an id that is in no table.

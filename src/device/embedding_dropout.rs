@@ -225,7 +225,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     let octets = shape.cols.div_ceil(OCTET);
     let width = width(octets, candidates.count);
     let blocks = octets.div_ceil(width);
-    if blocks == 0 || candidates.count == 0 || shape.rows == 0 {
+    if blocks == 0 || candidates.count == 0 {
         return Ok(());
     }
     let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, [source, gradient]));
@@ -259,7 +259,7 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
     unsafe { launch(device, kernel, candidates.count.saturating_mul(blocks), &params) }
 }
 
-/// What there are blocks for: the entries of a table, or the places of its rows in their order.
+/// What there are blocks for: the entries of a table or, where these are more, the rows.
 struct Candidates {
     count: usize,
     /// Whether the rows are sorted by their entries.
@@ -267,24 +267,21 @@ struct Candidates {
     by_place: bool,
 }
 
-/// Rows times entries from which on it pays to sort the rows: below, all ids are read from L2 for each entry in a few
-/// microseconds. An estimate: not timed.
+/// Rows times candidates from which on it pays to sort the rows: below, all ids are read from L2 for each candidate in a few
+/// microseconds. An estimate: not timed. Fewer rows than the root of it are one span of the kernel.
 const SORTED_FROM: usize = 1 << 22;
 
 impl Candidates {
     fn new(lookup: &Lookup<u64>, rows: usize) -> Self {
-        let entries = lookup.entries;
-        match lookup.ids {
-            // Of a table of positions only the first entries are taken.
-            Ids::Sequence(length) => {
-                Self { count: entries.min(length).min(rows), are_sorted: false, by_place: false }
-            }
-            Ids::Given(_) => {
-                let are_sorted = rows.saturating_mul(entries) >= SORTED_FROM;
-                let by_place = are_sorted && rows < entries;
-                Self { count: if by_place { rows } else { entries }, are_sorted, by_place }
-            }
-        }
+        // Of a table of positions only the first entries are taken.
+        let entries = match lookup.ids {
+            Ids::Given(_) => lookup.entries,
+            Ids::Sequence(length) => lookup.entries.min(length).min(rows),
+        };
+        let count = rows.min(entries);
+        let given = matches!(lookup.ids, Ids::Given(_));
+        let are_sorted = given && rows.saturating_mul(count) >= SORTED_FROM;
+        Self { count, are_sorted, by_place: rows < entries }
     }
 }
 
