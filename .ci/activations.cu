@@ -1,5 +1,5 @@
-// Each activation and slope of an octet in bf16, alone: what .ci/budget.py counts the instructions of. `identity` is what
-// is around them.
+// Each activation and slope of an octet in bf16, alone: .ci/budget.py counts their instructions. `identity` is what is
+// around them.
 
 #include "../kernels/activation.cuh"
 

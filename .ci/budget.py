@@ -203,10 +203,11 @@ def machine_code(nvcc, folder):
     return kernels
 
 
-def measure_loads(code):
-    """{kernel: (loads in flight, loads of 16 bytes, narrower loads)} of the kernels for aligned tensors."""
+def measure_loads(code, kernels):
+    """{kernel: (loads in flight, loads of 16 bytes, narrower loads)} of those of `kernels` for aligned tensors."""
     loads = {}
-    for kernel, lines in code.items():
+    for kernel in kernels:
+        lines = code[kernel]
         names = [name for _, _, name, _ in lines]
         wide, every = COLUMNS["LDG128"](names), COLUMNS["LDG"](names)
         if wide and "_unaligned_" not in kernel:
@@ -262,12 +263,14 @@ def measure_usual(code, usual):
 def write_usual(measured, usual):
     width = max(map(len, usual))
     lines = [
-        "# sm_90 code: instructions that a warp executes for a usual row, at most: whole, aligned, in a plain mask, of a scale",
-        "# that is a power of two; norms with their bias and without that of x, their gradients without ds. And for an octet of",
-        "# each activation and its slope (.ci/activations.cu), of which the identity's 22 are loads, stores and conversions. Then",
-        "# the work that tells the way through the code from others: wide multiplications of Philox, 16-byte loads and stores,",
-        "# multi-function instructions, shuffles, packed conversions, at least. It is written by hand, the count by",
-        "# .ci/budget.py --write; .ci/usual_row.py counts.",
+        "# sm_90 code: instructions that a warp executes for a usual row, at most. Such a row is whole, aligned, in a plain",
+        "# mask, and its scale is a power of two. Norms have their bias, but none of x; their gradients have no ds. A",
+        "# streaming kernel has an octet a thread. Activations and slopes (.ci/activations.cu) have an octet as well: the",
+        "# identity's count is loads, stores and conversions.",
+        "#",
+        "# The columns behind the count are the row's work, at least, by which its way through the code is told from others:",
+        "# wide multiplications of Philox, 16-byte loads and stores, multi-function instructions, shuffles, packed conversions.",
+        "# The work is written by hand, the count by .ci/budget.py --write; .ci/usual_row.py counts.",
         f"# {'kernel':<{width - 2}}{'instructions':>14}" + "".join(f"{kind:>10}" for kind in usual_row.WORK),
     ]
     for kernel, (_, work) in sorted(usual.items()):
@@ -318,10 +321,9 @@ def main():
         if arguments.sass:
             return print_sass(nvcc, folder)
         measured = measure(nvcc, folder)
-        loads = measure_loads(machine_code(nvcc, folder))
         compile_one(nvcc, ACTIVATIONS, "sm_90", folder)
-        usual = read_usual()
-        rows = measure_usual(machine_code(nvcc, folder), usual)
+        code, usual = machine_code(nvcc, folder), read_usual()
+        loads, rows = measure_loads(code, measured), measure_usual(code, usual)
     if arguments.write:
         # A table cannot allow a spill: say so now.
         for line in spills(measured):

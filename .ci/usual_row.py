@@ -3,10 +3,11 @@
 A row is usual where a kernel takes the path that was written for most of them. In the code that is the shortest way from
 entry to exit that does all of the row's work: so many of Philox's wide multiplications, of 16-byte loads and stores, of
 multi-function instructions, of shuffles and of packed conversions. A way is consistent: a predicate that a branch has read
-stays what it was until it is written again. Held rows have no loops, so the shortest way is what a warp executes, up to
-tests that the code makes twice in different predicates.
+stays what it was until it is written again. The code of a held row has no loops, so the shortest way is what a warp
+executes. One case is not seen: where the code makes a test twice, in different predicates, a way may answer it both ways.
 """
 
+import bisect
 import heapq
 import re
 
@@ -32,7 +33,7 @@ def work_of(name, operands):
 class Instruction:
     """What the search needs to know of an instruction; `code` is (address, predicate, name, operands)."""
 
-    def __init__(self, code, index_at):
+    def __init__(self, code, addresses):
         _, predicate, name, operands = code
         self.is_exit = name == "EXIT"
         self.is_branch = name.startswith("BRA")
@@ -45,7 +46,9 @@ class Instruction:
         writes = not self.is_exit and not self.is_branch
         self.writes = {operand for operand in first if re.fullmatch(r"U?P\d", operand)} if writes else set()
         target = re.findall(r"0x[0-9a-f]+", operands)
-        self.target = index_at.get(int(target[-1], 16)) if self.is_branch and target else None
+        # A branch may lead to a NOP that was left out: what stands behind it is meant.
+        leads = self.is_branch and target
+        self.target = bisect.bisect_left(addresses, int(target[-1], 16)) if leads else None
 
     def skipped(self, known):
         return self.guard is not None and (self.guard[0], not self.guard[1]) in known
@@ -69,18 +72,8 @@ class Instruction:
 def instructions(code, work):
     """Instructions on the shortest way that does `work`, {kind: least}; None where there is no such way. `code`:
     [(address, predicate, name, operands)] without NOPs."""
-    index_at = {}
-    for index, (address, *_) in enumerate(code):
-        index_at[address] = index
-    # A branch may lead to a NOP that was left out: what stands behind it is meant.
     addresses = [line[0] for line in code]
-    for line in code:
-        for text in re.findall(r"0x[0-9a-f]+", line[3]) if line[2].startswith("BRA") else []:
-            address = int(text, 16)
-            later = [a for a in addresses if a >= address]
-            if later:
-                index_at.setdefault(address, index_at[min(later)])
-    parsed = [Instruction(line, index_at) for line in code]
+    parsed = [Instruction(line, addresses) for line in code]
     goal = tuple(work.get(kind, 0) for kind in WORK)
     start = (0, (0,) * len(WORK), frozenset())
     best, queue, order = {start: 0}, [(0, 0, start)], 0

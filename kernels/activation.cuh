@@ -60,8 +60,8 @@ struct Normal {
     }
 };
 
-/// The logistic function of v, from the exponent of e^-v = 2^exponent. From 2^126 on it is 0, and 2^127 is as much as can be
-/// multiplied by that.
+/// The logistic function of v, from the exponent of e^-v = 2^exponent. Beyond 2^126 it is 0; the exponent is limited, so that
+/// `rest` is not an infinity times 0.
 struct Logistic {
     float value;  // sigma(v)
     float rest;   // 1 - sigma(v)

@@ -243,7 +243,8 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
             row.store(p.s, octet, count, held[slot]);
         });
     }
-    ask(p.norm_bias.present(), [&](auto biased) {
+    // Asked once: two walks, neither of which asks.
+    const auto write = [&](auto biased) {
         walk.each([&](unsigned slot, Index octet, unsigned count) {
             const Octet<T> s = stored(slot, octet, count);
             const float pivot = normal.standard.pivot;
@@ -254,9 +255,15 @@ __device__ __forceinline__ void norm_forward(const NormForwardParams<T>& p) {
             if (biased.value) bias = unpack(biases[slot]);
             // Behind all reads of the octet, of which s or y may be in place.
             if (!Walk::held && p.s.present()) row.store(p.s, octet, count, s);
-            row.store(p.y, octet, count, pack<T>(normalised(normal.standard, d, unpack(weights[slot]), bias)));
+            const Values y = normalised(normal.standard, d, unpack(weights[slot]), bias);
+            row.store(p.y, octet, count, pack<T>(y));
         });
-    });
+    };
+    if (p.norm_bias.present()) {
+        write(std::true_type{});
+    } else {
+        write(std::false_type{});
+    }
 }
 
 /// What an octet of a row and the gradient of its xhat come from.
@@ -452,8 +459,8 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 
-/// Threads that a multiprocessor must have registers for. Of aligned rows in 16-bit storage for sm_90, 640: 96 registers
-/// each, where ptxas would take 128. Otherwise what ptxas needs to be told where it spills for no reason.
+/// Threads that a multiprocessor must have registers for, in the forward pass of aligned rows in 16-bit storage. 640 are 96
+/// registers each, where ptxas would take 128 for sm_90; for the other chips it then spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr unsigned FORWARD_THREADS = 640;
 #else

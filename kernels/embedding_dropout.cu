@@ -15,20 +15,21 @@
 //
 //     gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)
 //
-// in the order of the tree that src/ops/sum_rows.rs defines, without atomics: a block owns an entry and some columns. It looks
-// at 4096 rows (a span) at a time, and adds up those that take the entry. Rows that do not are +0 and are left out, which
-// changes no sum that started from +0. Each 64 rows (a tile) are added in order by one thread an octet; tiles at the same time
-// by the other threads of the block, and then in order. Which rows those are a block sees
+// in the order of the tree that src/ops/sum_rows.rs defines, without atomics. A block owns an entry and some columns. It
+// takes 4096 rows (a span) at a time, and adds up those that take the entry. The others are +0 and are left out, which
+// changes no sum that started from +0. Each 64 rows (a tile) are added in order by one thread an octet; tiles at the same
+// time by the other threads of the block, and then in order.
 //
-// - from all ids, where these times the blocks are few;
-// - otherwise from the rows in the order of their entries (sort_rows.cu): it looks at its own alone.
+// A block finds its rows in one of two ways:
 //
-// There is a block for each entry or, where these are more than the rows, for each row, or place in that order; only that of
-// an entry's first row goes on.
+// - where rows times blocks are few, among all ids;
+// - otherwise in the order of the entries (sort_rows.cu), where they follow each other.
 //
-// Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written
-// once; and ids: 4 * rows * blocks for each 2048 columns at most, from L2, or 20 to 28 a row for each 8 bits of the
-// entries' number to sort them.
+// There is a block for each entry. Where entries are more than rows there is one for each row, or for each place in that
+// order, and only that of an entry's first row goes on.
+//
+// Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written once. Beside them
+// the ids: 4 * rows * blocks for each 2048 columns at most, from L2, or what sort_rows.cu moves.
 
 #include "embedding.cuh"
 #include "kernel.cuh"
@@ -260,13 +261,15 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     const unsigned candidate = p.blocks.quotient(blockIdx.x);
     const bool sorted = p.keys.present();
     const bool by_row = p.by_place && !sorted;
-    if (by_row && !Entries(p.lookups, candidate).exist) return;  // the whole block
     unsigned entry = candidate;
-    if (by_row) entry = p.taken.entry(candidate);
-    if (p.by_place && sorted) {
+    // Every return here is the whole block's.
+    if (by_row) {
+        if (!Entries(p.lookups, candidate).exist) return;
+        entry = p.taken.entry(candidate);
+    } else if (p.by_place) {
         entry = p.keys.cached(candidate);
-        // The whole block, but the one of the entry's first row.
         if (entry >= p.taken.entries) return;
+        // Not the entry's first row.
         if (candidate > 0 && p.keys.cached(candidate - 1) == entry) return;
     }
     // Where the entry's rows are in the order.
@@ -303,11 +306,10 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
         }
         __syncthreads();
         const unsigned long long tiles = matches.tiles();
-        if (by_row && tiles != 0) {  // of few rows, all of them in one span
+        if (by_row && tiles != 0) {
             const unsigned tile = __ffsll(tiles) - 1;
-            const unsigned row = __ffsll(matches.tile(tile)) - 1;
-            // The whole block, but the one of the entry's first row.
-            if (tile * RADIX + row != candidate) return;
+            const unsigned row = span * SPAN + tile * RADIX + __ffsll(matches.tile(tile)) - 1;
+            if (row < candidate) return;  // the whole block: an earlier row takes the entry
         }
         if (tiles != 0 && threadIdx.x == 0) taken = 1;
         for (unsigned first = 0; first < RADIX; first += at_once) {
@@ -339,13 +341,13 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     p.after.template cached<aligned>(element, column.count, pack<float>(after));
 }
 
-/// With registers for 512 threads a multiprocessor, where ptxas spills without a reason.
-#define FD_TABLE_GRAD(T, type)                                                                     \
-    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_##type, TableGradParams<T>, THREADS, 2,          \
+/// With registers for so many blocks a multiprocessor: one more in 16-bit storage than ptxas would take, without a spill.
+#define FD_TABLE_GRAD(T, type, blocks)                                                             \
+    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_##type, TableGradParams<T>, THREADS, blocks,     \
                      table_grad<T, true>)                                                          \
-    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_unaligned_##type, TableGradParams<T>, THREADS, 2, \
-                     table_grad<T, false>)
+    FD_KERNEL_BLOCKS(embedding_dropout_table_grad_unaligned_##type, TableGradParams<T>, THREADS,   \
+                     blocks, table_grad<T, false>)
 
-FD_TABLE_GRAD(float, f32)
-FD_TABLE_GRAD(f16, f16)
-FD_TABLE_GRAD(bf16, bf16)
+FD_TABLE_GRAD(float, f32, 2)
+FD_TABLE_GRAD(f16, f16, 3)
+FD_TABLE_GRAD(bf16, bf16, 3)

@@ -42,7 +42,7 @@ struct KeepBits {
         const unsigned exist = (1u << at.count()) - 1;
         const unsigned bits = keep_bits(keep) & exist;
         // Rows are whole bytes, so octet and byte have the same index.
-        p.out.cached(at.index.sum(), static_cast<unsigned char>(bits));
+        p.out.cached(at.index, static_cast<unsigned char>(bits));
     }
 };
 

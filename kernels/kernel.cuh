@@ -25,9 +25,10 @@
 /// Threads of a block, in every kernel.
 constexpr unsigned THREADS = 256;
 
-// Streaming kernels take one octet a thread: a 16-byte load of each 16-bit tensor. Measured on an H200 at 2^28 elements, a
-// copy so takes 258 us where one of two octets a thread takes 272 and of four 276, as a copy by memcpy does 258; with
-// evict-first stores two take 260, but then the next kernel does not find them in L2.
+// A streaming kernel takes one octet a thread: a 16-byte load of each 16-bit tensor. The reason is a measurement, on an H200
+// at 2^28 elements of bf16. A memcpy takes 258 us; a kernel that copies takes 258 us with one octet a thread, 272 with two
+// and 276 with four. dropout with two takes 274, and 260 with evict-first stores: then the next kernel does not find in L2
+// what was written.
 
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
 /// `Params` with members `mask` and `octets`, `Loaded`, `load(params, position)` and
@@ -36,8 +37,8 @@ constexpr unsigned THREADS = 256;
 /// No thread reads what another one writes, so every call may be in place.
 template <typename Op, bool dense = true>
 __device__ __forceinline__ void stream(const typename Op::Params& params) {
-    const Index index = {blockIdx.x * THREADS + threadIdx.x, 0};
-    if (index.base >= params.octets.count) return;
+    const unsigned index = blockIdx.x * THREADS + threadIdx.x;
+    if (index >= params.octets.count) return;
     const Position<dense> at(params.octets, index);
     const typename Op::Loaded loaded = Op::load(params, at);
     with_draws(params.mask, [&](const auto& draws) {
@@ -46,9 +47,9 @@ __device__ __forceinline__ void stream(const typename Op::Params& params) {
     });
 }
 
-/// The same of f32, where an octet is two accesses. Of a pair of neighbouring octets each of two threads takes the same
-/// half of both (`PairPosition`), so that both accesses of a warp are whole 32-byte sectors. An octet in one thread would be
-/// two half sectors: measured on an H200, 72 % of the bandwidth. Rows have an even number of octets, one behind the other.
+/// The same for f32, where an octet is two accesses. Each of two threads takes the same half of a pair of neighbouring octets
+/// (`PairPosition`), so that both accesses of a warp are whole 32-byte sectors. With an octet a thread each access is half
+/// sectors: dropout had 72 % of the bandwidth of an H200 so. Rows have an even number of octets, one behind the other.
 template <typename Op>
 __device__ __forceinline__ void stream_pairs(const typename Op::Params& params) {
     const unsigned index = blockIdx.x * THREADS + threadIdx.x;
@@ -65,12 +66,12 @@ __device__ __forceinline__ void stream_pairs(const typename Op::Params& params) 
 
 /// The kernels of a streaming operator `Op<T, aligned>`, for each storage type: `name` where no matrix has a stride, and
 /// its twins for strides between whole octets, and for any alignment (`Layout` in src/device/mod.rs).
-#define FD_STREAM_KERNELS(name, Params, Op)            \
-    FD_STREAM_KERNELS_OF(name, Params, Op, float, f32) \
-    FD_STREAM_KERNELS_OF(name, Params, Op, f16, f16)   \
-    FD_STREAM_KERNELS_OF(name, Params, Op, bf16, bf16) \
-    FD_KERNEL(name##_f32, Params<float>, THREADS, stream_pairs<Op<float, true>>)     \
-    FD_KERNEL(name##_f16, Params<f16>, THREADS, stream<Op<f16, true>>)               \
+#define FD_STREAM_KERNELS(name, Params, Op)                                      \
+    FD_STREAM_KERNELS_OF(name, Params, Op, float, f32)                           \
+    FD_STREAM_KERNELS_OF(name, Params, Op, f16, f16)                             \
+    FD_STREAM_KERNELS_OF(name, Params, Op, bf16, bf16)                           \
+    FD_KERNEL(name##_f32, Params<float>, THREADS, stream_pairs<Op<float, true>>) \
+    FD_KERNEL(name##_f16, Params<f16>, THREADS, stream<Op<f16, true>>)           \
     FD_KERNEL(name##_bf16, Params<bf16>, THREADS, stream<Op<bf16, true>>)
 #define FD_STREAM_KERNELS_OF(name, Params, Op, T, type)                              \
     FD_KERNEL(name##_strided_##type, Params<T>, THREADS, stream<Op<T, true>, false>) \

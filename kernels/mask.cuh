@@ -123,29 +123,18 @@ struct Octets {
 };
 static_assert(sizeof(Octets) == 24, "abi.rs: Octets");
 
-/// The index of an octet in its launch, `base + ahead`: in two parts, of which `ahead` is known at
-/// compile time, so that a thread's octets are one address and several offsets.
-struct Index {
-    unsigned base;
-    unsigned ahead;
-
-    __device__ __forceinline__ unsigned sum() const { return base + ahead; }
-    /// The first element of an octet with this index.
-    __device__ __forceinline__ unsigned long long element() const { return 8ull * base + 8 * ahead; }
-};
-
 /// Where an octet of a launch lies. `dense`: rows are whole octets and follow each other in every matrix, so octets do.
 template <bool dense>
 struct Position {
     const Octets& octets;
-    Index index;
+    unsigned index;  // in the launch
     unsigned row;
     unsigned octet;
 
-    __device__ __forceinline__ Position(const Octets& octets, Index index)
+    __device__ __forceinline__ Position(const Octets& octets, unsigned index)
         : octets(octets), index(index) {
-        row = octets.per_row.quotient(index.sum());
-        octet = octets.per_row.remainder(index.sum(), row);
+        row = octets.per_row.quotient(index);
+        octet = octets.per_row.remainder(index, row);
     }
 
     /// Elements of the octet that lie within the row.
@@ -156,7 +145,7 @@ struct Position {
 
     /// The octet's first element in a matrix whose rows begin `stride` elements apart.
     __device__ __forceinline__ unsigned long long element(unsigned long long stride) const {
-        if (dense) return index.element();
+        if (dense) return 8ull * index;
         return row * stride + 8ull * octet;
     }
 
@@ -164,19 +153,10 @@ struct Position {
     __device__ __forceinline__ unsigned long long column() const { return 8ull * octet; }
 };
 
-/// What one of two threads takes of a pair of neighbouring octets of f32: the same half of both. Its position is that of
-/// its own octet, of which it draws the lanes. For dense matrices with an even number of octets a row.
-struct PairPosition {
-    const Octets& octets;
-    unsigned index;
-    unsigned row;
-    unsigned octet;
-
-    __device__ __forceinline__ PairPosition(const Octets& octets, unsigned index)
-        : octets(octets), index(index) {
-        row = octets.per_row.quotient(index);
-        octet = octets.per_row.remainder(index, row);
-    }
+/// What one of two threads takes of a pair of neighbouring octets of f32: the same half of both. It is at its own octet, of
+/// which it draws the lanes. Rows have an even number of octets.
+struct PairPosition : Position<true> {
+    using Position<true>::Position;
 
     __device__ __forceinline__ unsigned count() const { return 8; }
 
@@ -184,8 +164,8 @@ struct PairPosition {
 
     __device__ __forceinline__ Halves column() const { return halves(octet); }
 
-    /// The lanes of the thread's elements, from those of its octet: each thread gives the other one the half that it needs.
-    /// `there`: the threads of the warp that are here.
+    /// The lanes of the thread's elements, from those of its octet: each thread gives the other one the half that it
+    /// needs. `there`: the threads of the warp that are here.
     __device__ __forceinline__ uint4 shared(uint4 own, unsigned there) const {
         const bool second = index % 2 == 1;
         const unsigned low = __shfl_xor_sync(there, second ? own.x : own.z, 1);
@@ -249,8 +229,8 @@ __device__ __forceinline__ void compare(unsigned word, unsigned high_threshold, 
 using Lanes = uint4;
 
 /// What a thread takes from the parameters, or from device memory, for its octets. `plain` says that the
-/// mask is (`Mask::plain`): the usual case, the same for a whole launch, for which the streaming kernels
-/// have a path of their own that asks nothing.
+/// mask is (`Mask::plain`): the usual case, the same for a whole launch, for which kernels have a path
+/// of their own that asks nothing (`with_draws`).
 template <bool plain>
 struct MaskReader {
     const Mask& mask;

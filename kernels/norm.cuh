@@ -3,13 +3,13 @@
 //     xhat = ((s - pivot) - delta) * rstd,  y = xhat * weight + bias
 //
 // The mean is pivot + delta: one f32 has no room for the digits of a mean of 1e4 that a deviation of 1e-2
-// asks for; two have, and s - pivot is exact where s and the pivot are near each other. The pivot is a mean of some of the
-// row:
+// asks for; two have, and s - pivot is exact where s and the pivot are near each other.
 //
-// - of the team's first octets, where all of its threads have one: m of n columns, a power of two. Any m of n values have
-//   a mean within sqrt(n / m - 1) deviations of that of all, here within sqrt(3), so the variance, mean d^2 - delta^2,
-//   loses two bits at most. Sums of equal values are exact: a row of one value has a deviation of 0;
-// - otherwise of the whole row, of distances from its first value.
+// The pivot is a mean of m of the row's n columns, those of the team's first octets, where all of its threads have one. The mean
+// of any m of n values is within sqrt(n / m - 1) deviations of that of all: here within sqrt(3), so the variance, which is mean
+// d^2 - delta^2, loses two bits at most. m is a power of two, and the sum of so many equal values is exact: a row of one value
+// has a deviation of 0. Where a thread may lack an octet, the pivot is the mean of the whole row, by a sum of distances from its
+// first value.
 //
 // A row whose squares are out of f32's range, or whose sums are, is computed again from the row times a power of two.
 //

@@ -18,7 +18,10 @@
 // it. Where |m| is so large that t would not be near 0, z - m takes the place of z. A scale that is a power of two is
 // multiplied into log2 e and m instead of x: the same bits, and a multiplication an element less.
 //
-// With these e, h = kept ? e * dy : 0 and c = 1 / S, the gradient is dx = (h - e * (c sum h)) * (scale * dropout scale * c).
+// With these e, h = kept ? e * dy : 0 and c = 1 / S, the gradient is
+//
+//     dx = (h - e * (c sum h)) * (scale * dropout scale * c)
+//
 // A row where c sum h is not finite is computed again from P and P dy, without its columns of P = 0.
 //
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written
@@ -127,14 +130,15 @@ struct Products {
     Values h;
 };
 
-/// One row, as its team has it. What is held is z / unit, then e; without a held row both are computed again in each pass.
+/// One row, as its team has it. What is held is z / unit, then e; where nothing is held both are computed again in each
+/// pass.
 template <typename T, typename Walk, bool masked>
 struct ScoreRow {
     static_assert(masked || Walk::aligned, "octets that are not whole have columns that are not visible");
     using Scratch = typename Walk::Scratch;
 
     // A row that is held has fewer than 2^32 columns.
-    using Column = typename Choice<Walk::held, unsigned, unsigned long long>::Type;
+    using Column = std::conditional_t<Walk::held, unsigned, unsigned long long>;
 
     const SoftmaxParams<T>& p;
     const Walk walk;
@@ -179,8 +183,8 @@ struct ScoreRow {
         });
     }
 
-    /// The same, and where octets that are not visible are held too (a masked row has -infinity in them) for all, without
-    /// asking.
+    /// The same, where the row is not held or not masked. A masked row that is held has -infinity in the octets that are not
+    /// visible: for all of them, without asking.
     template <typename Each>
     __device__ __forceinline__ void each_held(Each each) const {
         if constexpr (masked && Walk::held) {
@@ -332,8 +336,8 @@ struct ScoreRow {
     }
 };
 
-/// The lanes of a row's octets. Those of a row that is held and not masked are drawn together (`Walk::draw`); otherwise an
-/// octet's when it is asked for, and of a masked row only where it is visible.
+/// The lanes of a row's octets. Those of a row that is held and not masked are drawn together (`Walk::draw`). Otherwise an
+/// octet's are drawn when they are asked for: of a masked row only where it is visible.
 template <typename Walk, bool masked, typename Draws>
 struct RowLanes {
     static constexpr bool together = Walk::held && !masked;
@@ -386,6 +390,29 @@ __device__ __forceinline__ void forward(const SoftmaxParams<T>& p) {
     });
 }
 
+/// (h - e * mean) * factor. Adding +0 makes a -0 of e = 0 a +0.
+__device__ __forceinline__ Values centred(const Products& products, float mean, float factor) {
+    Values dx;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float difference = __fmaf_rn(-products.e.at[j], mean, products.h.at[j]);
+        dx.at[j] = __fmaf_rn(difference, factor, 0.0f);
+    }
+    return dx;
+}
+
+/// h of an octet.
+template <typename T>
+__device__ __forceinline__ Values h_of(const Kept& keep, const Values& e, const Octet<T>& dy) {
+    const Values values = unpack(dy);
+    Values h = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        if (keep.at[j]) h.at[j] = __fmul_rn(e.at[j], values.at[j]);
+    }
+    return h;
+}
+
 /// P and P dy from e and h. A column of P = 0 takes no part, whatever its dy.
 __device__ __forceinline__ Products normalised(const Products& products, float inverse) {
     Products out = {};
@@ -397,15 +424,25 @@ __device__ __forceinline__ Products normalised(const Products& products, float i
     return out;
 }
 
-/// (h - e * mean) * factor. Adding +0 makes a -0 of e = 0 a +0.
-__device__ __forceinline__ Values centred(const Products& products, float mean, float factor) {
-    Values dx;
+/// Writes dx of a row where c sum h is not finite; `products(slot, octet, count)` are e and h of an octet.
+template <typename Row, typename Get>
+__device__ __forceinline__ void write_from_probabilities(const Row& row, typename Row::Scratch& scratch,
+                                                         float inverse, float factor, Get products) {
+    float sum = 0.0f;
+    row.each_visible([&](unsigned slot, Index octet, unsigned count) {
+        sum = total(normalised(products(slot, octet, count), inverse).h, sum);
+    });
+    sum = row.walk.team.sum(sum, scratch);
+    row.write([&](unsigned slot, Index octet, unsigned count) {
+        const Products own = normalised(products(slot, octet, count), inverse);
+        Values dx = centred(own, sum, factor);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const float difference = __fmaf_rn(-products.e.at[j], mean, products.h.at[j]);
-        dx.at[j] = __fmaf_rn(difference, factor, 0.0f);
-    }
-    return dx;
+        for (int j = 0; j < 8; ++j) {
+            if (own.e.at[j] == 0.0f) dx.at[j] = 0.0f;
+        }
+        row.hide(dx, octet, 0.0f);
+        return dx;
+    });
 }
 
 template <typename T, typename Walk, bool masked>
@@ -434,15 +471,6 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     const Softmax softmax =
         p.statistics.present() ? row.saved(maximum, reciprocal) : computed();
 
-    const auto h_of = [&](const Kept& keep, const Values& e, const Octet<T>& dy) {
-        const Values values = unpack(dy);
-        Values h = {};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            if (keep.at[j]) h.at[j] = __fmul_rn(e.at[j], values.at[j]);
-        }
-        return h;
-    };
     Values held_h[Walk::SLOTS];
     float sum = 0.0f;
     if constexpr (Walk::held) {
@@ -459,7 +487,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
             return {row.held[slot], held_h[slot]};
         } else {
             const MaskReader<false> draws(p.mask);
-            const Kept keep = draws.kept(draws.lanes(draws.logical(team.row), octet.sum()));
+            const Kept keep = lanes_of<masked>(row.walk, draws).kept(slot, octet);
             const Octet<T> dy = row.load(row.dy, octet, count);
             const Values e = row.e(slot, octet, count, softmax.exponent);
             return {e, h_of(keep, e, dy)};
@@ -471,6 +499,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         });
     }
     sum = team.sum(sum, product_scratch);
+
     const float factor = __fmul_rn(p.scale, odds_of(p.mask).scale);
     const float mean = __fmul_rn(sum, softmax.inverse);
     const bool usual = fabsf(mean) <= bits_as<float>(0x7f7fffffu);  // the same for the whole team
@@ -481,21 +510,7 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
         });
         return;
     }
-    sum = 0.0f;
-    row.each_visible([&](unsigned slot, Index octet, unsigned count) {
-        sum = total(normalised(products(slot, octet, count), softmax.inverse).h, sum);
-    });
-    sum = team.sum(sum, sum_scratch);
-    row.write([&](unsigned slot, Index octet, unsigned count) {
-        const Products own = normalised(products(slot, octet, count), softmax.inverse);
-        Values dx = centred(own, sum, factor);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            if (own.e.at[j] == 0.0f) dx.at[j] = 0.0f;
-        }
-        row.hide(dx, octet, 0.0f);
-        return dx;
-    });
+    write_from_probabilities(row, sum_scratch, softmax.inverse, factor, products);
 }
 
 /// The kernels of a shape; `threads`: what a multiprocessor must have registers for, where ptxas otherwise spills for no

@@ -1,17 +1,18 @@
-// sort_rows: the rows of a tensor in the order of the table's entry that they take, and within an entry in their own; for the
-// gradients of tables (embedding_dropout.cu).
+// sort_rows: the rows of a tensor in the order of the table's entry that they take, and those of an entry in their own order;
+// for the gradients of tables (embedding_dropout.cu).
 //
-// A stable radix sort, 8 bits of the keys a pass, lowest first. A row that takes no entry of the table has the key `entries`.
-// The rows are cut into chunks, a warp each:
+// A stable radix sort: 8 bits of the keys a pass, lowest first. The key of a row is its entry, or the number of entries where
+// it takes none. The rows are cut into chunks, a warp each, and a pass is three kernels:
 //
 //     count    how many keys of each chunk have each digit
-//     offsets  where the first one goes: behind the keys with lower digits, and those of earlier chunks (one block)
-//     scatter  each key and its row go there, in order
-//     starts   where each entry's rows begin, by search (once, at the end)
+//     offsets  where the first of those goes: behind all keys with lower digits, and those of earlier chunks (one block)
+//     scatter  each key and the number of its row go there, in order
+//
+// At the end `starts` finds by search where each entry's rows begin.
 //
 // No atomics: the lanes of a warp find those with the same digit by eight votes.
 //
-// Bytes a row and pass: 8 read by count and scatter together (keys), 4 more for its number, 8 written.
+// Bytes a row and pass: 4 read by count; 8 read by scatter, 4 in the first pass; 8 written.
 
 #include "embedding.cuh"
 #include "kernel.cuh"
@@ -61,9 +62,8 @@ struct Chunk {
         return peers;
     }
 
-    /// Calls `each(key, place, before, peers)` for the keys of the chunk, at places of the pass before: `peers` lanes have
-    /// the key's digit, `before` of them below this one. `counters` belong to the warp, which does not touch them before all of
-    /// its lanes were called.
+    /// Calls `each(key, place, counter)` for the keys of the chunk. `place` is where the pass before put the key. `counter` is
+    /// its digit's counter, and one more for each earlier key of the chunk with this digit. `counters` belong to the warp.
     template <typename Each>
     __device__ __forceinline__ void each(const SortParams& p, unsigned (&counters)[DIGITS],
                                          Each each) const {

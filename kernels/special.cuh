@@ -1,7 +1,7 @@
 // The functions of the multi-function unit, and the limits beside them, an instruction each.
 //
-// The exponential is ex2.approx.ftz: within 2 ulp by the PTX manual; results below the normal numbers are 0. CUDA's expf is
-// nine instructions around the same one.
+// The exponential is ex2.approx.ftz: within 2 ulp by the PTX manual; a result below the normal numbers is 0. CUDA's expf
+// is nine instructions around the same one.
 
 #pragma once
 
@@ -10,11 +10,15 @@
 /// log2 e, within 0.23 units of 2^-24, relatively.
 constexpr float LOG2_E = 1.44269504f;
 
+#ifdef FUSED_DROPOUT_EMULATOR
+/// What an instruction with .ftz makes of a result.
+inline float flushed(float result) { return std::fabs(result) < 1.17549435e-38f ? 0.0f : result; }
+#endif
+
 /// 2^x within 2 ulp; 0 for x below -126.
 __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef FUSED_DROPOUT_EMULATOR
-    const float power = std::exp2(x);
-    return power < 1.17549435e-38f ? 0.0f : power;
+    return flushed(std::exp2(x));
 #else
     float power;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
@@ -25,8 +29,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 /// 1 / x within 1 ulp; 0 where that is below the normal numbers.
 __device__ __forceinline__ float reciprocal_fast(float x) {
 #ifdef FUSED_DROPOUT_EMULATOR
-    const float reciprocal = 1.0f / x;
-    return std::fabs(reciprocal) < 1.17549435e-38f ? 0.0f : reciprocal;
+    return flushed(1.0f / x);
 #else
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));

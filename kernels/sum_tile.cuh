@@ -8,8 +8,8 @@
 /// Rows of a tile: the radix of the tree.
 constexpr unsigned TILE_ROWS = 64;
 
-/// Columns of a tile, 8 octets: a tile is two octets a thread, and a row
-/// of it is whole 32-byte sectors (128 bytes in 16-bit storage).
+/// Columns of a tile, 8 octets: a tile is two octets a thread, and a row of it is whole 32-byte sectors
+/// (128 bytes in 16-bit storage).
 constexpr unsigned TILE_COLS = 64;
 constexpr unsigned TILE_OCTETS = TILE_COLS / 8;
 static_assert(TILE_ROWS * TILE_OCTETS == 2 * THREADS, "a thread has two octets of a tile");
@@ -51,23 +51,9 @@ __device__ __forceinline__ unsigned existing_of(const Tiles& tiles, unsigned lon
     return left < 8 ? static_cast<unsigned>(left) : 8;
 }
 
-template <bool plain>
-__device__ __forceinline__ Lanes lanes_of(const MaskReader<plain>& draws, const TileOctet& at) {
+template <typename Draws>
+__device__ __forceinline__ Lanes lanes_of(const Draws& draws, const TileOctet& at) {
     return draws.lanes(draws.logical(static_cast<unsigned>(at.row)), at.octet);
-}
-
-/// Both octets of a thread, which exist and are loaded. Their Philox blocks are of one octet column, and
-/// share three multiplications.
-template <typename Op, bool plain>
-__device__ __forceinline__ void finish_tile(const typename Op::Params& p, const TileOctet& a,
-                                            const typename Op::Loaded& loaded_a, Values& terms_a,
-                                            const TileOctet& b, const typename Op::Loaded& loaded_b,
-                                            Values& terms_b) {
-    const MaskReader<plain> draws(p.mask);
-    const Lanes lanes_a = lanes_of(draws, a);
-    const Lanes lanes_b = lanes_of(draws, b);
-    terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.odds.scale, loaded_a);
-    terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.odds.scale, loaded_b);
 }
 
 /// An octet where it exists; +0 otherwise, which changes no sum.
@@ -102,11 +88,13 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
         const typename Op::Loaded loaded_a = Op::load(p, a);
         const typename Op::Loaded loaded_b = Op::load(p, b);
         __syncwarp();  // keeps both loads first; the whole block is here
-        if (p.mask.plain) {
-            finish_tile<Op, true>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
-        } else {
-            finish_tile<Op, false>(p, a, loaded_a, terms_a, b, loaded_b, terms_b);
-        }
+        with_draws(p.mask, [&](const auto& draws) {
+            // Of one octet column: the Philox blocks share three multiplications.
+            const Lanes lanes_a = lanes_of(draws, a);
+            const Lanes lanes_b = lanes_of(draws, b);
+            terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.odds.scale, loaded_a);
+            terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.odds.scale, loaded_b);
+        });
     } else {
         const unsigned long long row_b = row + TILE_ROWS / 2;
         terms_a = load_and_finish_tile<Op>(p, {row, octet, existing_of(tiles, row, octet)});

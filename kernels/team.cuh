@@ -14,6 +14,17 @@ __device__ __forceinline__ unsigned below(Column end, Column octet) {
     return static_cast<unsigned>(min(end - 8 * octet, Column(8)));
 }
 
+/// The index of an octet in its row, `base + ahead`: in two parts, of which `ahead` is known at compile time, so that a
+/// thread's octets are one address and several offsets.
+struct Index {
+    unsigned base;
+    unsigned ahead;
+
+    __device__ __forceinline__ unsigned sum() const { return base + ahead; }
+    /// The first element of an octet with this index.
+    __device__ __forceinline__ unsigned long long element() const { return 8ull * base + 8 * ahead; }
+};
+
 /// A warp a row.
 struct WarpTeam {
     static constexpr unsigned SIZE = 32;
@@ -73,8 +84,8 @@ struct BlockTeam {
 
 /// How the threads of a `Team` walk over the octets of their row: octet `rank`, then every `SIZE`th.
 ///
-/// `SLOTS`: octets that a thread holds of a row that stays in registers, an array that `slot` indexes; 0: any number of
-/// octets, none of them held, and the slot is 0. The first `SURE` of its slots exist for every thread: no test is needed.
+/// `HELD`: octets that a thread holds of a row that stays in registers, an array that `slot` indexes; 0: any number of
+/// octets, none of them held, and the slot is 0. The octets of the first `SURE` slots exist for every thread: no test is needed.
 /// `aligned`: octets are whole.
 template <typename Team_, unsigned HELD, unsigned SURE_, bool aligned_>
 struct Walk {
@@ -96,7 +107,7 @@ struct Walk {
         return held ? 8 * octet.ahead : octet.element();
     }
 
-    /// Calls `each(slot, octet, count)` for the thread's octets, an `Index` in the row each, `count` of whose elements exist.
+    /// Calls `each(slot, octet, count)` for the thread's octets, of which `octet` is the index and `count` elements exist.
     template <typename Each>
     __device__ __forceinline__ void each(Each each) const {
         if (held) {
@@ -147,13 +158,18 @@ using UnalignedWarpWalk = Walk<WarpTeam, 4, 0, false>;
 using UnalignedBlockWalk = Walk<BlockTeam<THREADS>, 4, 0, false>;
 
 /// The shapes of teams that hold a row whose octets are whole: threads, octets a thread, and how many of these every
-/// thread has. src/device/rows.rs chooses the smallest that has room for a row; a row of a larger shape is longer than the
-/// one before has room for.
+/// thread has. src/device/rows.rs chooses the smallest one that has room for a row, so a row is longer than what the
+/// shape before has room for.
 ///
-/// From small kernels of the same shapes that were timed on an H200 at 2^28 elements of bf16, in shares of a copy: softmax
-/// forward 97 % with 32x4, 128x2 and 32x8, 93 % with 256x2, 94 % with 256x4, 84 % with 512x2 in place of it; its gradient 96 %
-/// with 32x4, 99 % with 128x2, 97 % with 512x2; LayerNorm forward 94 % with 32x4 and 256x2, 95 % with 512x2, and 97 % for
-/// 1,024 columns with 128x1, which is not here. 512x4 was not timed.
+/// Small kernels of these shapes were timed on an H200 at 2^28 elements of bf16. In shares of a copy:
+///
+/// | | 32x4 | 128x2 | 256x2 | 256x4 | 512x2 |
+/// | --- | --- | --- | --- | --- | --- |
+/// | softmax | 97 % | 97 % | 93 % | 94 % | 84 % |
+/// | its gradient | 96 % | 99 % | | | 97 % |
+/// | LayerNorm | 94 % | | 94 % | | 95 % |
+///
+/// LayerNorm of 1,024 columns had 97 % with 128x1, a shape that is not here. 512x4 was not timed.
 using Walk32x1 = Walk<WarpTeam, 1, 0, true>;
 using Walk32x2 = Walk<WarpTeam, 2, 1, true>;
 using Walk32x3 = Walk<WarpTeam, 3, 2, true>;
@@ -164,7 +180,7 @@ using Walk256x4 = Walk<BlockTeam<256>, 4, 2, true>;
 using Walk512x4 = Walk<BlockTeam<512>, 4, 2, true>;
 
 /// `stamp(shape, Walk, T, type)` for each shape that has registers for the storage type. 512 threads have 128 each.
-#define FD_ROW_SHAPES(stamp)      \
+#define FD_ROW_SHAPES(stamp)            \
     FD_ROW_SHAPES_OF(stamp, float, f32) \
     FD_ROW_SHAPES_OF(stamp, f16, f16)   \
     FD_ROW_SHAPES_OF(stamp, bf16, bf16) \
@@ -181,11 +197,11 @@ using Walk512x4 = Walk<BlockTeam<512>, 4, 2, true>;
     stamp(wide, WideWalk<true>, T, type)
 
 /// The same for rows of any alignment.
-#define FD_UNALIGNED_ROW_SHAPES(stamp)      \
+#define FD_UNALIGNED_ROW_SHAPES(stamp)            \
     FD_UNALIGNED_ROW_SHAPES_OF(stamp, float, f32) \
     FD_UNALIGNED_ROW_SHAPES_OF(stamp, f16, f16)   \
     FD_UNALIGNED_ROW_SHAPES_OF(stamp, bf16, bf16)
-#define FD_UNALIGNED_ROW_SHAPES_OF(stamp, T, type)            \
-    stamp(warp_unaligned, UnalignedWarpWalk, T, type)         \
-    stamp(block_unaligned, UnalignedBlockWalk, T, type)       \
+#define FD_UNALIGNED_ROW_SHAPES_OF(stamp, T, type)      \
+    stamp(warp_unaligned, UnalignedWarpWalk, T, type)   \
+    stamp(block_unaligned, UnalignedBlockWalk, T, type) \
     stamp(wide_unaligned, WideWalk<false>, T, type)

@@ -17,6 +17,8 @@
 #include <cuda_fp16.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifdef FUSED_DROPOUT_EMULATOR
 #define FD_TOUCH(address, bytes, write) emulator_touch(address, bytes, write)
 #else
@@ -33,32 +35,6 @@ __device__ __forceinline__ To bits_as(From from) {
     To to;
     memcpy(&to, &from, sizeof(To));
     return to;
-}
-
-/// One of two types.
-template <bool first, typename A, typename B>
-struct Choice {
-    using Type = A;
-};
-template <typename A, typename B>
-struct Choice<false, A, B> {
-    using Type = B;
-};
-
-/// A question's answer at compile time.
-template <bool value_>
-struct Answer {
-    static constexpr bool value = value_;
-};
-
-/// Calls `body` with the answer to a question that is the same for a whole launch: two bodies, neither of which asks.
-template <typename Body>
-__device__ __forceinline__ void ask(bool answer, Body body) {
-    if (answer) {
-        body(Answer<true>{});
-    } else {
-        body(Answer<false>{});
-    }
 }
 
 /// The unsigned integer as wide as a storage type.

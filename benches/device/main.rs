@@ -7,9 +7,9 @@
 //!     cargo bench --features cuda --bench device -- --kernels DIR    # kernels of DIR (softmax_dropout.cubin) in place of ours
 //!
 //! bf16, f16 and f32; 2^16 to 2^28 elements in rows of 1,024, and rows of 512 to 16,384 at 2^24. Answers are checked
-//! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON, after each of them, so that what was measured
-//! is there when it is interrupted. After `FUSED_DROPOUT_BENCH_SECONDS`, 330 unless it is set, the rest is skipped, and said
-//! to be. Without a GPU the exit status is 3.
+//! before the clock starts. `FUSED_DROPOUT_BENCH=FILE` writes the rows as JSON, anew after each one: an interrupted run
+//! leaves what it measured. After `FUSED_DROPOUT_BENCH_SECONDS` (330) the other cases are skipped and listed. Without a GPU
+//! the exit status is 3.
 
 mod about;
 #[path = "../../tests/device/backend.rs"]
@@ -42,7 +42,8 @@ use timer::{SAMPLE_SECONDS, Timer, copy_bandwidth};
 /// Where there is no GPU.
 const NO_GPU: u8 = 3;
 
-/// Of each case. The median of 30 is within a fifth of the distance from the 5th to the 95th percentile.
+/// Of each case. The standard error of a median of 30 is a 14th of the distance from the 5th to the 95th percentile, where
+/// samples are normally distributed.
 const SAMPLES: usize = 30;
 
 /// What all cases may take: less than ten minutes of a GPU that is lent, with room for the checks before.

@@ -100,9 +100,9 @@ using WideWarpWalk = Walk<WarpTeam, 0, 0, aligned>;
 
 /// The kernels of one form and storage type.
 #define FD_CROSS_ENTROPY(form, walk, T, type)                                                     \
-    FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, walk<true>::BLOCK,                      \
+    FD_KERNEL(cross_entropy_##form##_##type, CrossEntropyParams<T>, walk<true>::BLOCK,            \
               cross_entropy<T, walk<true>>)                                                       \
-    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, walk<true>::BLOCK,            \
+    FD_KERNEL(cross_entropy_##form##_unaligned_##type, CrossEntropyParams<T>, walk<true>::BLOCK,  \
               cross_entropy<T, walk<false>>)
 
 FD_CROSS_ENTROPY(warp, WideWarpWalk, float, f32)

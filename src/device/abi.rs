@@ -157,7 +157,7 @@ pub(crate) struct Mask {
     /// 1: the logical row is `rows.first` + the launch's row, and no thread divides.
     pub contiguous: u32,
     /// 1: contiguous, random, not in groups, and neither stream number nor probability in device memory. The usual
-    /// case, for which the streaming kernels have a path of their own.
+    /// case, for which kernels have a path of their own.
     pub plain: u32,
 }
 

@@ -229,26 +229,25 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
         return Ok(());
     }
     let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, [source, gradient]));
-    let sorted = match (candidates.are_sorted, taken.ids) {
-        (true, Ids::Given(ids)) => {
-            let (rows, entries) = (shape.rows as u32, LookupParams::new(Some(taken)).entries);
-            // SAFETY: the caller's promise.
-            Some(unsafe { Sorted::new(device, ids, rows, entries)? })
-        }
-        _ => None,
+    let taken = LookupParams::new(Some(taken));
+    let sorted = match candidates.are_sorted {
+        // SAFETY: the caller's promise: ids that are sorted are given.
+        true => Some(unsafe { Sorted::new(device, taken.ids, shape.rows as u32, taken.entries)? }),
+        false => None,
     };
-    let order = |part: fn(&Sorted<'_, D>) -> u64| sorted.as_ref().map_or(0, part);
+    let order = sorted.as_ref().map(|sorted| [sorted.keys, sorted.rows, sorted.starts]);
+    let [keys, order, starts] = order.unwrap_or([0; 3]);
     let params = TableGradParams {
         mask: *mask,
         dy: source,
         before: gradient,
         after: gradient,
-        taken: LookupParams::new(Some(taken)),
+        taken,
         lookups: LookupParams::all(lookups),
         cols: shape.cols as u64,
-        keys: order(|sorted| sorted.keys),
-        order: order(|sorted| sorted.rows),
-        starts: order(|sorted| sorted.starts),
+        keys,
+        order,
+        starts,
         rows: shape.rows as u32,
         by_place: u32::from(candidates.by_place),
         log_width: width.ilog2(),
@@ -262,13 +261,13 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
 /// What there are blocks for: the entries of a table or, where these are more, the rows.
 struct Candidates {
     count: usize,
-    /// Whether the rows are sorted by their entries.
+    /// Whether the rows are sorted by their entries, of ids that are given.
     are_sorted: bool,
     by_place: bool,
 }
 
-/// Rows times candidates from which on it pays to sort the rows: below, all ids are read from L2 for each candidate in a few
-/// microseconds. An estimate: not timed. Fewer rows than the root of it are one span of the kernel.
+/// Rows times candidates from which on the rows are sorted. Below, all ids are read from L2 for each candidate, which takes
+/// a few microseconds: an estimate, not timed.
 const SORTED_FROM: usize = 1 << 22;
 
 impl Candidates {

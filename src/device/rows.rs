@@ -103,9 +103,9 @@ impl Kernels {
             true => (&self.aligned, &TEAMS),
             false => (&unaligned, &UNALIGNED_TEAMS),
         };
-        let fitting = kernels.iter().zip(teams).filter(|(_, team)| cols <= team.cols);
-        let chosen = fitting.filter_map(|(kernel, team)| kernel.map(|kernel| (kernel, team)));
-        chosen.into_iter().next().expect("the last team takes rows of any length")
+        let mut fitting = kernels.iter().zip(teams).filter(|(_, team)| cols <= team.cols);
+        let chosen = fitting.find_map(|(kernel, team)| kernel.map(|kernel| (kernel, team)));
+        chosen.expect("the last team takes rows of any length")
     }
 }
 
@@ -120,8 +120,8 @@ pub(crate) fn check(operator: &'static str, shape: Shape) -> Result<(), Error> {
     Err(Error::argument(operator, "rows", "fewer than 2^32 rows", shape.rows))
 }
 
-/// Launches the kernel for `shape`, for whole octets where `aligned`, a part of the rows at a time: `params(first, rows)`
-/// are those of `rows` rows from `first` on.
+/// Launches the kernel for `shape`, for whole octets where `aligned`, a part of the rows at a time: `params(first,
+/// rows)` are those of `rows` rows from `first` on.
 ///
 /// # Safety
 /// As [`launch_threads`], for every part.

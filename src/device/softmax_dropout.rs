@@ -42,12 +42,12 @@ impl Params {
         self.causal != NO_LIMIT || self.lengths != 0 || self.additive != 0
     }
 
-    /// Splits the scale. A power of two that neither overflows a product with x nor makes it vanish is the unit of z.
-    fn with_scale(self, scale: f32) -> Self {
-        let is_power = scale.to_bits() << 9 == 0;
-        let splits = is_power && (2f32.powi(-24)..=1.0).contains(&scale) && self.additive == 0;
-        let (multiplier, unit) = if splits { (1.0, scale) } else { (scale, 1.0) };
-        Self { scale, multiplier, unit, ..self }
+    /// What x is multiplied by, and the unit of what comes out. That is a scale which is a power of two, but for one with
+    /// which a product with x overflows or vanishes, and beside an additive mask.
+    fn multiplier_and_unit(&self) -> (f32, f32) {
+        let is_power = self.scale.to_bits() << 9 == 0;
+        let is_unit = is_power && (2f32.powi(-24)..=1.0).contains(&self.scale);
+        if is_unit && self.additive == 0 { (1.0, self.scale) } else { (self.scale, 1.0) }
     }
 }
 
@@ -132,7 +132,7 @@ fn params(mask: abi::Mask, scores: &Scores, causal: Option<i64>) -> Result<Param
     })
 }
 
-/// Launches the form for the shape.
+/// Launches the kernel for the shape.
 unsafe fn launch<T: Dtype, D: Device>(
     device: &D,
     kernels: Kernels,
@@ -144,7 +144,8 @@ unsafe fn launch<T: Dtype, D: Device>(
         return Ok(());
     }
     let layout = layout::<T>(shape, &[params.x, params.dy, params.out], &[params.additive]);
-    let params = params.with_scale(params.scale);
+    let (multiplier, unit) = params.multiplier_and_unit();
+    let params = Params { multiplier, unit, ..params };
     let part = |first, rows| Params { mask: params.mask.advanced(first, 0), rows, ..params };
     // SAFETY: the caller's promise.
     unsafe { launch_rows(device, kernels, shape, layout.is_aligned(), part) }

@@ -74,19 +74,19 @@ impl<'a, D: Device> Sorted<'a, D> {
             ..Params::default()
         };
         let warps = chunks.div_ceil(THREADS as usize / 32);
-        // SAFETY: the caller's promise; the parts of the workspace do not overlap, and a pass writes what the last one read.
+        // SAFETY: the caller's promise; the parts of the workspace do not overlap, and a pass writes what the one before
+        // read.
         unsafe {
-            let mut first = true;
             for shift in (0..u32::BITS - entries.leading_zeros()).step_by(DIGIT_BITS as usize) {
-                let source = match first {
-                    true => Params { ids, ..all },
-                    false => Params { keys: from[0], rows: from[1], ..all },
+                let source = match shift {
+                    0 => Params { ids, ..all },
+                    _ => Params { keys: from[0], rows: from[1], ..all },
                 };
                 let pass = Params { keys_out: to[0], rows_out: to[1], shift, ..source };
                 launch(device, kernel("sort_rows_count"), warps, &pass)?;
                 launch_threads(device, kernel("sort_rows_offsets"), 1, OFFSETS_THREADS, &pass)?;
                 launch(device, kernel("sort_rows_scatter"), warps, &pass)?;
-                (from, to, first) = (to, from, false);
+                (from, to) = (to, from);
             }
             let blocks = (entries as usize + 1).div_ceil(THREADS as usize);
             let search = Params { keys: from[0], starts, ..all };

@@ -7,8 +7,8 @@ use crate::error::Error;
 use crate::mask::OCTET;
 use crate::ops::Shape;
 
-/// Launches `kernel` for tensors of `shape`, an octet a thread and a part at a time: `params(part, mask)` are those of a part, whose mask is
-/// `mask`.
+/// Launches `kernel` for tensors of `shape`, an octet a thread and a part at a time: `params(part, mask)` are those of a
+/// part, whose mask is `mask`.
 ///
 /// # Safety
 /// As [`launch`], for every part.
