@@ -10,7 +10,7 @@
 // parameter: the branch is the same for a whole launch.
 //
 // Bytes an element: forward one read, one written (4 in 16-bit storage); backward two read, one written (6);
-// the bias is read from L2 or L1, and its gradient writes a 16th of an f32 for the first level of the sums.
+// the bias is read from L2 or L1, and its gradient writes a 64th of an f32 for the first levels of the sums.
 // In place: y may be x; dx may be dy or x.
 
 #include "activation.cuh"

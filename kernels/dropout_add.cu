@@ -12,9 +12,9 @@
 // unpackings, 8 FMA, 4 packings, 2 loads, 1 store. The others read parameters and find the octet.
 //
 // Backward: dx = D(dy), which is the kernel of dropout.cu where there is no bias. With one, the kernel
-// here also sums kept dy over the 64 rows of a tile in order from +0: the first level of the tree that
-// src/ops/sum_rows.rs defines; sum_rows.cu adds up the others. Bytes an element: one read, one written,
-// and a 16th of an f32 for the sums.
+// here also sums kept dy over the 64 rows of a tile: the first levels of the tree that src/ops/sum_rows.rs
+// defines; sum_rows.cu adds up the others. Bytes an element: one read, one written, and a 64th of an f32 for
+// the sums.
 // In place: dx may be dy.
 
 #include "kernel.cuh"

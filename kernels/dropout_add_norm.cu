@@ -19,9 +19,11 @@
 //
 //     forward       two read, one or two written: 8 with s, 6 without
 //     backward      s and dy read, ds too where there is one, two written: 10 with ds. The row in registers.
-//     with sums     backward without outputs, which leaves three means a row (s and dy read: 4); then tiles of
-//                   64 rows and 32 columns do the rest (10 with ds): 14, and a 64th of an f32 for each sum.
-//                   sum_rows.cu adds up the levels of the tree (src/ops/sum_rows.rs) above the first.
+//     with sums     the same in one pass, of rows of at most 2048 columns (1024 of f32): a block has 64 rows, and
+//                   what they add to the sums in registers. A 64th of an f32 for each sum.
+//                   Other rows: backward without outputs, which leaves three means a row (s and dy read: 4);
+//                   then tiles of 64 rows and 32 columns do the rest (10 with ds): 14.
+//                   sum_rows.cu adds up the levels of the tree (src/ops/sum_rows.rs) above the tiles.
 //
 // A row computed from its inputs reads x and residual in place of s: 2 more each time.
 //
@@ -31,6 +33,7 @@
 // read and written by one thread. The outputs of backward are no input of it.
 
 #include "norm.cuh"
+#include "sum_tile.cuh"
 
 /// Where s comes from.
 template <typename T>
@@ -395,21 +398,114 @@ __device__ __forceinline__ void norm_backward(const NormBackwardParams<T>& p) {
     }
 }
 
-/// A tile: rows are the radix of the sums' tree, columns four octets, so that a thread has one of them and
-/// a row of the tile is whole 32-byte sectors.
-constexpr unsigned NORM_TILE_ROWS = 64;
+/// What a run adds to the sums, an octet of columns a slot.
+template <unsigned SLOTS>
+struct RunSums {
+    Values dbias[SLOTS];
+    Values dweight[SLOTS];
+    Values dnorm_bias[SLOTS];
+};
+
+/// Adds the terms of an octet of a row: what is kept of dresidual, dy * xhat, and dy.
+template <unsigned SLOTS>
+__device__ __forceinline__ void add_terms(RunSums<SLOTS>& sums, unsigned slot, const Standard& standard, const Values& kept,
+                                          const Values& s, const Values& dy) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float dweight = __fmul_rn(dy.at[j], standard.xhat(standard.centred(s.at[j])));
+        sums.dbias[slot].at[j] = __fadd_rn(sums.dbias[slot].at[j], kept.at[j]);
+        sums.dweight[slot].at[j] = __fadd_rn(sums.dweight[slot].at[j], dweight);
+        sums.dnorm_bias[slot].at[j] = __fadd_rn(sums.dnorm_bias[slot].at[j], dy.at[j]);
+    }
+}
+
+/// Adds up the sums of a block's runs in order. All of its threads must be here.
+template <typename Walk>
+__device__ __forceinline__ void write_sums(const Walk& walk, const Values (&of_run)[Walk::SLOTS], const Out<float>& sums,
+                                           float factor) {
+    __shared__ float runs[TILE_RUNS][8 * Walk::SLOTS * Walk::Team::SIZE];
+    if (!sums.present()) return;  // the whole block
+    __syncthreads();  // nobody reads the last sums any more
+    walk.each([&](unsigned slot, Index octet, unsigned) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) runs[walk.team.team][8 * octet.sum() + j] = of_run[slot].at[j];
+    });
+    __syncthreads();
+    for (unsigned column = threadIdx.x; column < walk.cols; column += Walk::BLOCK) {
+        float sum = runs[0][column];
+#pragma unroll
+        for (unsigned run = 1; run < TILE_RUNS; ++run) sum = __fadd_rn(sum, runs[run][column]);
+        sums.cached(blockIdx.x * walk.cols + column, __fmul_rn(sum, factor));
+    }
+}
+
+/// dresidual and dx of 64 rows, and the first levels of the sums over them. A team has its 16 rows in registers one after
+/// the other, and what they add to the sums in others.
+template <typename T, typename Walk>
+__device__ __forceinline__ void norm_sums(const NormBackwardParams<T>& p) {
+    __shared__ NormScratch<Walk> scratch[2];  // in turns: a barrier a row
+    Walk walk = {{}, p.cols};
+    const unsigned first = blockIdx.x * TILE_ROWS;
+    RunSums<Walk::SLOTS> sums = {};
+#pragma unroll 1
+    for (unsigned i = 0; i < RUN_ROWS && first + i < p.rows; ++i) {
+        // A team without a row still takes part in what all teams do, with a row that exists.
+        const unsigned own = first + walk.team.team * RUN_ROWS + i;
+        walk.team.row = min(own, p.rows - 1);
+        const GradientRow<T, true> row(p, walk.team.row);
+        const float mean = p.stats.cached(2ull * walk.team.row);
+        const float rstd = p.stats.cached(2ull * walk.team.row + 1);
+        Octet<T> s[Walk::SLOTS];
+        Octet<T> dy[Walk::SLOTS];
+        Octet<T> ds[Walk::SLOTS] = {};
+        walk.each([&](unsigned slot, Index octet, unsigned count) {
+            s[slot] = row.sum.load(p.sum.residual, octet, count);
+            dy[slot] = row.sum.load(p.dy, octet, count);
+        });
+        if (p.ds.present()) {
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                ds[slot] = row.sum.load(p.ds, octet, count);
+            });
+        }
+        if (row.sum.computes()) {
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                s[slot] = row.sum.sum(octet, count, {row.sum.load(p.sum.x, octet, count), s[slot]});
+            });
+        }
+        __syncwarp();  // keeps the loads first; all threads are here
+        const auto pair_of = [&](unsigned slot, Index octet, unsigned count) {
+            return row.pair(octet, count, s[slot], dy[slot]);
+        };
+        const NormGradient gradient = norm_gradient(p.norm, walk, mean, rstd, scratch[i % 2], pair_of);
+        if (own >= p.rows) continue;
+        with_draws(p.mask, [&](const auto& draws) {
+            const unsigned logical = draws.logical(walk.team.row);
+            walk.each([&](unsigned slot, Index octet, unsigned count) {
+                const NormPair pair = pair_of(slot, octet, count);
+                const Values kept = row.write(draws, draws.lanes(logical, octet.sum()), octet, count, gradient, pair, ds[slot]);
+                add_terms(sums, slot, gradient.standard, kept, pair.s, unpack(dy[slot]));
+            });
+        });
+    }
+    write_sums(walk, sums.dbias, p.sums[0], p.factor.get());
+    write_sums(walk, sums.dweight, p.sums[1], 1.0f);
+    write_sums(walk, sums.dnorm_bias, p.sums[2], 1.0f);
+}
+
+/// A tile of rows that are not in registers: four octets of columns, so that a thread has one of them and a row of the tile
+/// is whole 32-byte sectors.
 constexpr unsigned NORM_TILE_OCTETS = 4;
 constexpr unsigned NORM_TILE_COLS = 8 * NORM_TILE_OCTETS;
-static_assert(NORM_TILE_ROWS * NORM_TILE_OCTETS == THREADS, "a thread has an octet of a tile");
+static_assert(TILE_ROWS * NORM_TILE_OCTETS == THREADS, "a thread has an octet of a tile");
 
-/// dresidual and dx of a tile, and the first level of the sums over its rows. The terms go through shared
+/// dresidual and dx of a tile, and the first levels of the sums over its rows. The terms go through shared
 /// memory to the threads that add them up row by row, a column of one sum each.
 template <typename T, bool aligned>
 __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     __shared__ Values terms[3][THREADS];
     const unsigned tile_row = p.tiles_a_row.quotient(blockIdx.x);
     const unsigned tile_col = p.tiles_a_row.remainder(blockIdx.x, tile_row);
-    const unsigned row = tile_row * NORM_TILE_ROWS + threadIdx.x / NORM_TILE_OCTETS;
+    const unsigned row = tile_row * TILE_ROWS + threadIdx.x / NORM_TILE_OCTETS;
     const Index octet = {tile_col * NORM_TILE_OCTETS + threadIdx.x % NORM_TILE_OCTETS, 0};
     const unsigned count = row < p.rows ? below(p.cols, 1ull * octet.base) : 0;
     // A thread without an element still has a row that exists: its number may be read from a list.
@@ -451,9 +547,13 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     const unsigned long long target = 1ull * tile_col * NORM_TILE_COLS + column;
     if (which >= 3 || target >= p.cols || !p.sums[which].present()) return;
     float sum = 0.0f;
-#pragma unroll 16
-    for (unsigned r = 0; r < NORM_TILE_ROWS; ++r) {
-        sum = __fadd_rn(sum, terms[which][r * NORM_TILE_OCTETS + column / 8].at[column % 8]);
+    for (unsigned first = 0; first < TILE_ROWS; first += RUN_ROWS) {
+        float of_run = 0.0f;
+#pragma unroll
+        for (unsigned r = first; r < first + RUN_ROWS; ++r) {
+            of_run = __fadd_rn(of_run, terms[which][r * NORM_TILE_OCTETS + column / 8].at[column % 8]);
+        }
+        sum = __fadd_rn(sum, of_run);
     }
     if (which == 0) sum = __fmul_rn(sum, p.factor.get());
     p.sums[which].cached(tile_row * p.cols + target, sum);
@@ -476,6 +576,24 @@ constexpr unsigned FORWARD_THREADS = 512;
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FORWARD_THREADS : Walk::BLOCK, Walk::BLOCK)
 #define FD_NORM_UNALIGNED(shape, Walk, T, type) \
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
+
+/// Shapes of the teams that sum over rows, four of which are a block: threads and octets a thread
+/// (`SUM_SHAPES` in src/device/dropout_add_norm.rs). A thread has 24 sums an octet. In 16-bit storage 512 threads of a
+/// multiprocessor have registers, each of which has 4 to 6 loads on its way.
+using Sum32x2 = Walk<PartTeam<32, TILE_RUNS>, 2, 0, true>;
+using Sum64x2 = Walk<PartTeam<64, TILE_RUNS>, 2, 1, true>;
+using Sum128x2 = Walk<PartTeam<128, TILE_RUNS>, 2, 1, true>;
+#define FD_NORM_SUMS(shape, Walk, T, type, threads)                                              \
+    FD_KERNEL_BLOCKS(dropout_add_norm_sums_##shape##_##type, NormBackwardParams<T>, Walk::BLOCK, \
+                     (threads) / Walk::BLOCK, norm_sums<T, Walk>)
+FD_NORM_SUMS(32x2, Sum32x2, float, f32, 256)
+FD_NORM_SUMS(32x2, Sum32x2, f16, f16, 512)
+FD_NORM_SUMS(32x2, Sum32x2, bf16, bf16, 512)
+FD_NORM_SUMS(64x2, Sum64x2, float, f32, 256)
+FD_NORM_SUMS(64x2, Sum64x2, f16, f16, 512)
+FD_NORM_SUMS(64x2, Sum64x2, bf16, bf16, 512)
+FD_NORM_SUMS(128x2, Sum128x2, f16, f16, 512)
+FD_NORM_SUMS(128x2, Sum128x2, bf16, bf16, 512)
 
 FD_ROW_SHAPES(FD_NORM)
 FD_UNALIGNED_ROW_SHAPES(FD_NORM_UNALIGNED)

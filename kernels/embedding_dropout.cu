@@ -17,8 +17,8 @@
 //
 // in the order of the tree that src/ops/sum_rows.rs defines, without atomics. A block owns an entry and some columns. It
 // takes 4096 rows (a span) at a time, and adds up those that take the entry. The others are +0 and are left out, which
-// changes no sum that started from +0. Each 64 rows (a tile) are added in order by one thread an octet; tiles at the same
-// time by the other threads of the block, and then in order.
+// changes no sum that started from +0. Each 64 rows (a tile) are added by one thread an octet, in four runs of 16; tiles at
+// the same time by the other threads of the block, and then in order.
 //
 // A block finds its rows in one of two ways:
 //
@@ -90,8 +90,10 @@ FD_KERNEL(embedding_dropout_unaligned_f16, EmbeddingParams<f16>, THREADS,
 FD_KERNEL(embedding_dropout_unaligned_bf16, EmbeddingParams<bf16>, THREADS,
           stream<EmbeddingDropout<bf16, false>, false>)
 
-/// Rows of a tile, and tiles of a span: the radix of the tree. A span's rows are looked at together.
+/// Rows of a tile, and tiles of a span: the radix of the tree, but for the runs of a tile. A span's rows are looked at
+/// together.
 constexpr unsigned RADIX = 64;
+constexpr unsigned RUN_ROWS = 16;
 constexpr unsigned SPAN = RADIX * RADIX;
 
 template <typename T>
@@ -215,10 +217,12 @@ struct Column {
     unsigned octet;
     unsigned count;  // elements of it
 
-    /// The sum of g over the rows `rows` of the 64 from `first_row` on, in order.
+    /// The sum of g over the rows `rows` of the 64 from `first_row` on: in order in each run, and of the runs in order.
     __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
         const MaskReader<false> draws(p.mask);
-        Values sum = {};
+        Values sum = {};      // of a run
+        Values tile_sum = {};  // of the runs before
+        unsigned run = 0;
         while (rows != 0) {
             Octet<T> dy[ROWS];
             unsigned long long rest = rows;
@@ -234,6 +238,11 @@ struct Column {
                 if (rows == 0) break;
                 const unsigned row = first_row + __ffsll(rows) - 1;
                 rows &= rows - 1;
+                if (row / RUN_ROWS != run) {
+                    run = row / RUN_ROWS;
+                    add(tile_sum, sum);
+                    sum = {};
+                }
                 const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
                 const Values values = unpack(dy[i]);
 #pragma unroll
@@ -243,7 +252,8 @@ struct Column {
                 }
             }
         }
-        return sum;
+        add(tile_sum, sum);
+        return tile_sum;
     }
 };
 

@@ -1,18 +1,25 @@
-// The first level of a sum over rows (src/ops/sum_rows.rs): what an operator adds to each column in 64
-// consecutive rows, in order, from +0. sum_rows.cu adds up the levels above.
+// The first levels of a sum over rows (src/ops/sum_rows.rs): what an operator adds to each column in 16 consecutive rows
+// (a run), in order, from +0, and the sums of 4 such runs (a tile), in order. sum_rows.cu adds up the levels above.
+//
+// A warp has a tile of 64 columns. A lane has one octet of columns and one run, so the terms of its rows stay in its
+// registers; the sums of the runs meet by shuffles, once a tile. No shared memory, no barrier.
 
 #pragma once
 
 #include "kernel.cuh"
 
-/// Rows of a tile: the radix of the tree.
-constexpr unsigned TILE_ROWS = 64;
+/// Rows that are added one after the other.
+constexpr unsigned RUN_ROWS = 16;
 
-/// Columns of a tile, 8 octets: a tile is two octets a thread, and a row of it is whole 32-byte sectors
-/// (128 bytes in 16-bit storage).
+/// Rows of a tile, above which the tree has this radix, and its runs.
+constexpr unsigned TILE_ROWS = 64;
+constexpr unsigned TILE_RUNS = TILE_ROWS / RUN_ROWS;
+
+/// Columns of a tile, 8 octets: a row of it is whole 32-byte sectors (128 bytes in 16-bit storage).
 constexpr unsigned TILE_COLS = 64;
 constexpr unsigned TILE_OCTETS = TILE_COLS / 8;
-static_assert(TILE_ROWS * TILE_OCTETS == 2 * THREADS, "a thread has two octets of a tile");
+constexpr unsigned TILE_THREADS = 32;  // of a block: `TILE_THREADS` in src/device/sum_rows.rs
+static_assert(TILE_RUNS * TILE_OCTETS == TILE_THREADS, "a lane has an octet of columns in a run");
 
 /// The tensor of a launch, in tiles, and where their sums go.
 struct Tiles {
@@ -51,71 +58,70 @@ __device__ __forceinline__ unsigned existing_of(const Tiles& tiles, unsigned lon
     return left < 8 ? static_cast<unsigned>(left) : 8;
 }
 
-template <typename Draws>
-__device__ __forceinline__ Lanes lanes_of(const Draws& draws, const TileOctet& at) {
-    return draws.lanes(draws.logical(static_cast<unsigned>(at.row)), at.octet);
+/// The sums of a run of a lane: its octet in the rows from `first` on. `whole`: all of its elements exist.
+template <typename Op, bool whole, typename Draws>
+__device__ __forceinline__ Values sum_run(const typename Op::Params& p, const Draws& draws, unsigned long long first,
+                                          unsigned octet) {
+    // Rows whose loads are on their way at once. With 8 of one 16-bit tensor a lane has 96 registers, and a multiprocessor
+    // of sm_90 has 80 KB on their way; with 4 of two tensors 128 and 64 KB. Bounds of 64 to 80 registers spill.
+    constexpr unsigned BYTES = sizeof(typename Op::Loaded);
+    constexpr unsigned AT_ONCE = BYTES <= 16 ? 8 : BYTES <= 48 ? 4 : 2;
+    Values sums = {};
+#pragma unroll 1
+    for (unsigned done = 0; done < RUN_ROWS; done += AT_ONCE) {
+        typename Op::Loaded loaded[AT_ONCE];
+        const auto at = [&](unsigned i) -> TileOctet {
+            const unsigned long long row = first + done + i;
+            return {row, octet, whole ? 8 : existing_of(p.tiles, row, octet)};
+        };
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; ++i) {
+            if (whole || at(i).count() > 0) loaded[i] = Op::load(p, at(i));
+        }
+        __syncwarp();  // keeps the loads first; the whole warp is here
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; ++i) {
+            if (!whole && at(i).count() == 0) continue;
+            const Lanes lanes = draws.lanes(draws.logical(static_cast<unsigned>(at(i).row)), octet);
+            const Values terms = Op::finish(p, at(i), draws.kept(lanes), draws.odds.scale, loaded[i]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], terms.at[j]);
+        }
+    }
+    return sums;
 }
 
-/// An octet where it exists; +0 otherwise, which changes no sum.
-template <typename Op>
-__device__ __forceinline__ Values load_and_finish_tile(const typename Op::Params& p,
-                                                       const TileOctet& at) {
-    if (at.count() == 0) return {};
-    const MaskReader<false> draws(p.mask);
-    const typename Op::Loaded loaded = Op::load(p, at);
-    return Op::finish(p, at, draws.kept(lanes_of(draws, at)), draws.odds.scale, loaded);
-}
-
-/// A tile of 64 rows and 64 columns a block. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
+/// A tile of 64 rows and 64 columns a block of one warp. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
 /// `load(params, octet)`, and `finish(params, octet, kept, scale, loaded)`, which stores the octet's result and
-/// returns the terms of its columns. They go through shared memory to the threads that add them up row by
-/// row, a column each.
+/// returns the terms of its columns.
 template <typename Op>
 __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
-    __shared__ float tile[TILE_ROWS * TILE_COLS];
-
     const Tiles& tiles = p.tiles;
     const unsigned tile_row = tiles.per_row.quotient(blockIdx.x);
     const unsigned tile_col = tiles.per_row.remainder(blockIdx.x, tile_row);
-    const unsigned long long row = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS;
+    const unsigned long long first = 1ull * tile_row * TILE_ROWS + threadIdx.x / TILE_OCTETS * RUN_ROWS;
     const unsigned octet = tile_col * TILE_OCTETS + threadIdx.x % TILE_OCTETS;
 
-    Values terms_a;
-    Values terms_b;
+    Values sums;
     if ((tile_row + 1ull) * TILE_ROWS <= tiles.rows && (tile_col + 1ull) * TILE_COLS <= tiles.cols) {
-        const TileOctet a = {row, octet, 8};
-        const TileOctet b = {row + TILE_ROWS / 2, octet, 8};
-        const typename Op::Loaded loaded_a = Op::load(p, a);
-        const typename Op::Loaded loaded_b = Op::load(p, b);
-        __syncwarp();  // keeps both loads first; the whole block is here
-        with_draws(p.mask, [&](const auto& draws) {
-            // Of one octet column: the Philox blocks share three multiplications.
-            const Lanes lanes_a = lanes_of(draws, a);
-            const Lanes lanes_b = lanes_of(draws, b);
-            terms_a = Op::finish(p, a, draws.kept(lanes_a), draws.odds.scale, loaded_a);
-            terms_b = Op::finish(p, b, draws.kept(lanes_b), draws.odds.scale, loaded_b);
-        });
+        with_draws(p.mask, [&](const auto& draws) { sums = sum_run<Op, true>(p, draws, first, octet); });
     } else {
-        const unsigned long long row_b = row + TILE_ROWS / 2;
-        terms_a = load_and_finish_tile<Op>(p, {row, octet, existing_of(tiles, row, octet)});
-        terms_b = load_and_finish_tile<Op>(p, {row_b, octet, existing_of(tiles, row_b, octet)});
+        sums = sum_run<Op, false>(p, MaskReader<false>(p.mask), first, octet);
     }
+    // The lanes of the first run add up those of the others. A run without rows has +0, which changes no sum.
 #pragma unroll
-    for (unsigned j = 0; j < 8; ++j) {
-        tile[threadIdx.x * 8 + j] = terms_a.at[j];
-        tile[(threadIdx.x + THREADS) * 8 + j] = terms_b.at[j];
+    for (int j = 0; j < 8; ++j) {
+        const float own = sums.at[j];
+#pragma unroll
+        for (unsigned run = 1; run < TILE_RUNS; ++run) {
+            const float other = __shfl_down_sync(0xffffffffu, own, run * TILE_OCTETS);
+            sums.at[j] = __fadd_rn(sums.at[j], other);
+        }
+        sums.at[j] = __fmul_rn(sums.at[j], tiles.factor.get());
     }
-    __syncthreads();
-
-    if (threadIdx.x >= TILE_COLS) return;
-    const unsigned long long column = 1ull * tile_col * TILE_COLS + threadIdx.x;
-    if (column >= tiles.cols) return;
-    float sum = 0.0f;
-#pragma unroll 16
-    for (unsigned r = 0; r < TILE_ROWS; ++r) {
-        sum = __fadd_rn(sum, tile[r * TILE_COLS + threadIdx.x]);
-    }
-    tiles.sums.cached(tile_row * tiles.cols + column, __fmul_rn(sum, tiles.factor.get()));
+    const unsigned count = existing_of(tiles, 1ull * tile_row * TILE_ROWS, octet);
+    if (threadIdx.x >= TILE_OCTETS || count == 0) return;
+    tiles.sums.template cached<false>(tile_row * tiles.cols + 8ull * octet, count, pack<float>(sums));
 }
 
 /// The kernels of an operator `Op<T, aligned>` that sums by tiles, for each storage type.
@@ -124,5 +130,5 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     FD_TILE_KERNELS_OF(name, Params, Op, f16, f16)   \
     FD_TILE_KERNELS_OF(name, Params, Op, bf16, bf16)
 #define FD_TILE_KERNELS_OF(name, Params, Op, T, type)                     \
-    FD_KERNEL(name##_##type, Params<T>, THREADS, sum_tile<Op<T, true>>)   \
-    FD_KERNEL(name##_unaligned_##type, Params<T>, THREADS, sum_tile<Op<T, false>>)
+    FD_KERNEL(name##_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, true>>)   \
+    FD_KERNEL(name##_unaligned_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, false>>)

@@ -82,6 +82,33 @@ struct BlockTeam {
     }
 };
 
+/// One of the `TEAMS` that a block has, all of which are in every collective.
+template <unsigned THREADS_, unsigned TEAMS>
+struct PartTeam {
+    static constexpr unsigned SIZE = THREADS_;
+    static constexpr unsigned BLOCK = THREADS_ * TEAMS;
+    using Scratch = float[TEAMS][THREADS_ / 32];
+
+    unsigned row;
+    unsigned rank = threadIdx.x % SIZE;
+    unsigned team = threadIdx.x / SIZE;
+
+    /// The sums of several values, at one barrier; of a team of one warp at none.
+    template <unsigned COUNT>
+    __device__ __forceinline__ void sums(float (&values)[COUNT], Scratch (&scratch)[COUNT]) const {
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) values[i] = warp_sum(values[i]);
+        if (SIZE == 32) return;
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) {
+            if (rank % 32 == 0) scratch[i][team][rank / 32] = values[i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (unsigned i = 0; i < COUNT; ++i) values[i] = folded(scratch[i][team], plus<float>);
+    }
+};
+
 /// How the threads of a `Team` walk over the octets of their row: octet `rank`, then every `SIZE`th.
 ///
 /// `HELD`: octets that a thread holds of a row that stays in registers, an array that `slot` indexes; 0: any number of

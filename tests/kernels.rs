@@ -349,14 +349,12 @@ fn ids_outside_of_their_table_are_reported_with_a_norm() {
     gradients.iter().zip(&expected).for_each(|(g, e)| assert_same(g, e, "gradient"));
 }
 
-/// 64 values in order from +0, until one is left.
+/// 16 values in order from +0, 4 such sums, and then 64 until one is left.
 fn tree(mut level: Vec<f32>) -> f32 {
-    loop {
-        level = level.chunks(64).map(|part| part.iter().fold(0.0, |a, b| a + b)).collect();
-        if level.len() <= 1 {
-            return level.first().copied().unwrap_or(0.0);
-        }
+    for radix in [16, 4, 64, 64, 64, 64] {
+        level = level.chunks(radix).map(|part| part.iter().fold(0.0, |a, b| a + b)).collect();
     }
+    level.first().copied().unwrap_or(0.0)
 }
 
 /// More rows than a tree of three levels has room for, entries that few of them take, and blocks for rows

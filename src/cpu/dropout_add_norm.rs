@@ -7,12 +7,13 @@ use super::dropout_add::select_add;
 use super::norm::{Affine, Standard};
 use super::octets::Segment;
 use super::split::{Line, Part};
+use super::sum_rows::close_run;
 use super::{Cpu, convert, dropout, octets, split};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add_norm::{Backward, Forward, Saved};
 use crate::ops::norm::Norm;
-use crate::ops::sum_rows::TILE_ROWS;
+use crate::ops::sum_rows::{RUN_ROWS, TILE_ROWS};
 use crate::ops::{MaskParams, Shape};
 use crate::tensor::{Matrix, Sum, matrix, matrix_mut, read, source, write};
 use rayon::prelude::*;
@@ -75,6 +76,18 @@ struct ParamGrads<G> {
     dbias: Option<G>,
     dweight: Option<G>,
     dnorm_bias: Option<G>,
+}
+
+impl ParamGrads<&mut [f32]> {
+    /// Adds a run's sums to these of its tile, and makes zeros of them.
+    #[inline(always)]
+    fn close_run(&mut self, run: &mut ParamGrads<Vec<f32>>) {
+        let tile = [&mut self.dbias, &mut self.dweight, &mut self.dnorm_bias];
+        let run = [&mut run.dbias, &mut run.dweight, &mut run.dnorm_bias];
+        for (tile, run) in tile.into_iter().flatten().zip(run.into_iter().flatten()) {
+            close_run(tile, run);
+        }
+    }
 }
 
 /// What s is computed from; the residual lies in s where it is not given.
@@ -257,7 +270,10 @@ impl Task<'_> {
         }
         let wanted = [&dbias, &dweight, &dnorm_bias].map(Option::is_some);
         // Without a sum over rows nothing asks for tiles.
-        let tile_rows = if wanted.contains(&true) { TILE_ROWS } else { self.part() };
+        let (tile_rows, run_rows) = match wanted.contains(&true) {
+            true => (TILE_ROWS, RUN_ROWS),
+            false => (self.part(), self.part()),
+        };
         let tiles = rows.div_ceil(tile_rows);
         let [of_dbias, of_dweight, of_dnorm_bias] =
             wanted.map(|wanted| wanted.then(|| vec![0.0f32; tiles * cols]));
@@ -267,19 +283,28 @@ impl Task<'_> {
         let outs = Part::whole(dresidual).chunks(tile_rows).zip(Part::whole(dx).chunks(tile_rows));
         let parts: Vec<_> = outs.zip(chunks(&mut sums, cols, tiles)).collect();
         parts.into_par_iter().enumerate().for_each_init(
-            || Scratch { s: self.scratch(), g: self.scratch() },
-            |scratch, (index, ((dresidual, dx), mut sums))| {
+            || {
+                let scratch = Scratch { s: self.scratch(), g: self.scratch() };
+                let [dbias, dweight, dnorm_bias] =
+                    wanted.map(|wanted| wanted.then(|| vec![0.0f32; cols]));
+                (scratch, ParamGrads { dbias, dweight, dnorm_bias })
+            },
+            |(scratch, of_run), (index, ((dresidual, dx), mut of_tile))| {
                 self.cpu.vectorised(
                     #[inline(always)]
                     || {
-                        let first = index * tile_rows;
-                        let parts = dresidual.chunks(self.group()).zip(dx.chunks(self.group()));
-                        for (group, (mut dresidual, dx)) in parts.enumerate() {
-                            let first = first + group * self.group();
-                            let rows = first..first + dresidual.rows(cols).len();
-                            let g = self.gradient(given, rows.clone(), scratch, &mut sums);
-                            self.emit(g, &mut dresidual, streaming);
-                            self.drop(rows, g, dx, &mut sums.dbias, streaming);
+                        let mut first = index * tile_rows;
+                        for (dresidual, dx) in dresidual.chunks(run_rows).zip(dx.chunks(run_rows)) {
+                            let group = self.group();
+                            for (mut dresidual, dx) in dresidual.chunks(group).zip(dx.chunks(group))
+                            {
+                                let rows = first..first + dresidual.rows(cols).len();
+                                first = rows.end;
+                                let g = self.gradient(given, rows.clone(), scratch, of_run);
+                                self.emit(g, &mut dresidual, streaming);
+                                self.drop(rows, g, dx, &mut of_run.dbias, streaming);
+                            }
+                            of_tile.close_run(of_run);
                         }
                         split::fence();
                     },
@@ -298,7 +323,7 @@ impl Task<'_> {
         given: &Given<'_, T>,
         rows: Range<usize>,
         scratch: &'s mut Scratch,
-        sums: &mut ParamGrads<&mut [f32]>,
+        sums: &mut ParamGrads<Vec<f32>>,
     ) -> &'s mut [f32] {
         let cols = self.shape.cols;
         let elements = rows.start * cols..rows.end * cols;
@@ -359,7 +384,7 @@ impl Task<'_> {
         rows: Range<usize>,
         g: &mut [f32],
         mut dx: Part<'_, T>,
-        dbias: &mut Option<&mut [f32]>,
+        dbias: &mut Option<Vec<f32>>,
         streaming: Option<Line>,
     ) {
         let cols = self.shape.cols;

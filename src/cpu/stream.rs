@@ -3,9 +3,10 @@
 
 use super::octets::{self, Segment};
 use super::split::{Line, Part};
+use super::sum_rows::close_run;
 use super::{Cpu, split};
 use crate::dtype::Dtype;
-use crate::ops::sum_rows::TILE_ROWS;
+use crate::ops::sum_rows::{RUN_ROWS, TILE_ROWS};
 use crate::ops::{MaskParams, Shape};
 use crate::tensor::{Matrix, Sum};
 use rayon::prelude::*;
@@ -73,19 +74,26 @@ impl<T: Dtype> Stream<'_, T> {
         let mut sums = vec![0.0f32; self.shape.rows.div_ceil(TILE_ROWS) * cols];
         let outs = split::optional_rows(out, TILE_ROWS, sums.len() / cols);
         let tiles = outs.into_par_iter().zip(sums.par_chunks_mut(cols));
-        tiles.enumerate().for_each(|(tile, (out, sums))| {
-            let range = tile * octets_a_tile..((tile + 1) * octets_a_tile).min(end);
-            self.piece(
-                range,
-                out,
-                streaming,
-                #[inline(always)]
-                |segment, lanes, out, values| {
-                    let sums = &mut sums[segment.cols.clone()];
-                    body(segment, lanes, out, values, sums);
-                },
-            );
-        });
+        tiles.enumerate().for_each_init(
+            || vec![0.0f32; cols],
+            |of_run, (tile, (out, of_tile))| {
+                let mut run = tile * TILE_ROWS / RUN_ROWS;
+                self.piece(
+                    tile * octets_a_tile..((tile + 1) * octets_a_tile).min(end),
+                    out,
+                    streaming,
+                    #[inline(always)]
+                    |segment, lanes, out, values| {
+                        if segment.row / RUN_ROWS != run {
+                            run = segment.row / RUN_ROWS;
+                            close_run(of_tile, of_run);
+                        }
+                        body(segment, lanes, out, values, &mut of_run[segment.cols.clone()]);
+                    },
+                );
+                close_run(of_tile, of_run);
+            },
+        );
         sum.finish(sums, factor);
     }
 

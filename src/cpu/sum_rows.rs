@@ -2,7 +2,7 @@
 
 use super::Cpu;
 use super::octets::ELEMENTS;
-use crate::ops::sum_rows::TILE_ROWS;
+use crate::ops::sum_rows::{RUN_ROWS, TILE_ROWS};
 use crate::tensor::Sum;
 use rayon::prelude::*;
 
@@ -34,8 +34,16 @@ fn tree(mut sums: Vec<f32>, cols: usize) -> Vec<f32> {
     sums
 }
 
+/// Adds a run's sums to those of its tile, and makes zeros of them.
+#[inline(always)]
+pub(super) fn close_run(tile: &mut [f32], run: &mut [f32]) {
+    for (tile, run) in tile.iter_mut().zip(run) {
+        *tile += std::mem::take(run);
+    }
+}
+
 /// Levels of the tree over 2^32 rows, as many as there can be.
-const LEVELS: usize = 6;
+const LEVELS: usize = 7;
 
 /// The tree over rows of which most are +0, for at most a block of columns: only the others are added, in
 /// ascending order. What is +0 changes no sum, since a sum that starts from +0 is never -0; for the same
@@ -44,23 +52,24 @@ pub(super) struct SparseTree {
     /// The sum that is being added up on each level, where there is one.
     sums: [[f32; ELEMENTS]; LEVELS],
     started: [bool; LEVELS],
-    /// The tile of the last row.
-    tile: usize,
+    /// The run of the last row.
+    run: usize,
 }
 
 impl SparseTree {
     pub fn new() -> Self {
-        Self { sums: [[0.0; ELEMENTS]; LEVELS], started: [false; LEVELS], tile: 0 }
+        Self { sums: [[0.0; ELEMENTS]; LEVELS], started: [false; LEVELS], run: 0 }
     }
 
     /// Adds a row, beyond those before.
     #[inline(always)]
     pub fn add(&mut self, row: usize, values: &[f32]) {
-        let (mut last, mut next, mut level) = (self.tile, row / TILE_ROWS, 0);
-        self.tile = next;
+        let (mut last, mut next, mut level) = (self.run, row / RUN_ROWS, 0);
+        self.run = next;
         while last != next {
             self.close(level, values.len());
-            (last, next, level) = (last / TILE_ROWS, next / TILE_ROWS, level + 1);
+            let radix = if level == 0 { TILE_ROWS / RUN_ROWS } else { TILE_ROWS };
+            (last, next, level) = (last / radix, next / radix, level + 1);
         }
         let sums = self.sums[0].iter_mut().zip(values);
         match std::mem::replace(&mut self.started[0], true) {

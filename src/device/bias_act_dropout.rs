@@ -3,7 +3,7 @@
 use super::abi::{Factor, Mask, Matrix, Octets};
 use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{Device, Launch, Layout, kernel, launch, layout, pointer};
+use super::{Device, Launch, Layout, kernel, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -94,14 +94,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, Factor::ONE);
-    let (tiles, blocks) = tree.by_tiles();
     // SAFETY: as above.
-    unsafe {
-        if blocks > 0 {
-            launch(device, kernel, blocks, &BiasGradParams { mask, tiles, grad })?;
-        }
-        Tree::finish(device, &[tree])
-    }
+    unsafe { tree.sum(device, kernel, |tiles| BiasGradParams { mask, tiles, grad }) }
 }
 
 unsafe fn without_sums<T: Dtype, D: Device>(

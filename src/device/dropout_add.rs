@@ -3,7 +3,7 @@
 use super::abi::{Mask, Matrix, Octets};
 use super::stream::launch_stream;
 use super::sum_rows::{Tiles, Tree};
-use super::{Device, Launch, dropout, kernel, launch, layout, pointer};
+use super::{Device, Launch, dropout, kernel, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::dropout_add::{Backward, Forward, NAME};
@@ -78,14 +78,8 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let dbias = Sum::of(dbias, device)?;
     let workspace = device.workspace(Tree::workspace(shape))?;
     let tree = Tree::new(shape, &dbias, workspace.pointer, mask.factor());
-    let (tiles, blocks) = tree.by_tiles();
     let aligned = layout::<T>(shape, &[dy, dx], &[]).is_aligned();
     let kernel = kernel!(NAME, "dropout_add_bias_grad", T, if aligned);
     // SAFETY: as above; the kernel writes no dx at 0, and allows that dx is dy.
-    unsafe {
-        if blocks > 0 {
-            launch(device, kernel, blocks, &BiasGradParams { mask, tiles, dy, dx })?;
-        }
-        Tree::finish(device, &[tree])
-    }
+    unsafe { tree.sum(device, kernel, |tiles| BiasGradParams { mask, tiles, dy, dx }) }
 }

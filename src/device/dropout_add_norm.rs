@@ -4,7 +4,7 @@
 use super::abi::{Factor, IndexDivisor, Mask, Matrix, RowNorm};
 use super::rows::{self, kernels, launch_rows};
 use super::sum_rows::Tree;
-use super::{Address, Device, Launch, kernel, launch, layout, pointer};
+use super::{Address, Device, Kernel, Launch, kernel, launch, launch_threads, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::ops::Shape;
@@ -196,7 +196,20 @@ fn aligned<T: Dtype>(shape: Shape, params: &BackwardParams) -> bool {
 /// Columns of a tile: `NORM_TILE_COLS` in `kernels/dropout_add_norm.cu`.
 const TILE_COLS: usize = 32;
 
-/// The means of the rows, then the tiles, then the sums over them.
+/// The kernel that sums over the rows in one pass, and its threads, where it has registers for a row.
+fn one_pass<T: Dtype>(cols: usize) -> Option<(Kernel, u32)> {
+    // Teams of so many threads, four of which are a block. A thread has two octets.
+    match cols {
+        0..=512 => Some((kernel!(NAME, "dropout_add_norm_sums" "_32x2", T), 4 * 32)),
+        513..=1024 => Some((kernel!(NAME, "dropout_add_norm_sums" "_64x2", T), 4 * 64)),
+        1025..=2048 if size_of::<T>() == 2 => {
+            Some((kernel!(NAME, "dropout_add_norm_sums" "_128x2", T), 4 * 128))
+        }
+        _ => None,
+    }
+}
+
+/// The rows, and the sums over them.
 unsafe fn with_sums<T: Dtype, D: Device>(
     device: &D,
     shape: Shape,
@@ -214,33 +227,48 @@ unsafe fn with_sums<T: Dtype, D: Device>(
     let means = part(3);
     // SAFETY: the caller's promise; the workspace's parts do not overlap.
     unsafe {
-        let none = Matrix::NONE;
-        let only_means =
-            BackwardParams { dresidual: none, dx: none, ds: none, means_out: means, ..params };
-        launch_backward::<T, D>(device, shape, only_means)?;
-        launch_tiles::<T, D>(device, shape, BackwardParams { means, ..params }, &trees)?;
+        let params = BackwardParams {
+            sums: trees.each_ref().map(|tree| tree.as_ref().map_or(0, |tree| tree.first().0)),
+            factor: trees[0].as_ref().map_or(Factor::ONE, |dbias| dbias.first().1),
+            ..params
+        };
+        launch_sums::<T, D>(device, shape, params, means)?;
         let wanted: Vec<Tree> = trees.into_iter().flatten().collect();
         Tree::finish(device, &wanted)
     }
 }
 
-unsafe fn launch_tiles<T: Dtype, D: Device>(
+/// The rows, and the first levels of the sums over them. `means`: memory for three means of each row.
+unsafe fn launch_sums<T: Dtype, D: Device>(
     device: &D,
     shape: Shape,
     params: BackwardParams,
-    trees: &[Option<Tree>; 3],
+    means: u64,
 ) -> Result<(), Error> {
-    let tiles_a_row = shape.cols.div_ceil(TILE_COLS);
-    let blocks = shape.rows.div_ceil(TILE_ROWS).saturating_mul(tiles_a_row);
-    if blocks == 0 {
+    let Shape { rows, cols } = shape;
+    if rows == 0 || cols == 0 {
         return Ok(());
     }
-    let params = BackwardParams {
-        sums: trees.each_ref().map(|tree| tree.as_ref().map_or(0, |tree| tree.first().0)),
-        factor: trees[0].as_ref().map_or(Factor::ONE, |dbias| dbias.first().1),
+    let aligned = aligned::<T>(shape, &params);
+    let tiles = rows.div_ceil(TILE_ROWS);
+    if let Some((kernel, threads)) = one_pass::<T>(cols).filter(|_| aligned) {
+        // SAFETY: the caller's promise.
+        return unsafe { launch_threads(device, kernel, tiles, threads, &params) };
+    }
+    let none = Matrix::NONE;
+    let only_means = BackwardParams {
+        dresidual: none,
+        dx: none,
+        ds: none,
+        means_out: means,
+        sums: [0; 3],
         ..params
     };
-    let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned::<T>(shape, &params));
+    let kernel = kernel!(NAME, "dropout_add_norm_tile", T, if aligned);
+    let blocks = tiles.saturating_mul(cols.div_ceil(TILE_COLS));
     // SAFETY: the caller's promise.
-    unsafe { launch(device, kernel, blocks, &params) }
+    unsafe {
+        launch_backward::<T, D>(device, shape, only_means)?;
+        launch(device, kernel, blocks, &BackwardParams { means, ..params })
+    }
 }

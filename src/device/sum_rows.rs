@@ -1,8 +1,8 @@
-//! Sums over rows on a device: the tree of [`crate::ops::sum_rows`]. An operator's own kernel adds up the
-//! first 64 rows of each column; the kernel here adds up the levels above, two in a launch.
+//! Sums over rows on a device: the tree of [`crate::ops::sum_rows`]. An operator's own kernel adds up every
+//! 64 rows of each column; the kernel here adds up the levels above, two in a launch.
 
 use super::abi::{Factor, IndexDivisor};
-use super::{Device, Kernel, launch};
+use super::{Device, Kernel, launch, launch_threads};
 use crate::error::Error;
 use crate::ops::Shape;
 use crate::ops::sum_rows::TILE_ROWS;
@@ -24,6 +24,9 @@ const _: () = assert!(size_of::<Tiles>() == 56);
 
 /// Columns of a tile: `TILE_COLS` in `kernels/sum_tile.cuh`.
 const TILE_COLS: usize = 64;
+
+/// Threads of a block that sums a tile: `TILE_THREADS` in `kernels/sum_tile.cuh`.
+const TILE_THREADS: u32 = 32;
 
 /// Where one sum goes, level by level.
 pub(super) struct Tree {
@@ -64,8 +67,16 @@ impl Tree {
         if self.is_one_tile() { (self.sum, self.factor) } else { (self.workspace, Factor::ONE) }
     }
 
-    /// What a kernel that sums by tiles takes, and its blocks.
-    pub fn by_tiles(&self) -> (Tiles, usize) {
+    /// The whole sum: the first level by `kernel`, which takes what `params` makes of the tiles, and then the others.
+    ///
+    /// # Safety
+    /// As [`launch_threads`] for `kernel`, and [`finish`](Self::finish).
+    pub unsafe fn sum<D: Device, P>(
+        self,
+        device: &D,
+        kernel: Kernel,
+        params: impl FnOnce(Tiles) -> P,
+    ) -> Result<(), Error> {
         let (sums, factor) = self.first();
         let per_row = self.shape.cols.div_ceil(TILE_COLS);
         let tiles = Tiles {
@@ -76,7 +87,14 @@ impl Tree {
             per_row: IndexDivisor::new(per_row.max(1) as u32),
             padding: 0,
         };
-        (tiles, self.tiles.saturating_mul(per_row))
+        let blocks = self.tiles.saturating_mul(per_row);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if blocks > 0 {
+                launch_threads(device, kernel, blocks, TILE_THREADS, &params(tiles))?;
+            }
+            Self::finish(device, &[self])
+        }
     }
 
     /// The levels above the first, of up to [`SUMS`] sums of one shape.

@@ -63,7 +63,7 @@ pub struct Call {
 pub const P: [f64; 6] = [0.1, 0.0, 0.5, 1.0 / 65536.0, 0.9, 1.0];
 
 /// Odd sizes, tails on both sides of a vector, a block and a warp, tall and flat ones.
-const SHAPES: [(usize, usize); 35] = [
+const SHAPES: [(usize, usize); 36] = [
     (0, 0),
     (0, 5),
     (5, 0),
@@ -99,6 +99,7 @@ const SHAPES: [(usize, usize); 35] = [
     (1, 20_000),
     (4097, 5),
     (4200, 8),
+    (19, 1536),
 ];
 
 fn row_map(index: usize, rows: usize) -> RowMap<'static> {
