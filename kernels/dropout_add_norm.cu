@@ -559,21 +559,18 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 
-/// Threads that a multiprocessor must have registers for, in the forward pass of aligned rows in 16-bit storage. 640 are 96
-/// registers each, where ptxas would take 128 for sm_90; for the other chips it then spills.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr unsigned FORWARD_THREADS = 640;
-#else
-constexpr unsigned FORWARD_THREADS = 512;
-#endif
+/// Threads that a multiprocessor must have registers for, of aligned rows in 16-bit storage.
+constexpr unsigned FORWARD_THREADS = FD_NORM_FORWARD_THREADS;
+constexpr unsigned BACKWARD_THREADS = FD_NORM_BACKWARD_THREADS;
 
 #define FD_NORM_PASSES(shape, Walk, T, type, forward_threads, backward_threads)                    \
     FD_KERNEL_BLOCKS(dropout_add_norm_forward_##shape##_##type, NormForwardParams<T>, Walk::BLOCK, \
-                     (forward_threads) / Walk::BLOCK, norm_forward<T, Walk>)                       \
+                     blocks_for(forward_threads, Walk::BLOCK), norm_forward<T, Walk>)              \
     FD_KERNEL_BLOCKS(dropout_add_norm_backward_##shape##_##type, NormBackwardParams<T>, Walk::BLOCK, \
-                     (backward_threads) / Walk::BLOCK, norm_backward<T, Walk>)
-#define FD_NORM(shape, Walk, T, type) \
-    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FORWARD_THREADS : Walk::BLOCK, Walk::BLOCK)
+                     blocks_for(backward_threads, Walk::BLOCK), norm_backward<T, Walk>)
+#define FD_NORM(shape, Walk, T, type)                                            \
+    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FORWARD_THREADS : 0, \
+                   sizeof(T) == 2 ? BACKWARD_THREADS : 0)
 #define FD_NORM_UNALIGNED(shape, Walk, T, type) \
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
 

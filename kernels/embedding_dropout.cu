@@ -211,7 +211,7 @@ struct Shelf {
 template <typename T, bool aligned>
 struct Column {
     /// Rows whose dy is loaded at once.
-    static constexpr unsigned ROWS = 4;
+    static constexpr unsigned ROWS = FD_TABLE_GRAD_ROWS;
 
     const TableGradParams<T>& p;
     unsigned octet;
@@ -351,13 +351,13 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     p.after.template cached<aligned>(element, column.count, pack<float>(after));
 }
 
-/// With registers for so many blocks a multiprocessor: one more in 16-bit storage than ptxas would take, without a spill.
+/// With registers for so many blocks a multiprocessor.
 #define FD_TABLE_GRAD(T, type, blocks)                                                             \
     FD_KERNEL_BLOCKS(embedding_dropout_table_grad_##type, TableGradParams<T>, THREADS, blocks,     \
                      table_grad<T, true>)                                                          \
     FD_KERNEL_BLOCKS(embedding_dropout_table_grad_unaligned_##type, TableGradParams<T>, THREADS,   \
                      blocks, table_grad<T, false>)
 
-FD_TABLE_GRAD(float, f32, 2)
-FD_TABLE_GRAD(f16, f16, 3)
-FD_TABLE_GRAD(bf16, bf16, 3)
+FD_TABLE_GRAD(float, f32, FD_TABLE_GRAD_BLOCKS_F32)
+FD_TABLE_GRAD(f16, f16, FD_TABLE_GRAD_BLOCKS)
+FD_TABLE_GRAD(bf16, bf16, FD_TABLE_GRAD_BLOCKS)

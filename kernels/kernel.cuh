@@ -22,13 +22,17 @@
 #define FD_KERNEL_BLOCKS(name, Params, threads, blocks, ...)                                      \
     FD_BOUNDED_KERNEL(name, Params, (threads, blocks), __VA_ARGS__)
 
+/// Blocks of `block` threads that have `threads` together; at least one.
+constexpr unsigned blocks_for(unsigned threads, unsigned block) {
+    return threads > block ? threads / block : 1;
+}
+
 /// Threads of a block, in every kernel.
 constexpr unsigned THREADS = 256;
 
 // A streaming kernel takes one octet a thread: a 16-byte load of each 16-bit tensor. The reason is a measurement, on an H200
 // at 2^28 elements of bf16. A memcpy takes 258 us; a kernel that copies takes 258 us with one octet a thread, 272 with two
-// and 276 with four. dropout with two takes 274, and 260 with evict-first stores: then the next kernel does not find in L2
-// what was written.
+// and 276 with four. What other stores gave is told beside FD_STORES_EVICT_FIRST in tuning.cuh.
 
 /// A streaming kernel: each octet of the launch is loaded, computed and stored by one thread. `Op` has
 /// `Params` with members `mask` and `octets`, `Loaded`, `load(params, position)` and

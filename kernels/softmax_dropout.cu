@@ -517,12 +517,12 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
 /// reason.
 #define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type, threads)                                   \
     FD_KERNEL_BLOCKS(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,      \
-                     (threads) / Walk::BLOCK, forward<T, Walk, masked>)                            \
+                     blocks_for(threads, Walk::BLOCK), forward<T, Walk, masked>)                   \
     FD_KERNEL_BLOCKS(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,     \
-                     (threads) / Walk::BLOCK, backward<T, Walk, masked>)
+                     blocks_for(threads, Walk::BLOCK), backward<T, Walk, masked>)
 #define FD_SOFTMAX(shape, Walk, T, type)                                                           \
-    FD_SOFTMAX_PASSES(shape, Walk, false, T, type, Walk::BLOCK)                                    \
-    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type, 512)
+    FD_SOFTMAX_PASSES(shape, Walk, false, T, type, FD_SOFTMAX_THREADS)                             \
+    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type, FD_SOFTMAX_MASKED_THREADS)
 #define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                 \
     FD_SOFTMAX_PASSES(shape, Walk, true, T, type, 512)
 

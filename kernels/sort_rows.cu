@@ -108,7 +108,8 @@ __device__ __forceinline__ void sort_offsets(const SortParams& p) {
     const unsigned first = min(part * a_part, p.chunks);
     const unsigned end = min(first + a_part, p.chunks);
     unsigned total = 0;
-#pragma unroll 16
+    constexpr unsigned AT_ONCE = FD_SORT_ROWS_AT_ONCE;
+#pragma unroll AT_ONCE
     for (unsigned chunk = first; chunk < end; ++chunk) {
         total += p.counts.cached(1ull * chunk * DIGITS + digit);
     }

@@ -9,7 +9,7 @@
 // atomics: the same bits in every run.
 //
 // A block has 32 columns of one sum, a warp a group at a time. It is few blocks, and what it costs is the
-// time that loads take: 16 of them are on their way at once.
+// time that loads take: FD_SUM_ROWS_AT_ONCE of them are on their way at once.
 //
 // Bytes an element of `parts`: 4 read, and a 4096th of that written.
 
@@ -38,7 +38,7 @@ static_assert(sizeof(SumRowsParams) == 160, "sum_rows.rs: Params");
 __device__ __forceinline__ float sum_group(const In<float>& parts, unsigned long long cols,
                                            unsigned long long column, unsigned long long first,
                                            unsigned long long end) {
-    constexpr unsigned AT_ONCE = 16;
+    constexpr unsigned AT_ONCE = FD_SUM_ROWS_AT_ONCE;
     float total = 0.0f;
     for (unsigned long long part = first; part < end; part += AT_ONCE) {
         float terms[AT_ONCE];

@@ -2,10 +2,10 @@
 //
 // `In` and `Out` are the only way to global memory. The accessor's name says the cache policy:
 //
-// - streaming: evict-first (ld.global.cs). For what is read once. Not the non-coherent path
-//   (ld.global.nc): an in-place call writes what it reads.
+// - streaming: evict-first (ld.global.cs; FD_LOADS_EVICT_FIRST). For what is read once. Not the non-coherent
+//   path (ld.global.nc): an in-place call writes what it reads.
 // - cached: the default policy. For what several rows or blocks read, and for outputs, which the next
-//   kernel reads from L2.
+//   kernel reads from L2 (FD_STORES_EVICT_FIRST).
 //
 // `aligned` says that the octet starts on a 16-byte boundary and is whole: one 16-byte access (two for
 // f32). Otherwise an octet's `count` elements are moved one by one; the threads of a warp still cover a
@@ -19,6 +19,8 @@
 
 #include <type_traits>
 
+#include "tuning.cuh"
+
 #ifdef FUSED_DROPOUT_EMULATOR
 #define FD_TOUCH(address, bytes, write) emulator_touch(address, bytes, write)
 #else
@@ -27,6 +29,9 @@
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+
+constexpr bool LOADS_EVICT_FIRST = FD_LOADS_EVICT_FIRST;
+constexpr bool STORES_EVICT_FIRST = FD_STORES_EVICT_FIRST;
 
 /// The same bits as another type.
 template <typename To, typename From>
@@ -137,7 +142,7 @@ class In {
     template <bool streaming, typename Word>
     __device__ static __forceinline__ Word load(const Word* address) {
         FD_TOUCH(address, sizeof(Word), false);
-        return streaming ? __ldcs(address) : *address;
+        return streaming && LOADS_EVICT_FIRST ? __ldcs(address) : *address;
     }
 
     /// Whole: in accesses of 16 bytes, `step` of 16 bytes from each other.
@@ -222,7 +227,11 @@ class Out {
     template <typename Word>
     __device__ static __forceinline__ void store(Word* address, Word word) {
         FD_TOUCH(address, sizeof(Word), true);
-        *address = word;
+        if constexpr (STORES_EVICT_FIRST && sizeof(Word) == 16) {
+            __stcs(address, word);
+        } else {
+            *address = word;
+        }
     }
 
     /// As `In::whole`.
