@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import report
 import timing
 import torch_peers
 import work
@@ -48,7 +49,7 @@ def attention(p, width, both, rounds, samples, device):
         for turn in range(rounds):
             for chance in sorted(timers, reverse=turn % 2 == 1):
                 seconds[chance] += timers[chance].sample(samples)
-    summaries = {chance: timing.summary(times) for chance, times in seconds.items()}
+    summaries = {chance: report.summary(times) for chance, times in seconds.items()}
     plain = summaries[0.0]["median"]
     return [
         {

@@ -254,7 +254,7 @@ def timed(point, all_peers, ours, device, notes):
     rows = [
         point.request()
         | {"peer": name, "bytes": count, "timer": timer.kind}
-        | {"seconds": timing.summary(seconds[name]), "samples": len(seconds[name])}
+        | {"seconds": report.summary(seconds[name]), "samples": len(seconds[name])}
         for name, timer in timers.items()
     ]
     return rows + [point.request() | {"peer": n, "error": why} for n, why in errors.items()]

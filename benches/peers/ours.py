@@ -1,5 +1,6 @@
 """Our side: `device_bench --serve`, a line of JSON each way. It answers when the device has finished."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -23,13 +24,14 @@ class Turns:
 class Ours:
     """The server. `device` is what it said of the device when it started."""
 
-    def __init__(self, program, environment):
+    def __init__(self, program, environment, stderr=None):
         command = [*shlex.split(program), "--serve"]
         self.process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             bufsize=1,
         )
@@ -58,5 +60,6 @@ class Ours:
         return answer
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it did not read, having ended
+            self.process.stdin.close()
         self.process.wait()

@@ -1,5 +1,7 @@
-"""Tables, targets and the plot, from the rows of peers.json alone."""
+"""Tables, targets and the plot, from rows alone: those of peers.json, and of tune.json."""
 
+import re
+import statistics
 from collections import defaultdict
 
 PEERS = ("eager", "compile", "tutorial", "strong")
@@ -7,6 +9,14 @@ PEERS = ("eager", "compile", "tutorial", "strong")
 # a byte mask on PyTorch's side.
 EAGER_TARGETS = {"dropout_add": 1.8, "dropout_add_layernorm": 1.8, "softmax_dropout": 2.0}
 LARGE = 1 << 24
+
+
+def summary(seconds):
+    """Median, and the 5th and 95th percentile."""
+    if len(seconds) < 2:
+        raise ValueError("a percentile needs two samples")
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    return {"median": statistics.median(seconds), "p5": cuts[0], "p95": cuts[-1]}
 
 
 def by_point(rows):
@@ -53,10 +63,11 @@ def verdict(peers):
 
 
 def line_up(header, lines, out):
-    """Columns as wide as their widest cell; the first columns are text, numbers stand to the right."""
+    """Columns as wide as their widest cell; numbers stand to the right."""
     lines = [[str(cell) for cell in line] for line in (header, *lines)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = [not any(c.isdigit() for line in lines[1:] for c in line[i]) for i in range(len(widths))]
+    number = re.compile(r"[(+-]?\d")
+    text = [not any(map(number.match, column[1:])) for column in zip(*lines)]
     for line in lines:
         cells = (c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text))
         print("  ".join(cells).rstrip(), file=out)

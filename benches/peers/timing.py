@@ -6,7 +6,6 @@ of all samples are recorded before the host waits, and one replay goes ahead of 
 """
 
 import math
-import statistics
 import time
 from collections import deque
 
@@ -105,11 +104,3 @@ def timer(calls, device):
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         return EventsTimer(calls)
-
-
-def summary(seconds):
-    """Median, and the 5th and 95th percentile."""
-    if len(seconds) < 2:
-        raise ValueError("a percentile needs two samples")
-    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
-    return {"median": statistics.median(seconds), "p5": cuts[0], "p95": cuts[-1]}
