@@ -82,7 +82,7 @@ def main():
         ROOT / "benches" / "peers", out / "peers", ignore=shutil.ignore_patterns("test_*", "__pycache__")
     )
     shutil.copytree(ROOT / "tests" / "hf", out / "hf", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    # For trying a change where there is nvcc and no Rust: `run bench --kernels`.
+    # For trying a change where there is nvcc and no Rust: `run bench --kernels`, `run tune`.
     shutil.copytree(ROOT / "kernels", out / "kernels", ignore=shutil.ignore_patterns("emulator"))
     (out / "commit").write_text(commit() + "\n")
 
