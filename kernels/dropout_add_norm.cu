@@ -574,23 +574,22 @@ constexpr unsigned BACKWARD_THREADS = FD_NORM_BACKWARD_THREADS;
 #define FD_NORM_UNALIGNED(shape, Walk, T, type) \
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
 
-/// Shapes of the teams that sum over rows, four of which are a block: threads and octets a thread
-/// (`SUM_SHAPES` in src/device/dropout_add_norm.rs). A thread has 24 sums an octet. In 16-bit storage 512 threads of a
-/// multiprocessor have registers, each of which has 4 to 6 loads on its way.
+/// Shapes of the teams that sum over rows, four of which are a block: threads and octets a thread (`one_pass` in
+/// src/device/dropout_add_norm.rs). A thread has 24 sums an octet, and 4 loads of a row on their way, or 6 with ds.
 using Sum32x2 = Walk<PartTeam<32, TILE_RUNS>, 2, 0, true>;
 using Sum64x2 = Walk<PartTeam<64, TILE_RUNS>, 2, 1, true>;
 using Sum128x2 = Walk<PartTeam<128, TILE_RUNS>, 2, 1, true>;
-#define FD_NORM_SUMS(shape, Walk, T, type, threads)                                              \
+#define FD_NORM_SUMS(shape, Walk, T, type)                                                       \
     FD_KERNEL_BLOCKS(dropout_add_norm_sums_##shape##_##type, NormBackwardParams<T>, Walk::BLOCK, \
-                     (threads) / Walk::BLOCK, norm_sums<T, Walk>)
-FD_NORM_SUMS(32x2, Sum32x2, float, f32, 256)
-FD_NORM_SUMS(32x2, Sum32x2, f16, f16, 512)
-FD_NORM_SUMS(32x2, Sum32x2, bf16, bf16, 512)
-FD_NORM_SUMS(64x2, Sum64x2, float, f32, 256)
-FD_NORM_SUMS(64x2, Sum64x2, f16, f16, 512)
-FD_NORM_SUMS(64x2, Sum64x2, bf16, bf16, 512)
-FD_NORM_SUMS(128x2, Sum128x2, f16, f16, 512)
-FD_NORM_SUMS(128x2, Sum128x2, bf16, bf16, 512)
+                     blocks_for(sizeof(T) == 2 ? FD_NORM_SUMS_THREADS : 256, Walk::BLOCK), norm_sums<T, Walk>)
+FD_NORM_SUMS(32x2, Sum32x2, float, f32)
+FD_NORM_SUMS(32x2, Sum32x2, f16, f16)
+FD_NORM_SUMS(32x2, Sum32x2, bf16, bf16)
+FD_NORM_SUMS(64x2, Sum64x2, float, f32)
+FD_NORM_SUMS(64x2, Sum64x2, f16, f16)
+FD_NORM_SUMS(64x2, Sum64x2, bf16, bf16)
+FD_NORM_SUMS(128x2, Sum128x2, f16, f16)
+FD_NORM_SUMS(128x2, Sum128x2, bf16, bf16)
 
 FD_ROW_SHAPES(FD_NORM)
 FD_UNALIGNED_ROW_SHAPES(FD_NORM_UNALIGNED)

@@ -58,14 +58,18 @@ __device__ __forceinline__ unsigned existing_of(const Tiles& tiles, unsigned lon
     return left < 8 ? static_cast<unsigned>(left) : 8;
 }
 
+/// Rows of a run whose loads are on their way at once, of so many bytes each: a power of two.
+__device__ constexpr unsigned rows_at_once(unsigned bytes) {
+    unsigned rows = 1;
+    while (rows < RUN_ROWS && rows * bytes < FD_SUM_TILE_BYTES) rows *= 2;
+    return rows;
+}
+
 /// The sums of a run of a lane: its octet in the rows from `first` on. `whole`: all of its elements exist.
 template <typename Op, bool whole, typename Draws>
 __device__ __forceinline__ Values sum_run(const typename Op::Params& p, const Draws& draws, unsigned long long first,
                                           unsigned octet) {
-    // Rows whose loads are on their way at once. With 8 of one 16-bit tensor a lane has 96 registers, and a multiprocessor
-    // of sm_90 has 80 KB on their way; with 4 of two tensors 128 and 64 KB. Bounds of 64 to 80 registers spill.
-    constexpr unsigned BYTES = sizeof(typename Op::Loaded);
-    constexpr unsigned AT_ONCE = BYTES <= 16 ? 8 : BYTES <= 48 ? 4 : 2;
+    constexpr unsigned AT_ONCE = rows_at_once(sizeof(typename Op::Loaded));
     Values sums = {};
 #pragma unroll 1
     for (unsigned done = 0; done < RUN_ROWS; done += AT_ONCE) {

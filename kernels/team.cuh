@@ -98,14 +98,15 @@ struct PartTeam {
     __device__ __forceinline__ void sums(float (&values)[COUNT], Scratch (&scratch)[COUNT]) const {
 #pragma unroll
         for (unsigned i = 0; i < COUNT; ++i) values[i] = warp_sum(values[i]);
-        if (SIZE == 32) return;
+        if constexpr (SIZE > 32) {
 #pragma unroll
-        for (unsigned i = 0; i < COUNT; ++i) {
-            if (rank % 32 == 0) scratch[i][team][rank / 32] = values[i];
+            for (unsigned i = 0; i < COUNT; ++i) {
+                if (rank % 32 == 0) scratch[i][team][rank / 32] = values[i];
+            }
+            __syncthreads();
+#pragma unroll
+            for (unsigned i = 0; i < COUNT; ++i) values[i] = folded(scratch[i][team], plus<float>);
         }
-        __syncthreads();
-#pragma unroll
-        for (unsigned i = 0; i < COUNT; ++i) values[i] = folded(scratch[i][team], plus<float>);
     }
 };
 

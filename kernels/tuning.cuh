@@ -61,7 +61,6 @@ static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "
 /// The same of its backward pass. ptxas takes up to 128 registers. Not timed.
 // tune: 0 640 768
 // file: dropout_add_norm.cu
-// case: dropout_add_layernorm backward bf16 16384x1024
 // case: dropout_add_layernorm backward bf16 4096x4096
 #ifndef FD_NORM_BACKWARD_THREADS
 #define FD_NORM_BACKWARD_THREADS 0
@@ -128,6 +127,29 @@ static_assert(FD_TABLE_GRAD_ROWS >= 1 && FD_TABLE_GRAD_ROWS <= 64, "FD_TABLE_GRA
 static_assert(FD_SORT_ROWS_AT_ONCE >= 1 && FD_SORT_ROWS_AT_ONCE <= 64, "FD_SORT_ROWS_AT_ONCE");
 
 // Sums over rows.
+
+/// Bytes that a lane loads at once where a warp sums a tile: as few whole rows as have so many. Of 16-bit storage those are 8
+/// octets of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers; a multiprocessor of sm_90 then has 80
+/// and 64 KB on their way. Bounds of 64 to 80 registers spill. Not timed.
+// tune: 64 128 256
+// file: dropout_add.cu bias_act_dropout.cu
+// case: bias_dropout_add backward bf16 16384x1024
+// case: bias_gelu_dropout backward bf16 16384x1024
+// case: bias_dropout_add backward f32 16384x1024
+#ifndef FD_SUM_TILE_BYTES
+#define FD_SUM_TILE_BYTES 128
+#endif
+static_assert(FD_SUM_TILE_BYTES >= 16 && FD_SUM_TILE_BYTES <= 1024, "FD_SUM_TILE_BYTES");
+
+/// Threads that a multiprocessor must have registers for where a norm's gradient sums over rows, in 16-bit storage. 512 are 128
+/// registers each. Not timed.
+// tune: 256 512
+// file: dropout_add_norm.cu
+// case: dropout_add_layernorm backward bf16 16384x1024
+#ifndef FD_NORM_SUMS_THREADS
+#define FD_NORM_SUMS_THREADS 512
+#endif
+static_assert(FD_NORM_SUMS_THREADS >= 0 && FD_NORM_SUMS_THREADS <= 2048, "FD_NORM_SUMS_THREADS");
 
 /// Partial sums that a thread loads at once, of the 64 of a group. Not timed.
 // tune: 8 16 32 64
