@@ -85,15 +85,14 @@ struct Embeddings {
         Octet<T> parts[TABLES];
     };
 
-    template <bool aligned>
-    __device__ __forceinline__ Loaded load(const Entries& entries, unsigned octet,
-                                           unsigned count) const {
+    /// `column`: where in an entry the octet begins.
+    template <bool aligned, typename Column>
+    __device__ __forceinline__ Loaded load(const Entries& entries, Column column, unsigned count) const {
         Loaded loaded;
 #pragma unroll
         for (unsigned i = 0; i < TABLES; ++i) {
             if (!tables[i].present()) continue;
-            const unsigned long long element = entries.at[i] * cols + 8ull * octet;
-            loaded.parts[i] = tables[i].template cached<aligned>(element, count);
+            loaded.parts[i] = tables[i].template cached<aligned>(entries.at[i] * cols + column, count);
         }
         return loaded;
     }

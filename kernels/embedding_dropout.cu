@@ -58,7 +58,7 @@ struct EmbeddingDropout {
         Loaded loaded = {};
         loaded.exist = entries.exist;
         if (entries.exist) {
-            loaded.entries = p.embeddings.template load<aligned>(entries, at.octet, at.count());
+            loaded.entries = p.embeddings.template load<aligned>(entries, at.column(), at.count());
         }
         return loaded;
     }
@@ -79,6 +79,9 @@ struct EmbeddingDropout {
 };
 
 FD_KERNEL(embedding_dropout_f32, EmbeddingParams<float>, THREADS,
+          stream_pairs<EmbeddingDropout<float, true>>)
+// Rows of an odd number of octets.
+FD_KERNEL(embedding_dropout_strided_f32, EmbeddingParams<float>, THREADS,
           stream<EmbeddingDropout<float, true>>)
 FD_KERNEL(embedding_dropout_f16, EmbeddingParams<f16>, THREADS, stream<EmbeddingDropout<f16, true>>)
 FD_KERNEL(embedding_dropout_bf16, EmbeddingParams<bf16>, THREADS,

@@ -61,7 +61,7 @@ struct EmbeddingRow {
     }
 
     __device__ __forceinline__ typename Embeddings<T>::Loaded load(Index octet, unsigned count) const {
-        return p.embeddings.template load<aligned>(entries, octet.sum(), count);
+        return p.embeddings.template load<aligned>(entries, 8ull * octet.sum(), count);
     }
 
     /// An octet of columns of a parameter of the norm.

@@ -63,6 +63,9 @@ struct Octet {
 struct Halves {
     unsigned long long first;
 };
+__device__ __forceinline__ Halves operator+(unsigned long long element, Halves halves) {
+    return {element + halves.first};
+}
 
 /// Eight values in f32.
 struct Values {

@@ -6,7 +6,7 @@ mod norm;
 use super::abi::{Divisor, IndexDivisor, Mask, Octets};
 use super::sort_rows::Sorted;
 use super::stream::launch_stream;
-use super::{Address, Device, Launch, THREADS, aligned, dropout, kernel, launch};
+use super::{Address, Device, Launch, THREADS, aligned, dropout, kernel, launch, layout};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
@@ -84,7 +84,7 @@ pub(crate) fn forward<T: Dtype, D: Device>(
     let y = held.hold(pass.y.write(device))?;
     let report = held.report(pass.report, device)?;
     let [token, position, segment] = tables;
-    let kernel = kernel!(NAME, "embedding_dropout", T, if aligned(shape.cols, [token, position, segment, y]));
+    let kernel = kernel!(NAME, "embedding_dropout", T, in layout::<T>(shape, &[], &[token, position, segment, y]));
     // SAFETY: the lengths were checked against the shape; the addresses are held until the end; the kernel reads no entry
     // that is not in its table.
     unsafe {
