@@ -19,9 +19,10 @@
 //
 //     forward       two read, one or two written: 8 with s, 6 without
 //     backward      s and dy read, ds too where there is one, two written: 10 with ds. The row in registers.
-//     with sums     the same in one pass, of rows of at most 2048 columns (1024 of f32): a block has 64 rows, and
-//                   what they add to the sums in registers. A 64th of an f32 for each sum.
-//                   Other rows: backward without outputs, which leaves three means a row (s and dy read: 4);
+//     with sums     the same in one pass, of 2048 rows and more that are whole octets, of at most 2048 columns
+//                   (1024 of f32): a block has 64 rows, and what they add to the sums in registers. A 64th of
+//                   an f32 for each sum.
+//                   Otherwise: backward without outputs, which leaves three means a row (s and dy read: 4);
 //                   then tiles of 64 rows and 32 columns do the rest (10 with ds): 14.
 //                   sum_rows.cu adds up the levels of the tree (src/ops/sum_rows.rs) above the tiles.
 //
@@ -439,8 +440,8 @@ __device__ __forceinline__ void write_sums(const Walk& walk, const Values (&of_r
     }
 }
 
-/// dresidual and dx of 64 rows, and the first levels of the sums over them. A team has its 16 rows in registers one after
-/// the other, and what they add to the sums in others.
+/// dresidual and dx of 64 rows, and the first levels of the sums over them. A team takes its 16 rows one after the other.
+/// The row and the sums stay in registers.
 template <typename T, typename Walk>
 __device__ __forceinline__ void norm_sums(const NormBackwardParams<T>& p) {
     __shared__ NormScratch<Walk> scratch[2];  // in turns: a barrier a row
@@ -453,8 +454,8 @@ __device__ __forceinline__ void norm_sums(const NormBackwardParams<T>& p) {
         const unsigned own = first + walk.team.team * RUN_ROWS + i;
         walk.team.row = min(own, p.rows - 1);
         const GradientRow<T, true> row(p, walk.team.row);
-        const float mean = p.stats.cached(2ull * walk.team.row);
-        const float rstd = p.stats.cached(2ull * walk.team.row + 1);
+        const float mean = p.stats.cached(2ull * row.sum.local);
+        const float rstd = p.stats.cached(2ull * row.sum.local + 1);
         Octet<T> s[Walk::SLOTS];
         Octet<T> dy[Walk::SLOTS];
         Octet<T> ds[Walk::SLOTS] = {};
@@ -575,7 +576,7 @@ constexpr unsigned BACKWARD_THREADS = FD_NORM_BACKWARD_THREADS;
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
 
 /// Shapes of the teams that sum over rows, four of which are a block: threads and octets a thread (`one_pass` in
-/// src/device/dropout_add_norm.rs). A thread has 24 sums an octet, and 4 loads of a row on their way, or 6 with ds.
+/// src/device/dropout_add_norm.rs). A thread has 24 sums an octet, and 4 loads of a row on their way, or 6 with ds, in 16-bit storage.
 using Sum32x2 = Walk<PartTeam<32, TILE_RUNS>, 2, 0, true>;
 using Sum64x2 = Walk<PartTeam<64, TILE_RUNS>, 2, 1, true>;
 using Sum128x2 = Walk<PartTeam<128, TILE_RUNS>, 2, 1, true>;

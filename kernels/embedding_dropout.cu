@@ -111,7 +111,7 @@ struct TableGradParams {
     In<unsigned> keys;    // [rows], entries in order, `taken.entries` where a row takes none; absent: not sorted
     In<unsigned> order;   // [rows], their rows
     In<unsigned> starts;  // [entries + 1], where in this order an entry's rows begin
-    unsigned rows;        // at most 2^24: a tree of four levels
+    unsigned rows;        // at most 2^24: 64^4
     unsigned by_place;    // 1: blocks for each place of the order, or row where there is none; 0: for each entry
     unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
     IndexDivisor blocks;  // of an entry: ceil(octets / width)

@@ -27,7 +27,7 @@ constexpr unsigned blocks_for(unsigned threads, unsigned block) {
     return threads > block ? threads / block : 1;
 }
 
-/// Threads of a block, in every kernel.
+/// Threads of a block, where a kernel does not say otherwise.
 constexpr unsigned THREADS = 256;
 
 // A streaming kernel takes one octet a thread: a 16-byte load of each 16-bit tensor. The reason is a measurement, on an H200

@@ -4,7 +4,7 @@
 //     sums[s, c]  = factor * (group[64 s, c] + group[64 s + 1, c] + .. + group[64 s + 63, c])
 //
 // in order, from +0. On the last level the sum is added to `before`, where a gradient is accumulated. The
-// operators' own kernels add up the first 64 rows of each column; this one is launched until one row is left.
+// operators' own kernels add up every 64 rows of each column; this one is launched until one row is left.
 // Where there is one level more, its groups have one part each, to which +0 is added: the same bits. No
 // atomics: the same bits in every run.
 //

@@ -11,7 +11,7 @@
 /// Rows that are added one after the other.
 constexpr unsigned RUN_ROWS = 16;
 
-/// Rows of a tile, above which the tree has this radix, and its runs.
+/// Rows of a tile, which are the radix of the tree above too; and a tile's runs.
 constexpr unsigned TILE_ROWS = 64;
 constexpr unsigned TILE_RUNS = TILE_ROWS / RUN_ROWS;
 

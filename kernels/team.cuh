@@ -1,6 +1,6 @@
 // The threads that share a row, and their walk over its octets.
 //
-// Every collective here wants all threads of its team: a warp's 32, or a block's.
+// Every collective here wants all threads of its team: a warp's 32, or a block's. That of a PartTeam wants all of its block.
 
 #pragma once
 
@@ -82,7 +82,7 @@ struct BlockTeam {
     }
 };
 
-/// One of the `TEAMS` that a block has, all of which are in every collective.
+/// One of `TEAMS` teams of a block. A collective wants all of them.
 template <unsigned THREADS_, unsigned TEAMS>
 struct PartTeam {
     static constexpr unsigned SIZE = THREADS_;

@@ -43,12 +43,12 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 
 // Threads that a multiprocessor must have registers for. 0: ptxas takes what registers it likes, for one block at least.
 
-/// In a norm's forward pass, aligned rows in 16-bit storage. 640 are 96 registers each, where ptxas would take 128 for sm_90;
-/// for the other chips it then spills. Not timed.
+/// In a norm's forward pass, aligned rows in 16-bit storage. In blocks of 128 threads 640 are 96 registers each, where ptxas
+/// would take 128 for sm_90; for the other chips it then spills. Not timed.
 // tune: 512 640 768 1024
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm forward bf16 16384x1024
-// case: dropout_add_layernorm forward bf16 4096x4096
+// case: dropout_add_layernorm forward bf16 2048x8192
 #ifndef FD_NORM_FORWARD_THREADS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #define FD_NORM_FORWARD_THREADS 640
@@ -58,10 +58,10 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 #endif
 static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "FD_NORM_FORWARD_THREADS");
 
-/// The same of its backward pass. ptxas takes up to 128 registers. Not timed.
-// tune: 0 640 768
+/// The same of the backward pass of rows that are not summed in one pass. ptxas takes up to 128 registers. Not timed.
+// tune: 0 768
 // file: dropout_add_norm.cu
-// case: dropout_add_layernorm backward bf16 4096x4096
+// case: dropout_add_layernorm backward bf16 2048x8192
 #ifndef FD_NORM_BACKWARD_THREADS
 #define FD_NORM_BACKWARD_THREADS 0
 #endif
@@ -128,8 +128,8 @@ static_assert(FD_SORT_ROWS_AT_ONCE >= 1 && FD_SORT_ROWS_AT_ONCE <= 64, "FD_SORT_
 
 // Sums over rows.
 
-/// Bytes that a lane loads at once where a warp sums a tile: as few whole rows as have so many. Of 16-bit storage those are 8
-/// octets of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers; a multiprocessor of sm_90 then has 80
+/// Bytes that a lane loads at once where a warp sums a tile: the least power of two of rows that has so many. Of 16-bit storage
+/// those are 8 rows of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers; a multiprocessor of sm_90 then has 80
 /// and 64 KB on their way. Bounds of 64 to 80 registers spill. Not timed.
 // tune: 64 128 256
 // file: dropout_add.cu bias_act_dropout.cu
@@ -146,6 +146,7 @@ static_assert(FD_SUM_TILE_BYTES >= 16 && FD_SUM_TILE_BYTES <= 1024, "FD_SUM_TILE
 // tune: 256 512
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm backward bf16 16384x1024
+// case: dropout_add_layernorm backward bf16 2048x1024
 #ifndef FD_NORM_SUMS_THREADS
 #define FD_NORM_SUMS_THREADS 512
 #endif

@@ -11,9 +11,10 @@ use fused_dropout::ops::embedding_dropout::{
 };
 use fused_dropout::ops::{dropout_add_norm, softmax_dropout};
 use fused_dropout::{
-    AttentionMask, Backend, Dropout, Gradient, In, Key, Mode, Norm, Probability, RowMap, Scaling,
-    Scores, Shape, Shard, Source, Strided, Writable,
+    AttentionMask, Backend, Dropout, Dtype, Gradient, In, Key, Mode, Norm, Probability, RowMap,
+    Scaling, Scores, Shape, Shard, Source, Strided, Writable,
 };
+use half::{bf16, f16};
 
 /// Ordinary values that depend on their index.
 fn values(len: usize, salt: u64) -> Vec<f32> {
@@ -357,7 +358,7 @@ fn tree(mut level: Vec<f32>) -> f32 {
     level.first().copied().unwrap_or(0.0)
 }
 
-/// More rows than a tree of three levels has room for, entries that few of them take, and blocks for rows
+/// More rows than 64^3, entries that few of them take, and blocks for rows
 /// as well as for entries.
 #[test]
 fn table_gradients_are_the_tree() {
@@ -488,4 +489,82 @@ fn causal_offsets_of_any_size() {
         let [on_cpu, on_emulator] = seen.map(|y| y.iter().map(|&y| y > 0.0).collect::<Vec<_>>());
         assert!(on_cpu == on_emulator, "{offset}");
     }
+}
+
+/// The gradients of a norm of so many rows that they are summed in one pass, of values whose every sum is exact: each row's
+/// mean is 0 and its rstd is given as 1, pairs of columns have one s and opposite gradients, and p is 1/2. So the means of a
+/// row are 0, dresidual is ds + dy * weight, and the sums are of whole numbers.
+fn norm_sums_in_one_pass<T: Dtype>(shape: Shape) {
+    let Shape { rows, cols } = shape;
+    let tensor = |value: &dyn Fn(usize, usize) -> i32| -> Vec<T> {
+        (0..rows * cols).map(|i| T::from_f32(value(i / cols, i % cols) as f32)).collect()
+    };
+    let sign = |odd: usize| if odd % 2 == 1 { -1 } else { 1 };
+    let s_at = |r: usize, c: usize| sign(c / 2) * (1 + (r + c / 4) % 3) as i32;
+    let dy_at = |r: usize, c: usize| sign(c) * (1 + (7 * r + c / 2) % 5) as i32;
+    let ds_at = |r: usize, c: usize| (r * 3 + c) as i32 % 7 - 3;
+    let weight_at = |c: usize| 1 + (c / 2) as i32 % 2;
+    let (s, dy, ds) = (tensor(&s_at), tensor(&dy_at), tensor(&ds_at));
+    let weight: Vec<T> = (0..cols).map(|c| T::from_f32(weight_at(c) as f32)).collect();
+    let stats = [0.0, 1.0].repeat(rows);
+    let [mut dresidual, mut dx] = [(); 2].map(|()| vec![T::from_f32(9.0); rows * cols]);
+    let [mut dbias, mut dweight, mut dnorm_bias] = [(); 3].map(|()| vec![9.0f32; cols]);
+    let (key, p) = (Key::new(3, 4), Probability::new(0.5).unwrap());
+    let emulator = Emulator::new().order(77);
+    let pass = dropout_add_norm::Backward {
+        shape,
+        norm: Norm::layer(1e-5),
+        saved: dropout_add_norm::Saved::Sum(&s),
+        weight: &weight,
+        stats: &stats,
+        dy: &dy,
+        ds: Some(&ds),
+        dresidual: &mut dresidual,
+        dx: &mut dx,
+        dbias: Some(Gradient::Write(&mut dbias)),
+        dweight: Some(Gradient::Write(&mut dweight)),
+        dnorm_bias: Some(Gradient::Write(&mut dnorm_bias)),
+    };
+    emulator.run(&Dropout::new(key, p), pass).unwrap();
+
+    let [mut sum_dx, mut sum_dweight, mut sum_dy] = [(); 3].map(|()| vec![0i32; cols]);
+    for r in 0..rows {
+        for c in 0..cols {
+            let t = ds_at(r, c) + dy_at(r, c) * weight_at(c);
+            let kept = if key.keeps(p, r as u32, c as u64) { 2 * t } else { 0 };
+            let given = (dresidual[r * cols + c].to_f32(), dx[r * cols + c].to_f32());
+            assert_eq!(given, (t as f32, kept as f32), "row {r}, column {c}");
+            sum_dx[c] += kept;
+            sum_dweight[c] += dy_at(r, c) * s_at(r, c);
+            sum_dy[c] += dy_at(r, c);
+        }
+    }
+    for (given, sum) in [(dbias, sum_dx), (dweight, sum_dweight), (dnorm_bias, sum_dy)] {
+        assert_eq!(given, sum.into_iter().map(|sum| sum as f32).collect::<Vec<_>>());
+    }
+    // s, dy and ds once, and the weight twice, for whole tiles of rows at most; two passes would read two tensors more.
+    let read = 16 * emulator.traffic().reads.of_width(16);
+    let most = 5 * rows.next_multiple_of(64) * cols * size_of::<T>();
+    assert!(read <= most as u64, "{read} bytes read, not {most}");
+}
+
+#[test]
+fn norm_sums_of_a_warp_a_row() {
+    norm_sums_in_one_pass::<bf16>(Shape::new(2051, 264));
+    norm_sums_in_one_pass::<f32>(Shape::new(2100, 24));
+}
+
+#[test]
+fn norm_sums_of_two_warps_a_row() {
+    norm_sums_in_one_pass::<f16>(Shape::new(2065, 520));
+}
+
+#[test]
+fn norm_sums_of_two_warps_a_row_in_f32() {
+    norm_sums_in_one_pass::<f32>(Shape::new(2048, 520));
+}
+
+#[test]
+fn norm_sums_of_four_warps_a_row() {
+    norm_sums_in_one_pass::<bf16>(Shape::new(2050, 1032));
 }

@@ -172,11 +172,11 @@ fn add_and_norm() {
         };
         // Every lane reads the row's mean and rstd.
         let alone = of_weight + 2 * 32 * a_row;
-        // In one pass too: 64 threads read a row's mean and rstd, and the weight twice. Then the sums of two tiles.
-        let sums = of_weight + 2 * 32 * a_row + 4 * SHAPE.cols * 3;
+        // The means of the rows; then the tiles, in which four threads read a row's five values, and the sums.
+        let sums = of_weight + 3 * a_row + 5 * 4 * 32 * a_row + 4 * SHAPE.cols * 3;
         match with_sum {
             false => moves(6, 4, alone, backward),
-            true => moves(6, 4, alone + sums, backward),
+            true => moves(10, 4, alone + sums, backward),
         }
     }
 }

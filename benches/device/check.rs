@@ -9,16 +9,16 @@ use fused_dropout::ops::dropout::Forward;
 use fused_dropout::{Dropout, Key, Probability, Shape, Source};
 
 /// Runs the case table's checks on the shape of a benchmark's row, without and with a stride, and one with a tail, at two
-/// probabilities;
-/// and holds the share of kept elements to its binomial bound.
+/// probabilities; and holds the share of kept elements to its binomial bound.
 ///
 /// # Errors
 /// Where a check fails.
 pub fn check(gpu: &Gpu) -> Result<()> {
     for p in [0.1, 0.001] {
-        for (cols, gap) in [(1024, 0), (1024, 8), (1021, 0)] {
+        // 66 rows: a whole tile of the sums over rows, and a part of one.
+        for (rows, cols, gap) in [(66, 1024, 0), (16, 1024, 8), (16, 1021, 0)] {
             let drop = Dropout::new(Key::new(42, 7), Probability::nonvanishing(p)?);
-            let shape = Shape::new(16, cols);
+            let shape = Shape::new(rows, cols);
             let call = Call { dropout: drop, shape, offset: 0, gap, resident_p: false };
             let mut tally = Tally::default();
             for (_, _, check) in checks() {

@@ -7,7 +7,8 @@
 
 kernels/tuning.cuh names the constants, the values to try, and on which cases. nvcc compiles each value. Then there is a
 `device_bench --kernels DIR --serve` for each value, and they take turns: in each round each has a turn of some samples, and
-each round begins with another, so that what drifts hits all alike. Their answers are checked before that.
+each round begins with another, so that what drifts hits all alike. Their answers are checked before that, on tensors of few
+rows: those of sort_rows and of a norm's sums in one pass are not, and `run check` is for them.
 
 A value that does not compile, or whose answers are wrong, is a line in the table. What there was no time for is called "not
 timed". tune.json is written as the run goes on. After an interruption (Ctrl-C) the table has what there is.

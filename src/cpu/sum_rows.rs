@@ -1,4 +1,4 @@
-//! Sums over rows on the CPU: the tree of [`crate::ops::sum_rows`] above its first level.
+//! Sums over rows on the CPU: the tree of [`crate::ops::sum_rows`].
 
 use super::Cpu;
 use super::octets::ELEMENTS;

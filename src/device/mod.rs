@@ -167,7 +167,7 @@ impl<'a, D: Device> Launch<'a, D> {
     }
 }
 
-/// Threads of a block, in every kernel whose threads do not share a row: `THREADS` in `kernels/kernel.cuh`.
+/// Threads of a block, where a kernel does not say otherwise: `THREADS` in `kernels/kernel.cuh`.
 const THREADS: u32 = 256;
 
 /// Launches `kernel` on `blocks` blocks.

@@ -56,7 +56,7 @@ impl Tree {
         Self { shape, tiles, workspace, sum: sum.to.pointer, add: sum.add, factor }
     }
 
-    /// Whether the first level is the sum.
+    /// Whether the tile is the sum.
     fn is_one_tile(&self) -> bool {
         self.tiles == 1 && !self.add
     }
@@ -67,7 +67,7 @@ impl Tree {
         if self.is_one_tile() { (self.sum, self.factor) } else { (self.workspace, Factor::ONE) }
     }
 
-    /// The whole sum: the first level by `kernel`, which takes what `params` makes of the tiles, and then the others.
+    /// The whole sum: the tiles by `kernel`, which takes what `params` makes of them, and then the levels above.
     ///
     /// # Safety
     /// As [`launch_threads`] for `kernel`, and [`finish`](Self::finish).
@@ -105,7 +105,7 @@ impl Tree {
     pub unsafe fn finish<D: Device>(device: &D, trees: &[Self]) -> Result<(), Error> {
         let behind: Vec<&Self> = trees.iter().filter(|tree| !tree.is_one_tile()).collect();
         let Some(&&Self { shape, mut tiles, .. }) = behind.first() else { return Ok(()) };
-        // The sums of each pair of levels lie in turn at the workspace's start and behind the first level's, which
+        // The sums of each pair of levels lie in turn at the workspace's start and behind those of the tiles, which
         // are the most.
         let second = (tiles * shape.cols * size_of::<f32>()) as u64;
         let (mut from, mut to) = (0, second);

@@ -1,8 +1,7 @@
 //! The sum of a gradient over the rows of a tensor, in an order that every backend keeps.
 //!
 //! `sum[c] = factor * sum over r of term[r, c]`, in f32, is a tree. Every [`RUN_ROWS`] consecutive rows are added in order,
-//! starting from +0, and every four consecutive such sums: those of [`TILE_ROWS`] rows. Then every 64 consecutive sums are
-//! added in order, until one is left, which is multiplied by the factor. The order depends on the number of rows alone, so
+//! starting from +0; then every four such sums, which makes one of [`TILE_ROWS`] rows; then every 64 such sums, until one is left, which is multiplied by the factor. The order depends on the number of rows alone, so
 //! the result is the same bits for every backend, number of threads and launch shape.
 
 /// Rows that are added one after the other.
