@@ -407,13 +407,18 @@ struct RunSums {
     Values dnorm_bias[SLOTS];
 };
 
-/// Adds the terms of an octet of a row: what is kept of dresidual, dy * xhat, and dy.
+/// An element's term of dweight: dy * xhat.
+__device__ __forceinline__ float weight_term(const Standard& standard, float s, float dy) {
+    return __fmul_rn(dy, standard.xhat(standard.centred(s)));
+}
+
+/// Adds the terms of an octet of a row: what is kept of dresidual, dy * xhat, and dy. In one loop: three spill.
 template <unsigned SLOTS>
 __device__ __forceinline__ void add_terms(RunSums<SLOTS>& sums, unsigned slot, const Standard& standard, const Values& kept,
                                           const Values& s, const Values& dy) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const float dweight = __fmul_rn(dy.at[j], standard.xhat(standard.centred(s.at[j])));
+        const float dweight = weight_term(standard, s.at[j], dy.at[j]);
         sums.dbias[slot].at[j] = __fadd_rn(sums.dbias[slot].at[j], kept.at[j]);
         sums.dweight[slot].at[j] = __fadd_rn(sums.dweight[slot].at[j], dweight);
         sums.dnorm_bias[slot].at[j] = __fadd_rn(sums.dnorm_bias[slot].at[j], dy.at[j]);
@@ -534,9 +539,7 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
         dbias = of.write(draws, lanes, octet, count, gradient, pair, ds);
         dnorm_bias = unpack(loaded.dy);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            dweight.at[j] = __fmul_rn(dnorm_bias.at[j], standard.xhat(standard.centred(pair.s.at[j])));
-        }
+        for (int j = 0; j < 8; ++j) dweight.at[j] = weight_term(standard, pair.s.at[j], dnorm_bias.at[j]);
     }
     terms[0][threadIdx.x] = dbias;
     terms[1][threadIdx.x] = dweight;
@@ -560,18 +563,14 @@ __device__ __forceinline__ void norm_tile(const NormBackwardParams<T>& p) {
     p.sums[which].cached(tile_row * p.cols + target, sum);
 }
 
-/// Threads that a multiprocessor must have registers for, of aligned rows in 16-bit storage.
-constexpr unsigned FORWARD_THREADS = FD_NORM_FORWARD_THREADS;
-constexpr unsigned BACKWARD_THREADS = FD_NORM_BACKWARD_THREADS;
-
 #define FD_NORM_PASSES(shape, Walk, T, type, forward_threads, backward_threads)                    \
     FD_KERNEL_BLOCKS(dropout_add_norm_forward_##shape##_##type, NormForwardParams<T>, Walk::BLOCK, \
                      blocks_for(forward_threads, Walk::BLOCK), norm_forward<T, Walk>)              \
     FD_KERNEL_BLOCKS(dropout_add_norm_backward_##shape##_##type, NormBackwardParams<T>, Walk::BLOCK, \
                      blocks_for(backward_threads, Walk::BLOCK), norm_backward<T, Walk>)
-#define FD_NORM(shape, Walk, T, type)                                            \
-    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FORWARD_THREADS : 0, \
-                   sizeof(T) == 2 ? BACKWARD_THREADS : 0)
+#define FD_NORM(shape, Walk, T, type)                                                  \
+    FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? FD_NORM_FORWARD_THREADS : 0, \
+                   sizeof(T) == 2 ? FD_NORM_BACKWARD_THREADS : 0)
 #define FD_NORM_UNALIGNED(shape, Walk, T, type) \
     FD_NORM_PASSES(shape, Walk, T, type, sizeof(T) == 2 ? 512 : 256, 256)
 

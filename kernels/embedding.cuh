@@ -103,9 +103,7 @@ struct Embeddings {
 #pragma unroll
         for (unsigned i = 1; i < TABLES; ++i) {
             if (!tables[i].present()) continue;
-            const Values part = unpack(loaded.parts[i]);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum.at[j] = __fadd_rn(sum.at[j], part.at[j]);
+            add(sum, unpack(loaded.parts[i]));
         }
         return sum;
     }

@@ -33,6 +33,7 @@
 
 #include "embedding.cuh"
 #include "kernel.cuh"
+#include "sum_tile.cuh"
 
 template <typename T>
 struct EmbeddingParams {
@@ -93,10 +94,8 @@ FD_KERNEL(embedding_dropout_unaligned_f16, EmbeddingParams<f16>, THREADS,
 FD_KERNEL(embedding_dropout_unaligned_bf16, EmbeddingParams<bf16>, THREADS,
           stream<EmbeddingDropout<bf16, false>, false>)
 
-/// Rows of a tile, and tiles of a span: the radix of the tree, but for the runs of a tile. A span's rows are looked at
-/// together.
-constexpr unsigned RADIX = 64;
-constexpr unsigned RUN_ROWS = 16;
+/// Tiles of a span, and spans of the level above: the radix of the tree. A span's rows are looked at together.
+constexpr unsigned RADIX = TILE_ROWS;
 constexpr unsigned SPAN = RADIX * RADIX;
 
 template <typename T>
@@ -180,11 +179,6 @@ struct Matches {
 /// The bits below bit `n`, which is at most 64.
 __device__ __forceinline__ unsigned long long bits_below(unsigned n) {
     return n < 64 ? (1ull << n) - 1 : ~0ull;
-}
-
-__device__ __forceinline__ void add(Values& sums, const Values& values) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], values.at[j]);
 }
 
 /// An octet of values a thread, in shared memory: a thread's own ones need no barrier.

@@ -87,9 +87,7 @@ __device__ __forceinline__ Values sum_run(const typename Op::Params& p, const Dr
         for (unsigned i = 0; i < AT_ONCE; ++i) {
             if (!whole && at(i).count() == 0) continue;
             const Lanes lanes = draws.lanes(draws.logical(static_cast<unsigned>(at(i).row)), octet);
-            const Values terms = Op::finish(p, at(i), draws.kept(lanes), draws.odds.scale, loaded[i]);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], terms.at[j]);
+            add(sums, Op::finish(p, at(i), draws.kept(lanes), draws.odds.scale, loaded[i]));
         }
     }
     return sums;
@@ -133,6 +131,6 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     FD_TILE_KERNELS_OF(name, Params, Op, float, f32) \
     FD_TILE_KERNELS_OF(name, Params, Op, f16, f16)   \
     FD_TILE_KERNELS_OF(name, Params, Op, bf16, bf16)
-#define FD_TILE_KERNELS_OF(name, Params, Op, T, type)                     \
-    FD_KERNEL(name##_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, true>>)   \
+#define FD_TILE_KERNELS_OF(name, Params, Op, T, type)                        \
+    FD_KERNEL(name##_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, true>>) \
     FD_KERNEL(name##_unaligned_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, false>>)

@@ -2,7 +2,7 @@
 //
 // Each is a macro, so that nvcc's command line can give another value: -DFD_SUM_ROWS_AT_ONCE=32. Its comment says what it is
 // and what was measured. `run tune` (benches/peers/tune.py) compiles the values behind `tune:`, and times them on the cases.
-// A value that is taken must also pass .ci/budget.py, which forbids spills on every chip.
+// A value that is taken must also pass .ci/budget.py of the sources, which forbids spills on every chip.
 //
 // Above each macro stand three kinds of lines:
 //
@@ -43,8 +43,8 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 
 // Threads that a multiprocessor must have registers for. 0: ptxas takes what registers it likes, for one block at least.
 
-/// In a norm's forward pass, aligned rows in 16-bit storage. In blocks of 128 threads 640 are 96 registers each, where ptxas
-/// would take 128 for sm_90; for the other chips it then spills. Not timed.
+/// Such threads of a norm's forward pass, aligned rows in 16-bit storage. In blocks of 128 threads 640 are 96 registers each,
+/// where ptxas would take 128 for sm_90; for the other chips it then spills. Not timed.
 // tune: 512 640 768 1024
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm forward bf16 16384x1024
@@ -58,7 +58,7 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 #endif
 static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "FD_NORM_FORWARD_THREADS");
 
-/// The same of the backward pass of rows that are not summed in one pass. ptxas takes up to 128 registers. Not timed.
+/// Such threads of a norm's backward pass, rows that are not summed in one pass. ptxas takes up to 128 registers. Not timed.
 // tune: 0 768
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm backward bf16 2048x8192
@@ -67,7 +67,7 @@ static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "
 #endif
 static_assert(FD_NORM_BACKWARD_THREADS >= 0 && FD_NORM_BACKWARD_THREADS <= 2048, "FD_NORM_BACKWARD_THREADS");
 
-/// In both passes of a softmax without a mask, aligned rows. Not timed.
+/// Such threads of both passes of a softmax without a mask, aligned rows. Not timed.
 // tune: 0 640 768 1024
 // file: softmax_dropout.cu
 // case: softmax_dropout forward bf16 16384x1024
@@ -77,7 +77,7 @@ static_assert(FD_NORM_BACKWARD_THREADS >= 0 && FD_NORM_BACKWARD_THREADS <= 2048,
 #endif
 static_assert(FD_SOFTMAX_THREADS >= 0 && FD_SOFTMAX_THREADS <= 2048, "FD_SOFTMAX_THREADS");
 
-/// With a mask: without a bound ptxas spills for no reason. Not timed.
+/// Such threads of both passes of a softmax with a mask. Without a bound ptxas spills for no reason. Not timed.
 // tune: 512 640 768 1024
 // file: softmax_dropout.cu
 // case: causal_softmax_dropout forward bf16 16384x1024
@@ -129,8 +129,8 @@ static_assert(FD_SORT_ROWS_AT_ONCE >= 1 && FD_SORT_ROWS_AT_ONCE <= 64, "FD_SORT_
 // Sums over rows.
 
 /// Bytes that a lane loads at once where a warp sums a tile: the least power of two of rows that has so many. Of 16-bit storage
-/// those are 8 rows of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers; a multiprocessor of sm_90 then has 80
-/// and 64 KB on their way. Bounds of 64 to 80 registers spill. Not timed.
+/// those are 8 rows of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers. A multiprocessor of sm_90 then
+/// has 80 and 64 KB on their way. Bounds of 64 to 80 registers spill. Not timed.
 // tune: 64 128 256
 // file: dropout_add.cu bias_act_dropout.cu
 // case: bias_dropout_add backward bf16 16384x1024

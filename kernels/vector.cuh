@@ -72,6 +72,12 @@ struct Values {
     float at[8];
 };
 
+/// Adds values to sums.
+__device__ __forceinline__ void add(Values& sums, const Values& values) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums.at[j] = __fadd_rn(sums.at[j], values.at[j]);
+}
+
 /// The value of an element: exact.
 __device__ __forceinline__ float to_f32(float value) { return value; }
 __device__ __forceinline__ float to_f32(bf16 value) { return __bfloat162float(value); }

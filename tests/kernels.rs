@@ -358,8 +358,7 @@ fn tree(mut level: Vec<f32>) -> f32 {
     level.first().copied().unwrap_or(0.0)
 }
 
-/// More rows than 64^3, entries that few of them take, and blocks for rows
-/// as well as for entries.
+/// More rows than 64^3, entries that few of them take, and blocks for rows as well as for entries.
 #[test]
 fn table_gradients_are_the_tree() {
     let emulator = Emulator::new();

@@ -78,6 +78,13 @@ struct ParamGrads<G> {
     dnorm_bias: Option<G>,
 }
 
+impl ParamGrads<Vec<f32>> {
+    fn zeros(wanted: [bool; 3], len: usize) -> Self {
+        let [dbias, dweight, dnorm_bias] = wanted.map(|wanted| wanted.then(|| vec![0.0f32; len]));
+        Self { dbias, dweight, dnorm_bias }
+    }
+}
+
 impl ParamGrads<&mut [f32]> {
     /// Adds a run's sums to these of its tile, and makes zeros of them.
     #[inline(always)]
@@ -275,19 +282,14 @@ impl Task<'_> {
             false => (self.part(), self.part()),
         };
         let tiles = rows.div_ceil(tile_rows);
-        let [of_dbias, of_dweight, of_dnorm_bias] =
-            wanted.map(|wanted| wanted.then(|| vec![0.0f32; tiles * cols]));
-        let mut sums =
-            ParamGrads { dbias: of_dbias, dweight: of_dweight, dnorm_bias: of_dnorm_bias };
+        let mut sums = ParamGrads::zeros(wanted, tiles * cols);
         let streaming = split::streaming::<T>(self.cpu, self.shape);
         let outs = Part::whole(dresidual).chunks(tile_rows).zip(Part::whole(dx).chunks(tile_rows));
         let parts: Vec<_> = outs.zip(chunks(&mut sums, cols, tiles)).collect();
         parts.into_par_iter().enumerate().for_each_init(
             || {
                 let scratch = Scratch { s: self.scratch(), g: self.scratch() };
-                let [dbias, dweight, dnorm_bias] =
-                    wanted.map(|wanted| wanted.then(|| vec![0.0f32; cols]));
-                (scratch, ParamGrads { dbias, dweight, dnorm_bias })
+                (scratch, ParamGrads::zeros(wanted, cols))
             },
             |(scratch, of_run), (index, ((dresidual, dx), mut of_tile))| {
                 self.cpu.vectorised(
