@@ -15,18 +15,23 @@
 //
 //     gradient[e, c] += sum over r of (id[r] == e ? g[r, c] : +0)
 //
-// in the order of the tree that src/ops/sum_rows.rs defines, without atomics. A block owns an entry and some columns. It
-// takes 4096 rows (a span) at a time, and adds up those that take the entry. The others are +0 and are left out, which
-// changes no sum that started from +0. Each 64 rows (a tile) are added by one thread an octet, in four runs of 16; tiles at
-// the same time by the other threads of the block, and then in order.
+// in the order of the tree that src/ops/sum_rows.rs defines, without atomics. The rows that do not take an entry are +0. They
+// are left out, which changes no sum that started from +0. There are two kernels:
 //
-// A block finds its rows in one of two ways:
+// - `table_walk`: a warp has an entry and 32 octets of columns, and a lane adds up its octet row after row. No barrier, and
+//   what a warp waits for is two loads one after the other: which rows it has, and their dy. For entries of few rows.
+// - `table_grad`: a block has an entry and some columns. It takes 4096 rows (a span) at a time. Each 64 of them (a tile) are
+//   added by one thread an octet, in four runs of 16; tiles at the same time by the other threads of the block, and then in
+//   order. For entries of many rows.
 //
-// - where rows times blocks are few, among all ids;
-// - otherwise in the order of the entries (sort_rows.cu), where they follow each other.
+// Which rows an entry has is found in one of three ways:
 //
-// There is a block for each entry. Where entries are more than rows there is one for each row, or for each place in that
-// order, and only that of an entry's first row goes on.
+// - of ids that are given, where rows times entries are many: in the order of the entries (sort_rows.cu), in which they
+//   follow each other. There is a warp for each place in that order, and the one at an entry's first place goes on. There is
+//   a block for each PLACES places, and goes on where one entry fills them;
+// - otherwise of ids that are given: by a block among all ids. There is a block for each entry or, where rows are fewer, for
+//   each row, and only that of an entry's first row goes on;
+// - of a sequence: row r takes entry r % length. A warp has an entry. Where that is few warps with many rows each, a block.
 //
 // Bytes: each element of dy read once a table, each gradient of an entry that was taken read and written once. Beside them
 // the ids: 4 * rows * blocks for each 2048 columns at most, from L2, or what sort_rows.cu moves.
@@ -98,6 +103,10 @@ FD_KERNEL(embedding_dropout_unaligned_bf16, EmbeddingParams<bf16>, THREADS,
 constexpr unsigned RADIX = TILE_ROWS;
 constexpr unsigned SPAN = RADIX * RADIX;
 
+/// Places of the order: an entry that has those from a multiple of PLACES on, and the next one, is for table_grad.
+/// `PLACES` in src/device/embedding_dropout.rs.
+constexpr unsigned PLACES = 32;
+
 template <typename T>
 struct TableGradParams {
     Mask mask;
@@ -109,11 +118,12 @@ struct TableGradParams {
     unsigned long long cols;
     In<unsigned> keys;    // [rows], entries in order, `taken.entries` where a row takes none; absent: not sorted
     In<unsigned> order;   // [rows], their rows
-    In<unsigned> starts;  // [entries + 1], where in this order an entry's rows begin
     unsigned rows;        // at most 2^24: 64^4
-    unsigned by_place;    // 1: blocks for each place of the order, or row where there is none; 0: for each entry
-    unsigned log_width;   // octets of columns a block: 2^log_width, 4 to 256
-    IndexDivisor blocks;  // of an entry: ceil(octets / width)
+    unsigned candidates;  // table_walk: warps a column of warps
+    unsigned by_row;      // table_grad: 1: blocks for each row; 0: for each entry, or PLACES in the order
+    unsigned log_width;   // table_grad: octets of columns a block: 2^log_width, 4 to 256
+    IndexDivisor blocks;  // of a candidate: ceil(octets / width); table_walk: of 8 candidates, width 32
+    unsigned padding;
 };
 static_assert(sizeof(TableGradParams<float>) == 368, "embedding_dropout.rs: TableGradParams");
 
@@ -204,7 +214,24 @@ struct Shelf {
     }
 };
 
-/// An octet of columns of dy, as the thread that adds up its tiles sees it.
+/// The sum of ascending rows of a tile.
+struct TileSum {
+    unsigned last;  // the row before
+    Values run = {};
+    Values before = {};  // of the runs before
+
+    /// Where the terms of a row go.
+    __device__ __forceinline__ Values& sum_of(unsigned row) {
+        const bool same = (row ^ last) < RUN_ROWS;
+        last = row;
+        if (same) return run;
+        add(before, run);
+        run = {};
+        return run;
+    }
+};
+
+/// An octet of columns of dy, as the thread that adds up rows of it sees it.
 template <typename T, bool aligned>
 struct Column {
     /// Rows whose dy is loaded at once.
@@ -214,33 +241,27 @@ struct Column {
     unsigned octet;
     unsigned count;  // elements of it
 
-    /// The sum of g over the rows `rows` of the 64 from `first_row` on: in order in each run, and of the runs in order.
-    __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
+    /// Adds g of rows to `sum_of(row)`, in the order of the bits of `rows`: `row_of(bit)` is the row.
+    template <typename Rows, typename RowOf, typename SumOf>
+    __device__ __forceinline__ void add_rows(Rows rows, RowOf row_of, SumOf sum_of) const {
         const MaskReader<false> draws(p.mask);
-        Values sum = {};      // of a run
-        Values tile_sum = {};  // of the runs before
-        unsigned run = 0;
         while (rows != 0) {
             Octet<T> dy[ROWS];
-            unsigned long long rest = rows;
+            unsigned at[ROWS];
+            Rows rest = rows;
 #pragma unroll
             for (unsigned i = 0; i < ROWS; ++i) {
                 if (rest == 0) break;
-                const unsigned row = first_row + __ffsll(rest) - 1;
+                at[i] = row_of(__ffsll(rest) - 1);
                 rest &= rest - 1;
-                dy[i] = p.dy.template streaming<aligned>(row * p.cols + 8ull * octet, count);
+                if (count > 0) dy[i] = p.dy.template streaming<aligned>(at[i] * p.cols + 8ull * octet, count);
             }
 #pragma unroll
             for (unsigned i = 0; i < ROWS; ++i) {
                 if (rows == 0) break;
-                const unsigned row = first_row + __ffsll(rows) - 1;
                 rows &= rows - 1;
-                if (row / RUN_ROWS != run) {
-                    run = row / RUN_ROWS;
-                    add(tile_sum, sum);
-                    sum = {};
-                }
-                const Kept keep = draws.kept(draws.lanes(draws.logical(row), octet));
+                Values& sum = sum_of(at[i]);
+                const Kept keep = draws.kept(draws.lanes(draws.logical(at[i]), octet));
                 const Values values = unpack(dy[i]);
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
@@ -249,10 +270,125 @@ struct Column {
                 }
             }
         }
-        add(tile_sum, sum);
-        return tile_sum;
+    }
+
+    /// The sum of g over the rows `rows` of the 64 from `first_row` on: in order in each run, and of the runs in order.
+    __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
+        TileSum tile = {first_row};
+        const auto row_of = [&](unsigned bit) { return first_row + bit; };
+        add_rows(rows, row_of, [&](unsigned row) -> Values& { return tile.sum_of(row); });
+        add(tile.before, tile.run);
+        return tile.before;
     }
 };
+
+/// The tree of a thread that adds up ascending rows alone. A level above the tiles is used once a part of it is complete: most
+/// entries have a row or two.
+struct Climb {
+    Shelf (&above)[3];  // sums over tiles, over spans, and over 64 spans
+    unsigned used = 0;  // a bit for each of these
+    unsigned last;      // the row before
+    Values run = {};
+    Values tile = {};  // of the runs before
+
+    __device__ __forceinline__ void put(unsigned level, Values sums) {
+        if (used >> level & 1) {
+            const Values part = sums;
+            sums = above[level].get(threadIdx.x);
+            add(sums, part);
+        }
+        above[level].put(sums);
+        used |= 1u << level;
+    }
+
+    /// A level is complete, and part of the next one.
+    __device__ __forceinline__ void close(unsigned level) {
+        put(level + 1, above[level].get(threadIdx.x));
+        used &= ~(1u << level);
+    }
+
+    /// Where the terms of a row go.
+    __device__ __forceinline__ Values& sum_of(unsigned row) {
+        const unsigned differ = row ^ last;
+        last = row;
+        if (differ < RUN_ROWS) return run;
+        add(tile, run);
+        run = {};
+        if (differ < TILE_ROWS) return run;
+        put(0, tile);
+        tile = {};
+        if (differ >= SPAN) close(0);
+        if (differ >= RADIX * SPAN) close(1);
+        return run;
+    }
+
+    __device__ __forceinline__ Values total() {
+        add(tile, run);
+#pragma unroll
+        for (unsigned level = 0; level < 3; ++level) {
+            if (used >> level & 1) {
+                const Values part = tile;
+                tile = above[level].get(threadIdx.x);
+                add(tile, part);
+            }
+        }
+        return tile;
+    }
+};
+
+/// An entry's gradient in 32 octets of columns, a warp.
+template <typename T, bool aligned>
+__device__ __forceinline__ void table_walk(const TableGradParams<T>& p) {
+    constexpr unsigned WARPS = THREADS / 32;
+    __shared__ Shelf above[3];
+    const unsigned group = p.blocks.quotient(blockIdx.x);
+    const unsigned candidate = WARPS * group + threadIdx.x / 32;
+    // Every return here is the whole warp's.
+    if (candidate >= p.candidates) return;
+    const bool sorted = p.keys.present();
+    unsigned entry = candidate;
+    if (sorted) {
+        entry = p.keys.cached(candidate);
+        const unsigned before = candidate > 0 ? p.keys.cached(candidate - 1) : ~0u;
+        const unsigned far = (candidate + PLACES - 1) / PLACES * PLACES + PLACES;
+        const unsigned behind = far < p.rows ? p.keys.cached(far) : ~0u;
+        if (entry >= p.taken.entries || before == entry || behind == entry) return;
+    }
+    const unsigned rank = threadIdx.x % 32;
+    const unsigned octet = 32 * p.blocks.remainder(blockIdx.x, group) + rank;
+    const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
+    const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
+    const unsigned long long element = entry * p.cols + 8ull * octet;
+    Octet<float> gradient = {};  // on its way beside the rows
+    if (column.count > 0) gradient = p.before.template cached<aligned>(element, column.count);
+
+    Climb climb = {above};
+    bool taken = false;
+    for (unsigned done = 0;; done += 32) {
+        // A lane finds a row.
+        unsigned long long row = candidate + 1ull * (done + rank) * p.taken.sequence.divisor;
+        bool found = row < p.rows;
+        if (sorted) {
+            const unsigned place = candidate + done + rank;
+            found = place < p.rows && p.keys.cached(place) == entry;
+            row = place < p.rows ? p.order.cached(place) : 0;
+        }
+        const unsigned own = static_cast<unsigned>(row);
+        // A row with an id that is in no table takes nothing.
+        const unsigned rows = __ballot_sync(0xffffffffu, found && Entries(p.lookups, own).exist);
+        const auto row_of = [&](unsigned lane) { return __shfl_sync(0xffffffffu, own, lane); };
+        if (rows != 0 && !taken) {
+            taken = true;
+            climb.last = row_of(__ffs(rows) - 1);
+        }
+        column.add_rows(rows, row_of, [&](unsigned row) -> Values& { return climb.sum_of(row); });
+        if (!__all_sync(0xffffffffu, found)) break;
+    }
+    if (!taken || column.count == 0) return;
+    Values after = unpack(gradient);
+    add(after, climb.total());
+    p.after.template cached<aligned>(element, column.count, pack<float>(after));
+}
 
 /// An entry's gradient in 2^log_width octets of columns, a block. The threads are as many rows of as many
 /// octets: each row adds up tiles of its own, and the first one adds up the tiles.
@@ -267,22 +403,23 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
 
     const unsigned candidate = p.blocks.quotient(blockIdx.x);
     const bool sorted = p.keys.present();
-    const bool by_row = p.by_place && !sorted;
     unsigned entry = candidate;
+    unsigned place = 0;  // where the entry's rows are in the order
+    unsigned end = 0;
     // Every return here is the whole block's.
-    if (by_row) {
+    if (p.by_row) {
         if (!Entries(p.lookups, candidate).exist) return;
         entry = p.taken.entry(candidate);
-    } else if (p.by_place) {
-        entry = p.keys.cached(candidate);
-        if (entry >= p.taken.entries) return;
-        // Not the entry's first row.
-        if (candidate > 0 && p.keys.cached(candidate - 1) == entry) return;
+    } else if (sorted) {
+        place = candidate * PLACES;
+        if (place + PLACES >= p.rows) return;
+        entry = p.keys.cached(place);
+        if (entry >= p.taken.entries || p.keys.cached(place + PLACES) != entry) return;
+        if (place > 0 && p.keys.cached(place - PLACES) == entry) return;  // not the first such place
+        const bool takes = threadIdx.x < min(place, PLACES) && p.keys.cached(place - 1 - threadIdx.x) == entry;
+        end = lower_bound(p.keys, place + PLACES, p.rows, entry + 1);
+        place -= __syncthreads_count(takes);
     }
-    // Where the entry's rows are in the order.
-    unsigned place = sorted ? p.starts.cached(entry) : 0;
-    const unsigned end = sorted ? p.starts.cached(1ull * entry + 1) : 0;
-    if (sorted && place == end) return;
 
     const unsigned width = 1u << p.log_width;
     const unsigned at_once = THREADS >> p.log_width;
@@ -313,7 +450,7 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
         }
         __syncthreads();
         const unsigned long long tiles = matches.tiles();
-        if (by_row && tiles != 0) {
+        if (p.by_row && tiles != 0) {
             const unsigned tile = __ffsll(tiles) - 1;
             const unsigned row = span * SPAN + tile * RADIX + __ffsll(matches.tile(tile)) - 1;
             if (row < candidate) return;  // the whole block: an earlier row takes the entry
@@ -348,13 +485,18 @@ __device__ __forceinline__ void table_grad(const TableGradParams<T>& p) {
     p.after.template cached<aligned>(element, column.count, pack<float>(after));
 }
 
-/// With registers for so many blocks a multiprocessor.
-#define FD_TABLE_GRAD(T, type, blocks)                                                             \
+/// The walk with registers for so many threads a multiprocessor, the other for so many blocks: one more than ptxas would take,
+/// without a spill.
+#define FD_TABLE_GRAD(T, type, threads, blocks)                                                    \
+    FD_KERNEL_BLOCKS(embedding_dropout_table_walk_##type, TableGradParams<T>, THREADS,             \
+                     blocks_for(threads, THREADS), table_walk<T, true>)                            \
+    FD_KERNEL_BLOCKS(embedding_dropout_table_walk_unaligned_##type, TableGradParams<T>, THREADS,   \
+                     blocks_for(threads, THREADS), table_walk<T, false>)                           \
     FD_KERNEL_BLOCKS(embedding_dropout_table_grad_##type, TableGradParams<T>, THREADS, blocks,     \
                      table_grad<T, true>)                                                          \
     FD_KERNEL_BLOCKS(embedding_dropout_table_grad_unaligned_##type, TableGradParams<T>, THREADS,   \
                      blocks, table_grad<T, false>)
 
-FD_TABLE_GRAD(float, f32, FD_TABLE_GRAD_BLOCKS_F32)
-FD_TABLE_GRAD(f16, f16, FD_TABLE_GRAD_BLOCKS)
-FD_TABLE_GRAD(bf16, bf16, FD_TABLE_GRAD_BLOCKS)
+FD_TABLE_GRAD(float, f32, FD_TABLE_WALK_THREADS_F32, 2)
+FD_TABLE_GRAD(f16, f16, FD_TABLE_WALK_THREADS, 3)
+FD_TABLE_GRAD(bf16, bf16, FD_TABLE_WALK_THREADS, 3)

@@ -513,18 +513,21 @@ __device__ __forceinline__ void backward(const SoftmaxParams<T>& p) {
     write_from_probabilities(row, sum_scratch, softmax.inverse, factor, products);
 }
 
-/// The kernels of a shape; `threads`: what a multiprocessor must have registers for, where ptxas otherwise spills for no
+/// The kernels of a shape; `.._threads`: what a multiprocessor must have registers for, where ptxas otherwise spills for no
 /// reason.
-#define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type, threads)                                   \
-    FD_KERNEL_BLOCKS(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,      \
-                     blocks_for(threads, Walk::BLOCK), forward<T, Walk, masked>)                   \
-    FD_KERNEL_BLOCKS(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,     \
-                     blocks_for(threads, Walk::BLOCK), backward<T, Walk, masked>)
-#define FD_SOFTMAX(shape, Walk, T, type)                                                           \
-    FD_SOFTMAX_PASSES(shape, Walk, false, T, type, FD_SOFTMAX_THREADS)                             \
-    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type, FD_SOFTMAX_MASKED_THREADS)
-#define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                 \
-    FD_SOFTMAX_PASSES(shape, Walk, true, T, type, 512)
+#define FD_SOFTMAX_PASSES(shape, Walk, masked, T, type, forward_threads, backward_threads)          \
+    FD_KERNEL_BLOCKS(softmax_dropout_forward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,       \
+                     blocks_for(forward_threads, Walk::BLOCK), forward<T, Walk, masked>)            \
+    FD_KERNEL_BLOCKS(softmax_dropout_backward_##shape##_##type, SoftmaxParams<T>, Walk::BLOCK,      \
+                     blocks_for(backward_threads, Walk::BLOCK), backward<T, Walk, masked>)
+#define FD_SOFTMAX(shape, Walk, T, type)                                                            \
+    FD_SOFTMAX_PASSES(shape, Walk, false, T, type, sizeof(T) == 2 ? FD_SOFTMAX_FORWARD_THREADS : 0, \
+                      sizeof(T) == 2 ? FD_SOFTMAX_BACKWARD_THREADS : 0)                             \
+    FD_SOFTMAX_PASSES(masked_##shape, Walk, true, T, type,                                          \
+                      sizeof(T) == 2 && Walk::BLOCK == 128 ? FD_SOFTMAX_MASKED_FORWARD_THREADS : 512, \
+                      sizeof(T) == 2 ? FD_SOFTMAX_MASKED_BACKWARD_THREADS : 512)
+#define FD_SOFTMAX_UNALIGNED(shape, Walk, T, type)                                                  \
+    FD_SOFTMAX_PASSES(shape, Walk, true, T, type, 512, 512)
 
 FD_ROW_SHAPES(FD_SOFTMAX)
 FD_UNALIGNED_ROW_SHAPES(FD_SOFTMAX_UNALIGNED)

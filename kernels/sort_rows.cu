@@ -8,8 +8,6 @@
 //     offsets  where the first of those goes: behind all keys with lower digits, and those of earlier chunks (one block)
 //     scatter  each key and the number of its row go there, in order
 //
-// At the end `starts` finds by search where each entry's rows begin.
-//
 // No atomics: the lanes of a warp find those with the same digit by eight votes.
 //
 // Bytes a row and pass: 4 read by count; 8 read by scatter, 4 in the first pass; 8 written.
@@ -31,7 +29,6 @@ struct SortParams {
     Out<unsigned> rows_out;
     In<unsigned> counts;  // [chunks, DIGITS]; scatter: where each digit's first key goes
     Out<unsigned> counts_out;
-    Out<unsigned> starts;  // [entries + 1]
     unsigned count;        // rows
     unsigned entries;
     unsigned chunk;  // rows of one, whole warps
@@ -43,7 +40,7 @@ struct SortParams {
         return ids.present() ? min(ids.cached(i), entries) : keys.cached(i);
     }
 };
-static_assert(sizeof(SortParams) == 88, "sort_rows.rs: SortParams");
+static_assert(sizeof(SortParams) == 80, "sort_rows.rs: SortParams");
 
 /// A chunk, as its warp sees it: 32 keys at a time.
 struct Chunk {
@@ -97,6 +94,24 @@ __device__ __forceinline__ void sort_count(const SortParams& p) {
     }
 }
 
+/// Calls `each(chunk, count)` for the chunks from `first` to `end`, with the counts of a digit. Some of them are loaded at once,
+/// before `each` stores anything: offsets go where counts were, so the compiler moves no load ahead of a store.
+template <typename Each>
+__device__ __forceinline__ void each_count(const SortParams& p, unsigned digit, unsigned first, unsigned end, Each each) {
+    constexpr unsigned AT_ONCE = FD_SORT_ROWS_AT_ONCE;
+    for (unsigned chunk = first; chunk < end; chunk += AT_ONCE) {
+        unsigned counts[AT_ONCE];
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; ++i) {
+            counts[i] = chunk + i < end ? p.counts.cached((1ull * chunk + i) * DIGITS + digit) : 0;
+        }
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; ++i) {
+            if (chunk + i < end) each(chunk + i, counts[i]);
+        }
+    }
+}
+
 /// One block. Four threads a digit, a quarter of the chunks each.
 __device__ __forceinline__ void sort_offsets(const SortParams& p) {
     constexpr unsigned PARTS = OFFSETS_THREADS / DIGITS;
@@ -108,11 +123,7 @@ __device__ __forceinline__ void sort_offsets(const SortParams& p) {
     const unsigned first = min(part * a_part, p.chunks);
     const unsigned end = min(first + a_part, p.chunks);
     unsigned total = 0;
-    constexpr unsigned AT_ONCE = FD_SORT_ROWS_AT_ONCE;
-#pragma unroll AT_ONCE
-    for (unsigned chunk = first; chunk < end; ++chunk) {
-        total += p.counts.cached(1ull * chunk * DIGITS + digit);
-    }
+    each_count(p, digit, first, end, [&](unsigned, unsigned count) { total += count; });
     totals[part][digit] = total;
     __syncthreads();
     unsigned of_digit = 0;
@@ -135,12 +146,10 @@ __device__ __forceinline__ void sort_offsets(const SortParams& p) {
     }
     __syncthreads();
     unsigned offset = before[now][digit] - of_digit + of_parts;
-    for (unsigned chunk = first; chunk < end; ++chunk) {
-        const unsigned long long at = 1ull * chunk * DIGITS + digit;
-        const unsigned count = p.counts.cached(at);
-        p.counts_out.cached(at, offset);
+    each_count(p, digit, first, end, [&](unsigned chunk, unsigned count) {
+        p.counts_out.cached(1ull * chunk * DIGITS + digit, offset);
         offset += count;
-    }
+    });
 }
 
 __device__ __forceinline__ void sort_scatter(const SortParams& p) {
@@ -158,14 +167,6 @@ __device__ __forceinline__ void sort_scatter(const SortParams& p) {
     });
 }
 
-/// A thread an entry, and one for their end.
-__device__ __forceinline__ void sort_starts(const SortParams& p) {
-    const unsigned entry = blockIdx.x * THREADS + threadIdx.x;
-    if (entry > p.entries) return;
-    p.starts.cached(entry, lower_bound(p.keys, 0, p.count, entry));
-}
-
 FD_KERNEL(sort_rows_count, SortParams, THREADS, sort_count)
 FD_KERNEL(sort_rows_offsets, SortParams, OFFSETS_THREADS, sort_offsets)
 FD_KERNEL(sort_rows_scatter, SortParams, THREADS, sort_scatter)
-FD_KERNEL(sort_rows_starts, SortParams, THREADS, sort_starts)

@@ -58,18 +58,20 @@ __device__ __forceinline__ unsigned existing_of(const Tiles& tiles, unsigned lon
     return left < 8 ? static_cast<unsigned>(left) : 8;
 }
 
-/// Rows of a run whose loads are on their way at once, of so many bytes each: a power of two.
-__device__ constexpr unsigned rows_at_once(unsigned bytes) {
-    unsigned rows = 1;
-    while (rows < RUN_ROWS && rows * bytes < FD_SUM_TILE_BYTES) rows *= 2;
+/// Rows of a run whose loads, `Loaded` each, are on their way at once where T is stored: a power of two, at least 2.
+template <typename T, typename Loaded>
+__device__ constexpr unsigned rows_at_once() {
+    constexpr unsigned BYTES = sizeof(T) == 2 ? FD_SUM_TILE_BYTES : FD_SUM_TILE_BYTES_F32;
+    unsigned rows = 2;
+    while (rows < RUN_ROWS && rows * sizeof(Loaded) < BYTES) rows *= 2;
     return rows;
 }
 
 /// The sums of a run of a lane: its octet in the rows from `first` on. `whole`: all of its elements exist.
-template <typename Op, bool whole, typename Draws>
+template <typename T, typename Op, bool whole, typename Draws>
 __device__ __forceinline__ Values sum_run(const typename Op::Params& p, const Draws& draws, unsigned long long first,
                                           unsigned octet) {
-    constexpr unsigned AT_ONCE = rows_at_once(sizeof(typename Op::Loaded));
+    constexpr unsigned AT_ONCE = rows_at_once<T, typename Op::Loaded>();
     Values sums = {};
 #pragma unroll 1
     for (unsigned done = 0; done < RUN_ROWS; done += AT_ONCE) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ Values sum_run(const typename Op::Params& p, const Dr
 /// A tile of 64 rows and 64 columns a block of one warp. `Op` has `Params` with members `mask` and `tiles`, `Loaded`,
 /// `load(params, octet)`, and `finish(params, octet, kept, scale, loaded)`, which stores the octet's result and
 /// returns the terms of its columns.
-template <typename Op>
+template <typename T, typename Op>
 __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     const Tiles& tiles = p.tiles;
     const unsigned tile_row = tiles.per_row.quotient(blockIdx.x);
@@ -106,9 +108,9 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
 
     Values sums;
     if ((tile_row + 1ull) * TILE_ROWS <= tiles.rows && (tile_col + 1ull) * TILE_COLS <= tiles.cols) {
-        with_draws(p.mask, [&](const auto& draws) { sums = sum_run<Op, true>(p, draws, first, octet); });
+        with_draws(p.mask, [&](const auto& draws) { sums = sum_run<T, Op, true>(p, draws, first, octet); });
     } else {
-        sums = sum_run<Op, false>(p, MaskReader<false>(p.mask), first, octet);
+        sums = sum_run<T, Op, false>(p, MaskReader<false>(p.mask), first, octet);
     }
     // The lanes of the first run add up those of the others. A run without rows has +0, which changes no sum.
 #pragma unroll
@@ -132,5 +134,5 @@ __device__ __forceinline__ void sum_tile(const typename Op::Params& p) {
     FD_TILE_KERNELS_OF(name, Params, Op, f16, f16)   \
     FD_TILE_KERNELS_OF(name, Params, Op, bf16, bf16)
 #define FD_TILE_KERNELS_OF(name, Params, Op, T, type)                        \
-    FD_KERNEL(name##_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, true>>) \
-    FD_KERNEL(name##_unaligned_##type, Params<T>, TILE_THREADS, sum_tile<Op<T, false>>)
+    FD_KERNEL(name##_##type, Params<T>, TILE_THREADS, sum_tile<T, Op<T, true>>) \
+    FD_KERNEL(name##_unaligned_##type, Params<T>, TILE_THREADS, sum_tile<T, Op<T, false>>)

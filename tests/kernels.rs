@@ -15,6 +15,7 @@ use fused_dropout::{
     Scaling, Scores, Shape, Shard, Source, Strided, Writable,
 };
 use half::{bf16, f16};
+use std::collections::BTreeMap;
 
 /// Ordinary values that depend on their index.
 fn values(len: usize, salt: u64) -> Vec<f32> {
@@ -350,21 +351,68 @@ fn ids_outside_of_their_table_are_reported_with_a_norm() {
     gradients.iter().zip(&expected).for_each(|(g, e)| assert_same(g, e, "gradient"));
 }
 
-/// 16 values in order from +0, 4 such sums, and then 64 until one is left.
-fn tree(mut level: Vec<f32>) -> f32 {
+/// The sum of the terms of some rows: 16 rows in order from +0, 4 such sums, and then 64 until one is left. The other rows are +0,
+/// which changes no such sum.
+fn tree(terms: impl Iterator<Item = (usize, f32)>) -> f32 {
+    let mut level: Vec<(usize, f32)> = terms.collect();
     for radix in [16, 4, 64, 64, 64, 64] {
-        level = level.chunks(radix).map(|part| part.iter().fold(0.0, |a, b| a + b)).collect();
+        let parts = level.chunk_by(|(a, _), (b, _)| a / radix == b / radix);
+        level = parts
+            .map(|part| (part[0].0 / radix, part.iter().fold(0.0, |sum, (_, term)| sum + term)))
+            .collect();
     }
-    level.first().copied().unwrap_or(0.0)
+    level.first().map_or(0.0, |(_, sum)| *sum)
+}
+
+/// Adds the gradient of a table of `entries` to what is there, and compares it with the tree. Row r takes entry `id(r)`.
+fn assert_table_gradient(
+    rows: usize,
+    entries: usize,
+    ids: Ids<Vec<u32>>,
+    id: impl Fn(usize) -> usize,
+) {
+    let emulator = Emulator::new();
+    let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
+    let dy = values(rows * 3, 3);
+    let g = |r: usize, c: usize| match drop.key.keeps(drop.p, r as u32, c as u64) {
+        true => dy[r * 3 + c] * drop.p.scale(),
+        false => 0.0,
+    };
+    let before = values(entries * 3, 4);
+    let mut expected = before.clone();
+    let mut rows_of = BTreeMap::<usize, Vec<usize>>::new();
+    (0..rows).for_each(|r| rows_of.entry(id(r)).or_default().push(r));
+    for (entry, its_rows) in rows_of.into_iter().filter(|(entry, _)| *entry < entries) {
+        for c in 0..3 {
+            expected[entry * 3 + c] += tree(its_rows.iter().map(|&r| (r, g(r, c))));
+        }
+    }
+    let ids = match &ids {
+        Ids::Given(ids) => Ids::Given(ids as In<'_, u32, Emulator>),
+        Ids::Sequence(length) => Ids::Sequence(*length),
+    };
+    let mut gradient = before;
+    let pass = Backward {
+        shape: Shape::new(rows, 3),
+        lookups: Lookups { token: Lookup { entries, ids }, position: None, segment: None },
+        dy: &dy,
+        gradients: Gradients { token: Some(Gradient::Add(&mut gradient)), ..Gradients::NONE },
+    };
+    emulator.run(&drop, pass).unwrap();
+    assert_same(&gradient, &expected, &format!("{rows} rows, {entries} entries"));
+}
+
+/// The same for ids that are given.
+fn assert_gradient_of_ids(rows: usize, entries: usize, id: impl Fn(usize) -> usize) {
+    let ids = (0..rows).map(|r| id(r) as u32).collect();
+    assert_table_gradient(rows, entries, Ids::Given(ids), id);
 }
 
 /// More rows than 64^3, entries that few of them take, and blocks for rows as well as for entries.
 #[test]
 fn table_gradients_are_the_tree() {
-    let emulator = Emulator::new();
-    let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
-    // The first three are not sorted, of which the last has a block for each row; the others are: a block for each row, for
-    // each entry, and over more than one group of spans.
+    // The first three are not sorted, of which the last has a block for each row; the others are, in one pass, two, and over
+    // more than one group of spans.
     let shapes = [
         (64 * 4096 + 5000, 2),
         (9000, 3),
@@ -374,39 +422,32 @@ fn table_gradients_are_the_tree() {
         (64 * 4096 + 20_000, 40),
     ];
     for (rows, entries) in shapes {
-        let shape = Shape::new(rows, 3);
         // Most rows take entry 0; some have an id that is in no table.
-        let id = |r: usize| match r {
+        assert_gradient_of_ids(rows, entries, |r| match r {
             r if r % 1009 == 7 => u32::MAX as usize - r % 2,
             r if r % 997 == 5 => (r / 997 + 1) % entries,
             _ => 0,
-        };
-        let ids: Vec<u32> = (0..rows).map(|r| id(r) as u32).collect();
-        let dy = values(rows * 3, 3);
-        let kept = |r: usize, c: usize| drop.key.keeps(drop.p, r as u32, c as u64);
-        let scaled =
-            |r: usize, c: usize| if kept(r, c) { dy[r * 3 + c] * drop.p.scale() } else { 0.0 };
-        let before = values(entries * 3, 4);
-        let mut expected = before.clone();
-        let mut taken: Vec<usize> = (0..rows).map(id).collect();
-        taken.sort_unstable();
-        taken.dedup();
-        taken.retain(|entry| *entry < entries);
-        for entry in taken {
-            for c in 0..3 {
-                let term = |r: usize| if id(r) == entry { scaled(r, c) } else { 0.0 };
-                expected[entry * 3 + c] += tree((0..rows).map(term).collect());
-            }
-        }
-        let mut gradient = before;
-        let pass = Backward {
-            shape,
-            lookups: Lookups { token: lookup(entries, &ids), position: None, segment: None },
-            dy: &dy,
-            gradients: Gradients { token: Some(Gradient::Add(&mut gradient)), ..Gradients::NONE },
-        };
-        emulator.run(&drop, pass).unwrap();
-        assert_same(&gradient, &expected, &format!("{rows} rows"));
+        });
+    }
+}
+
+/// Entry k has k rows, from everywhere: an entry of few rows is another kernel's than one of many.
+#[test]
+fn gradients_of_entries_with_every_number_of_rows() {
+    let taken: Vec<usize> = (1..=130).flat_map(|entry| vec![entry; entry]).collect();
+    // The step has no factor in common with the number of rows, 5 * 13 * 131.
+    assert_gradient_of_ids(taken.len(), 1000, |r| taken[r * 4001 % taken.len()]);
+    // 44 and 45 rows an entry, over more than 64 spans.
+    assert_gradient_of_ids(64 * 4096 + 5000, 6007, |r| r * 7919 % 6007);
+}
+
+/// Walks of one row to more than a warp has lanes, over more than 64 spans, and a block for each entry.
+#[test]
+fn gradients_of_sequences() {
+    for (rows, length) in
+        [(5, 9), (200, 7), (66, 2), (64 * 4096 + 5000, 4200), (1000, 3), (9000, 3)]
+    {
+        assert_table_gradient(rows, length + 1, Ids::Sequence(length), |r| r % length);
     }
 }
 

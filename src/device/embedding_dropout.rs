@@ -168,6 +168,7 @@ impl<'a, D: Device> Held<'a, D> {
 const TABLE_GRAD_ROWS: usize = 1 << 24;
 
 /// `TableGradParams` in `kernels/embedding_dropout.cu`.
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct TableGradParams {
     mask: Mask,
@@ -179,11 +180,12 @@ struct TableGradParams {
     cols: u64,
     keys: u64,
     order: u64,
-    starts: u64,
     rows: u32,
-    by_place: u32,
+    candidates: u32,
+    by_row: u32,
     log_width: u32,
     blocks: IndexDivisor,
+    padding: u32,
 }
 const _: () = assert!(size_of::<TableGradParams>() == 368);
 
@@ -221,22 +223,16 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
         // SAFETY: the tensor's own length.
         unsafe { dropout::zeros(device, mask, elements, gradient)? };
     }
-    let candidates = Candidates::new(&taken, shape.rows);
+    let way = Way::new(&taken, shape);
     let octets = shape.cols.div_ceil(OCTET);
-    let width = width(octets, candidates.count);
-    let blocks = octets.div_ceil(width);
-    if blocks == 0 || candidates.count == 0 {
-        return Ok(());
-    }
-    let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if aligned(shape.cols, [source, gradient]));
     let taken = LookupParams::new(Some(taken));
-    let sorted = match candidates.are_sorted {
+    let sorted = match way.sorted {
         // SAFETY: the caller's promise: ids that are sorted are given.
         true => Some(unsafe { Sorted::new(device, taken.ids, shape.rows as u32, taken.entries)? }),
         false => None,
     };
-    let order = sorted.as_ref().map(|sorted| [sorted.keys, sorted.rows, sorted.starts]);
-    let [keys, order, starts] = order.unwrap_or([0; 3]);
+    let [keys, order] = sorted.as_ref().map_or([0; 2], |sorted| [sorted.keys, sorted.rows]);
+    let whole = aligned(shape.cols, [source, gradient]);
     let params = TableGradParams {
         mask: *mask,
         dy: source,
@@ -247,42 +243,86 @@ unsafe fn table_gradient<T: Dtype, D: Device>(
         cols: shape.cols as u64,
         keys,
         order,
-        starts,
         rows: shape.rows as u32,
-        by_place: u32::from(candidates.by_place),
-        log_width: width.ilog2(),
-        blocks: IndexDivisor::new(blocks as u32),
+        candidates: way.walks as u32,
+        by_row: u32::from(way.by_row),
+        log_width: 0,
+        blocks: IndexDivisor::new(1),
+        padding: 0,
     };
-    // SAFETY: the caller's promise; the kernel reads no row beyond the last and writes no entry that is
-    // not in its table.
-    unsafe { launch(device, kernel, candidates.count.saturating_mul(blocks), &params) }
+    if way.walks > 0 && octets > 0 {
+        let kernel = kernel!(NAME, "embedding_dropout_table_walk", T, if whole);
+        let blocks = octets.div_ceil(WALK_OCTETS);
+        let params = TableGradParams { blocks: IndexDivisor::new(blocks as u32), ..params };
+        let groups = way.walks.div_ceil(WALKS_A_BLOCK);
+        // SAFETY: the caller's promise; the kernel reads no row beyond the last and writes no entry that is not in its table.
+        unsafe { launch(device, kernel, groups.saturating_mul(blocks), &params)? };
+    }
+    if way.blocks > 0 && octets > 0 {
+        let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if whole);
+        let width = width(octets, way.blocks);
+        let blocks = octets.div_ceil(width);
+        let log_width = width.ilog2();
+        let params =
+            TableGradParams { log_width, blocks: IndexDivisor::new(blocks as u32), ..params };
+        // SAFETY: as above.
+        unsafe { launch(device, kernel, way.blocks.saturating_mul(blocks), &params)? };
+    }
+    Ok(())
 }
 
-/// What there are blocks for: the entries of a table or, where these are more, the rows.
-struct Candidates {
-    count: usize,
+/// How a table's gradient is computed: the top of `kernels/embedding_dropout.cu`.
+struct Way {
     /// Whether the rows are sorted by their entries, of ids that are given.
-    are_sorted: bool,
-    by_place: bool,
+    sorted: bool,
+    /// Warps of the walk for each 32 octets of columns; 0: there is no walk.
+    walks: usize,
+    /// What there are blocks for; 0: there are none.
+    blocks: usize,
+    /// Whether these are rows.
+    by_row: bool,
 }
 
-/// Rows times candidates from which on the rows are sorted. Below, all ids are read from L2 for each candidate, which takes
-/// a few microseconds: an estimate, not timed.
+/// Rows times entries or, where these are less, rows from which on the rows are sorted. Below, all ids are read from L2 for each
+/// block, which takes a few microseconds: an estimate, not timed.
 const SORTED_FROM: usize = 1 << 22;
 
-impl Candidates {
-    fn new(lookup: &Lookup<u64>, rows: usize) -> Self {
-        // Of a table of positions only the first entries are taken.
-        let entries = match lookup.ids {
-            Ids::Given(_) => lookup.entries,
-            Ids::Sequence(length) => lookup.entries.min(length).min(rows),
-        };
-        let count = rows.min(entries);
-        let given = matches!(lookup.ids, Ids::Given(_));
-        let are_sorted = given && rows.saturating_mul(count) >= SORTED_FROM;
-        Self { count, are_sorted, by_place: rows < entries }
+/// Rows of an entry up to which a walk is short: an estimate, not timed.
+const WALK_ROWS: usize = 64;
+
+/// Octets of all entries that keep a GPU busy, however many rows each walk has: an estimate, not timed.
+const WALK_ENOUGH: usize = 1 << 16;
+
+impl Way {
+    fn new(lookup: &Lookup<u64>, shape: Shape) -> Self {
+        let (rows, none) = (shape.rows, Self { sorted: false, walks: 0, blocks: 0, by_row: false });
+        let entries = lookup.entries.min(rows);
+        match lookup.ids {
+            Ids::Sequence(length) => {
+                // Only the first entries are taken.
+                let entries = entries.min(length);
+                let octets = entries.saturating_mul(shape.cols.div_ceil(OCTET));
+                match rows <= WALK_ROWS.saturating_mul(entries) || octets >= WALK_ENOUGH {
+                    true => Self { walks: entries, ..none },
+                    false => Self { blocks: entries, ..none },
+                }
+            }
+            Ids::Given(_) if rows.saturating_mul(entries) >= SORTED_FROM => {
+                Self { sorted: true, walks: rows, blocks: rows.div_ceil(PLACES), ..none }
+            }
+            Ids::Given(_) => Self { blocks: entries, by_row: rows < lookup.entries, ..none },
+        }
     }
 }
+
+/// Warps of a block of the walk.
+const WALKS_A_BLOCK: usize = THREADS as usize / 32;
+
+/// Octets of columns that a warp of the walk takes.
+const WALK_OCTETS: usize = 32;
+
+/// `PLACES` in `kernels/embedding_dropout.cu`.
+const PLACES: usize = 32;
 
 /// Blocks that are enough for a GPU.
 const ENOUGH_BLOCKS: usize = 512;

@@ -28,7 +28,6 @@ struct Params {
     rows_out: u64,
     counts: u64,
     counts_out: u64,
-    starts: u64,
     count: u32,
     entries: u32,
     chunk: u32,
@@ -36,15 +35,13 @@ struct Params {
     shift: u32,
     padding: u32,
 }
-const _: () = assert!(size_of::<Params>() == 88);
+const _: () = assert!(size_of::<Params>() == 80);
 
 /// Rows in the order of the entries that they take, in a workspace.
 pub(super) struct Sorted<'a, D: Device + 'a> {
     /// Their entries, in order; the number of entries for a row that takes none.
     pub keys: u64,
     pub rows: u64,
-    /// Where each entry's rows begin, and where the last one's end.
-    pub starts: u64,
     _workspace: Address<'a, D>,
 }
 
@@ -57,13 +54,12 @@ impl<'a, D: Device> Sorted<'a, D> {
         let count = rows as usize;
         let chunk = count.div_ceil(CHUNKS).next_multiple_of(32).max(CHUNK_ROWS);
         let chunks = count.div_ceil(chunk);
-        // Twice keys and rows, to and from; the counts; the starts.
-        let elements = 4 * count + chunks * DIGITS + entries as usize + 1;
+        // Twice keys and rows, to and from; the counts.
+        let elements = 4 * count + chunks * DIGITS;
         let workspace = device.workspace(elements)?;
         let part = |i: usize| workspace.pointer + (i * size_of::<u32>()) as u64;
         let [mut from, mut to] = [[0, count], [2 * count, 3 * count]].map(|pair| pair.map(part));
         let counts = part(4 * count);
-        let starts = part(4 * count + chunks * DIGITS);
         let all = Params {
             count: rows,
             entries,
@@ -88,11 +84,8 @@ impl<'a, D: Device> Sorted<'a, D> {
                 launch(device, kernel("sort_rows_scatter"), warps, &pass)?;
                 (from, to) = (to, from);
             }
-            let blocks = (entries as usize + 1).div_ceil(THREADS as usize);
-            let search = Params { keys: from[0], starts, ..all };
-            launch(device, kernel("sort_rows_starts"), blocks, &search)?;
         }
-        Ok(Self { keys: from[0], rows: from[1], starts, _workspace: workspace })
+        Ok(Self { keys: from[0], rows: from[1], _workspace: workspace })
     }
 }
 
