@@ -336,6 +336,23 @@ struct Climb {
     }
 };
 
+/// A row that a lane of a walk finds, and the entry that it takes; none where there is no such row.
+struct Taker {
+    unsigned entry = ~0u;
+    unsigned row = 0;
+};
+
+/// Row `number` of those that a walk may take.
+template <typename T>
+__device__ __forceinline__ Taker taker(const TableGradParams<T>& p, unsigned candidate, unsigned number) {
+    if (p.keys.present()) {
+        const unsigned place = candidate + number;
+        return place < p.rows ? Taker{p.keys.cached(place), p.order.cached(place)} : Taker{};
+    }
+    const unsigned long long row = candidate + 1ull * number * p.taken.sequence.divisor;
+    return row < p.rows ? Taker{candidate, static_cast<unsigned>(row)} : Taker{};
+}
+
 /// An entry's gradient in 32 octets of columns, a warp.
 template <typename T, bool aligned>
 __device__ __forceinline__ void table_walk(const TableGradParams<T>& p) {
@@ -346,15 +363,16 @@ __device__ __forceinline__ void table_walk(const TableGradParams<T>& p) {
     // Every return here is the whole warp's.
     if (candidate >= p.candidates) return;
     const bool sorted = p.keys.present();
+    const unsigned rank = threadIdx.x % 32;
+    Taker own = taker(p, candidate, rank);
     unsigned entry = candidate;
     if (sorted) {
-        entry = p.keys.cached(candidate);
         const unsigned before = candidate > 0 ? p.keys.cached(candidate - 1) : ~0u;
         const unsigned far = (candidate + PLACES - 1) / PLACES * PLACES + PLACES;
         const unsigned behind = far < p.rows ? p.keys.cached(far) : ~0u;
+        entry = __shfl_sync(0xffffffffu, own.entry, 0);
         if (entry >= p.taken.entries || before == entry || behind == entry) return;
     }
-    const unsigned rank = threadIdx.x % 32;
     const unsigned octet = 32 * p.blocks.remainder(blockIdx.x, group) + rank;
     const unsigned long long left = 8ull * octet < p.cols ? p.cols - 8ull * octet : 0;
     const Column<T, aligned> column = {p, octet, static_cast<unsigned>(min(left, 8ull))};
@@ -364,25 +382,18 @@ __device__ __forceinline__ void table_walk(const TableGradParams<T>& p) {
 
     Climb climb = {above};
     bool taken = false;
-    for (unsigned done = 0;; done += 32) {
-        // A lane finds a row.
-        unsigned long long row = candidate + 1ull * (done + rank) * p.taken.sequence.divisor;
-        bool found = row < p.rows;
-        if (sorted) {
-            const unsigned place = candidate + done + rank;
-            found = place < p.rows && p.keys.cached(place) == entry;
-            row = place < p.rows ? p.order.cached(place) : 0;
-        }
-        const unsigned own = static_cast<unsigned>(row);
+    for (unsigned done = 32;; done += 32) {
+        const bool found = own.entry == entry;
         // A row with an id that is in no table takes nothing.
-        const unsigned rows = __ballot_sync(0xffffffffu, found && Entries(p.lookups, own).exist);
-        const auto row_of = [&](unsigned lane) { return __shfl_sync(0xffffffffu, own, lane); };
+        const unsigned rows = __ballot_sync(0xffffffffu, found && Entries(p.lookups, own.row).exist);
+        const auto row_of = [&](unsigned lane) { return __shfl_sync(0xffffffffu, own.row, lane); };
         if (rows != 0 && !taken) {
             taken = true;
             climb.last = row_of(__ffs(rows) - 1);
         }
         column.add_rows(rows, row_of, [&](unsigned row) -> Values& { return climb.sum_of(row); });
         if (!__all_sync(0xffffffffu, found)) break;
+        own = taker(p, candidate, done + rank);
     }
     if (!taken || column.count == 0) return;
     Values after = unpack(gradient);

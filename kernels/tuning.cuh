@@ -10,6 +10,11 @@
 //     file: the kernels to compile
 //     case: operator, pass, storage type and shape, as device_bench names them; one a line
 //
+// A macro has one value, or one for a chip (`__CUDA_ARCH__ == 900`) and one for the others: nothing but an H200 was timed, and
+// its value holds for all of sm_90. "H200" in a comment is the run of 2026-11-28 at commit ca5544d, microseconds a call of bf16
+// at 16384x1024 where nothing else is said: `value: time`. All but the first constant were timed with FD_LOADS_EVICT_FIRST = 1.
+// What is not named there was not timed.
+//
 // Constants with a twin in Rust are not here: THREADS (kernel.cuh), the shapes of teams (team.cuh), the sizes of tiles and
 // spans (sum_tile.cuh, dropout_add_norm.cu, embedding_dropout.cu), DIGITS and OFFSETS_THREADS (sort_rows.cu), TENSORS and
 // ELEMENTS_A_BLOCK (transformer/elements.cuh). device_bench does not time the kernels in transformer/, so nothing of them is
@@ -17,13 +22,18 @@
 
 #pragma once
 
-/// 1: what is read once is loaded evict-first; 0: by the default policy. On an H200 of 2026-11-28, us with 0 and with 1:
-/// dropout 17.3 and 17.8, dropout_add 24.8 and 25.8 at 2^24 elements, 368 and 388 at 2^28.
+/// 1: what is read once is loaded evict-first, in every operator; 0: by the default policy. H200: dropout forward 0: 17.3,
+/// 1: 17.8; dropout_add forward 0: 24.8, 1: 25.8, and at 262144x1024 0: 368, 1: 388. Other operators were not timed.
 // tune: 0 1
-// file: dropout.cu dropout_add.cu
+// file: dropout.cu dropout_add.cu bias_act_dropout.cu dropout_add_norm.cu softmax_dropout.cu
 // case: dropout forward bf16 16384x1024
 // case: dropout_add forward bf16 16384x1024
 // case: dropout_add forward bf16 262144x1024
+// case: bias_gelu_dropout forward bf16 16384x1024
+// case: dropout_add_layernorm forward bf16 16384x1024
+// case: dropout_add_layernorm backward bf16 16384x1024
+// case: softmax_dropout forward bf16 16384x1024
+// case: softmax_dropout backward bf16 16384x1024
 #ifndef FD_LOADS_EVICT_FIRST
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #define FD_LOADS_EVICT_FIRST 0
@@ -33,10 +43,9 @@
 #endif
 static_assert(FD_LOADS_EVICT_FIRST == 0 || FD_LOADS_EVICT_FIRST == 1, "FD_LOADS_EVICT_FIRST: 0 or 1");
 
-/// 1: whole octets are stored evict-first; 0: by the default policy, and the next kernel finds in L2 what was written. On an
-/// H200, 2^28 elements of bf16, a dropout with two octets a thread took 274 us with 0 and 260 us with 1; a memcpy took 258 us.
-/// With one octet a thread, as the kernels have it, 2026-11-28, us with 0 and with 1: dropout 17.7 and 17.9, dropout_add 25.7
-/// and 25.9 at 2^24 elements, 387 and 388 at 2^28.
+/// 1: whole octets are stored evict-first; 0: by the default policy, and the next kernel finds in L2 what was written. H200:
+/// dropout forward 0: 17.7, 1: 17.9; dropout_add forward 0: 25.7, 1: 25.9, and at 262144x1024 0: 387, 1: 388. (On another H200,
+/// 2026-11-26, with two octets a thread, dropout of 2^28 elements took 0: 274, 1: 260, and a memcpy 258.)
 // tune: 0 1
 // file: dropout.cu dropout_add.cu
 // case: dropout forward bf16 16384x1024
@@ -51,8 +60,8 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 // __launch_bounds__ only promises that one block fits.
 
 /// Such threads of a norm's forward pass, aligned rows in 16-bit storage. In blocks of 128 threads 640 are 96 registers each,
-/// where ptxas would take 128 for sm_90; for the other chips it then spills. On an H200 of 2026-11-28, us, rows of 1,024 and of
-/// 8,192 columns: 36.5 and 39.1 with 512, 36.1 and 39.0 with 640, 42.3 and 44.2 with 768, 60.5 and 61.7 with 1024.
+/// where ptxas would take 128 for sm_90; for the other chips it then spills. H200: 512: 36.5, 640: 36.1, 768: 42.3, 1024: 60.5;
+/// 2048x8192: 512: 39.1, 640: 39.0, 768: 44.2, 1024: 61.7.
 // tune: 512 640 768
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm forward bf16 16384x1024
@@ -66,8 +75,8 @@ static_assert(FD_STORES_EVICT_FIRST == 0 || FD_STORES_EVICT_FIRST == 1, "FD_STOR
 #endif
 static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "FD_NORM_FORWARD_THREADS");
 
-/// Such threads of a norm's backward pass, rows that are not summed in one pass. ptxas takes up to 128 registers. On an H200
-/// of 2026-11-28, us: 80.3 with 0, 89.1 with 768.
+/// Such threads of a norm's backward pass in 16-bit storage, rows that are not summed in one pass. ptxas takes up to 128
+/// registers. H200, 2048x8192: 0: 80.3, 768: 89.1.
 // tune: 0 768
 // file: dropout_add_norm.cu
 // case: dropout_add_layernorm backward bf16 2048x8192
@@ -76,8 +85,8 @@ static_assert(FD_NORM_FORWARD_THREADS >= 0 && FD_NORM_FORWARD_THREADS <= 2048, "
 #endif
 static_assert(FD_NORM_BACKWARD_THREADS >= 0 && FD_NORM_BACKWARD_THREADS <= 2048, "FD_NORM_BACKWARD_THREADS");
 
-/// Such threads of a softmax's forward pass without a mask, aligned rows. On an H200 of 2026-11-28, us: 19.2 with 0, 19.1 with
-/// 640 and 768, 19.0 with 1024.
+/// Such threads of a softmax's forward pass without a mask, aligned rows in 16-bit storage. H200: 0: 19.2, 640: 19.1, 768: 19.1,
+/// 1024: 19.0.
 // tune: 0 640 768 1024
 // file: softmax_dropout.cu
 // case: softmax_dropout forward bf16 16384x1024
@@ -91,7 +100,7 @@ static_assert(FD_NORM_BACKWARD_THREADS >= 0 && FD_NORM_BACKWARD_THREADS <= 2048,
 #endif
 static_assert(FD_SOFTMAX_FORWARD_THREADS >= 0 && FD_SOFTMAX_FORWARD_THREADS <= 2048, "FD_SOFTMAX_FORWARD_THREADS");
 
-/// Such threads of its backward pass: 28.4 with 0, 27.7 with 640, 28.6 with 768, 35.1 with 1024, which spills.
+/// Such threads of its backward pass. H200: 0: 28.4, 640: 27.7, 768: 28.6; 1024, which spills: 35.1.
 // tune: 0 512 640 768
 // file: softmax_dropout.cu
 // case: softmax_dropout backward bf16 16384x1024
@@ -105,9 +114,8 @@ static_assert(FD_SOFTMAX_FORWARD_THREADS >= 0 && FD_SOFTMAX_FORWARD_THREADS <= 2
 #endif
 static_assert(FD_SOFTMAX_BACKWARD_THREADS >= 0 && FD_SOFTMAX_BACKWARD_THREADS <= 2048, "FD_SOFTMAX_BACKWARD_THREADS");
 
-/// Such threads of a softmax's forward pass with a mask, rows of at most 2,048 columns. Without a bound ptxas spills for no
-/// reason, and for the other chips it spills with this one. On an H200 of 2026-11-28, us, causal: 18.9 with 512 to 768, 17.7
-/// with 1024.
+/// Such threads of a softmax's forward pass with a mask, rows of at most 2,048 columns in 16-bit storage. Without a bound ptxas
+/// spills for no reason; with 1024 it spills for the other chips. H200, causal: 512: 18.9, 640: 18.9, 768: 18.9, 1024: 17.7.
 // tune: 512 768 1024
 // file: softmax_dropout.cu
 // case: causal_softmax_dropout forward bf16 16384x1024
@@ -121,8 +129,8 @@ static_assert(FD_SOFTMAX_BACKWARD_THREADS >= 0 && FD_SOFTMAX_BACKWARD_THREADS <=
 static_assert(FD_SOFTMAX_MASKED_FORWARD_THREADS >= 0 && FD_SOFTMAX_MASKED_FORWARD_THREADS <= 2048,
               "FD_SOFTMAX_MASKED_FORWARD_THREADS");
 
-/// Such threads of its backward pass: 25.1 with 512 and 640, 35.0 with 1024. It is 23.7 with 768, which spills 80 bytes in
-/// rows of 1,024 columns: with fewer registers by other means there are 5 % to gain.
+/// Such threads of its backward pass, rows of any length that is held. H200, causal: 512: 25.1, 640: 25.1, 1024: 35.0; 768: 23.7,
+/// for all that it spills 80 bytes: with fewer registers by other means there are 5 % to gain.
 // tune: 512 640 768
 // file: softmax_dropout.cu
 // case: causal_softmax_dropout backward bf16 16384x1024
@@ -153,8 +161,8 @@ static_assert(FD_TABLE_WALK_THREADS >= 0 && FD_TABLE_WALK_THREADS <= 2048, "FD_T
 #endif
 static_assert(FD_TABLE_WALK_THREADS_F32 >= 0 && FD_TABLE_WALK_THREADS_F32 <= 2048, "FD_TABLE_WALK_THREADS_F32");
 
-/// Rows of an entry that a thread loads at once. In blocks alone, before there was a walk, us on an H200 of 2026-11-28: 419
-/// with 2, 432 with 4, 598 with 8, which spills.
+/// Rows of an entry that a thread loads at once. H200, when all entries were summed by blocks: 2: 419, 4: 432; 8, which spills:
+/// 598. In a walk: not timed.
 // tune: 1 2 4
 // file: embedding_dropout.cu
 // case: embedding_dropout backward bf16 16384x1024
@@ -163,8 +171,8 @@ static_assert(FD_TABLE_WALK_THREADS_F32 >= 0 && FD_TABLE_WALK_THREADS_F32 <= 204
 #endif
 static_assert(FD_TABLE_GRAD_ROWS >= 1 && FD_TABLE_GRAD_ROWS <= 64, "FD_TABLE_GRAD_ROWS: of a tile's 64");
 
-/// Counts that a thread of sort_rows_offsets loads at once. Not timed. (It was, when the second loop had a load and a store in
-/// turn: 8, 16 and 32 took the same time.)
+/// Counts that a thread of sort_rows_offsets loads at once. H200, before the second loop loaded several: 8, 16 and 32 made no
+/// difference.
 // tune: 8 16 32
 // file: sort_rows.cu
 // case: embedding_dropout backward bf16 16384x1024
@@ -177,8 +185,7 @@ static_assert(FD_SORT_ROWS_AT_ONCE >= 1 && FD_SORT_ROWS_AT_ONCE <= 64, "FD_SORT_
 
 /// Bytes that a lane loads at once where a warp sums a tile in 16-bit storage: the least power of two of rows, from 2 on, that
 /// has so many. Those are 8 rows of dropout_add, 96 registers, and 4 rows of bias_act_dropout, 128 registers. Bounds of 64 to 80
-/// registers spill. On an H200 of 2026-11-28, us, dropout_add and bias_act_dropout (GELU): 25.8 and 39.4 with 64, 25.8 and 38.8 with 128,
-/// 26.1 and 50.0 with 256.
+/// registers spill. H200: dropout_add 64: 25.8, 128: 25.8, 256: 26.1; bias_act_dropout with GELU 64: 39.4, 128: 38.8, 256: 50.0.
 // tune: 64 128
 // file: dropout_add.cu bias_act_dropout.cu
 // case: bias_dropout_add backward bf16 16384x1024
@@ -188,7 +195,8 @@ static_assert(FD_SORT_ROWS_AT_ONCE >= 1 && FD_SORT_ROWS_AT_ONCE <= 64, "FD_SORT_
 #endif
 static_assert(FD_SUM_TILE_BYTES >= 16 && FD_SUM_TILE_BYTES <= 1024, "FD_SUM_TILE_BYTES");
 
-/// The same in f32. dropout_add: 47.5 with 64, 51.7 with 128, 49.3 with 256.
+/// The same in f32. H200, dropout_add, f32: 64: 47.5, 128: 51.7, 256: 49.3. bias_act_dropout, which has 2 rows either way, was
+/// not timed.
 // tune: 32 64 128
 // file: dropout_add.cu bias_act_dropout.cu
 // case: bias_dropout_add backward f32 16384x1024

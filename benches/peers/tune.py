@@ -12,9 +12,9 @@ hits all alike. Their answers are checked before that, on tensors of few rows: t
 and of a norm's sums in one pass are not, and `run check` is for them.
 
 A value that does not compile, or whose answers are wrong, is a line in the table. What there was no
-time for is called "not timed". tune.json is written as the run goes on. Where there is one, it
-stays, and the new one is called tune-2.json, and so on. After an interruption (Ctrl-C) the table
-has what there is.
+time for is called "out of time for compiling" or "not timed". tune.json is written as the run goes
+on. Where there is one, it stays, and the new one is called tune-2.json, and so on. After an
+interruption (Ctrl-C) the table has what there is.
 
 The default of --seconds is for 16 cores or so: all constants are about 50 compilations, of 5 to 60
 seconds of a core each. On few cores give more --seconds, or names.
@@ -184,13 +184,18 @@ def run(chosen, constants, compiler, rows, changed):
         def compile(variant):
             variant.compile(compiler, chosen.kernels, compile_until)
 
+        # The present values first: without them the others have nothing to be compared with.
+        variants.sort(key=lambda one: one.value not in one.constant.present.values())
         done = in_parallel(compile, variants, os.cpu_count(), compiler.stop)
         for count, variant in enumerate(done, 1):
             say(f"compiled {count} of {len(variants)}: {variant.folder.name} {variant.error or ''}")
         say(f"compiling took {time.monotonic() - began:.0f} s")
+        if time.monotonic() > compile_until:
+            say("out of time for compiling: more --seconds, or names, for the rest")
 
         for one in constants:
             mine = [variant for variant in variants if variant.constant is one]
+            mine.sort(key=lambda variant: one.values.index(variant.value))  # as the rows are
             try:
                 if time.monotonic() < until:
                     for variant in in_parallel(lambda variant: variant.start(chosen.ours), mine):
@@ -336,7 +341,10 @@ def arguments():
         help=f"for all of it, 1 to {MOST_SECONDS} ({SECONDS});"
         f" compiling may take {100 * COMPILING:.0f} %% of that",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="for tune.json")
+    parser.add_argument(
+        "--out", metavar="DIR", type=pathlib.Path,
+        help="for tune.json; `run` gives it $OUT, or results",
+    )  # fmt: skip
     parser.add_argument(
         "--ours", metavar="PROGRAM", default=shlex.quote(str(BUNDLE / "device_bench")),
         help="the server, a command: started as `PROGRAM --kernels DIR --serve`",
@@ -346,7 +354,7 @@ def arguments():
         "--kernels", metavar="DIR", type=pathlib.Path, default=found[not found[0].exists()],
         help="the sources of the kernels, with tuning.cuh and nvcc-flags.txt (those of the bundle)",
     )  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # names before and behind options
 
 
 def ask_about(program):
@@ -393,7 +401,8 @@ def finish(results):
     """The table, and the exit status."""
     results.write()
     about, rows = results.result["device"], results.result["rows"]
-    print(f"\n{about['device']}, driver {about['driver']}, p = {P}\n")
+    of_sources = f"commit {about.get('commit', 'unknown')}, {about.get('date', 'unknown')}"
+    print(f"\n{about['device']}, driver {about['driver']}, {of_sources}, p = {P}\n")
     print_table(rows, sys.stdout)
     if results.error:
         sys.stdout.flush()
