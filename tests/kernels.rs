@@ -2,7 +2,7 @@
 #![cfg(feature = "emulator")]
 
 use fused_dropout::cpu::Cpu;
-use fused_dropout::device::Pointer;
+use fused_dropout::device::{Address, Pointer};
 use fused_dropout::emulator::Emulator;
 use fused_dropout::ops::dropout::Forward as Dropped;
 use fused_dropout::ops::embedding_dropout::{
@@ -11,8 +11,8 @@ use fused_dropout::ops::embedding_dropout::{
 };
 use fused_dropout::ops::{dropout_add_norm, softmax_dropout};
 use fused_dropout::{
-    AttentionMask, Backend, Dropout, Dtype, Gradient, In, Key, Mode, Norm, Probability, RowMap,
-    Scaling, Scores, Shape, Shard, Source, Strided, Writable,
+    AttentionMask, Backend, Dropout, Dtype, Error, Gradient, In, Key, Mode, Norm, Probability,
+    Readable, RowMap, Scaling, Scores, Shape, Shard, Source, Strided, Writable,
 };
 use half::{bf16, f16};
 use std::collections::BTreeMap;
@@ -449,6 +449,86 @@ fn gradients_of_sequences() {
     {
         assert_table_gradient(rows, length + 1, Ids::Sequence(length), |r| r % length);
     }
+}
+
+/// Rows that are sorted need scratch memory beside that of a norm's gradients, and a device has one workspace at a time. A table
+/// of fewer entries gives the same bits without a sort.
+#[test]
+fn gradients_of_a_norm_and_of_sorted_rows() {
+    let shape = Shape::new(2100, 3);
+    let ids: Vec<u32> = (0..shape.rows).map(|r| (r * r % 1900) as u32).collect();
+    let (table, dy) = (values(2100 * 3, 3), values(shape.rows * 3, 4));
+    let (weight, stats) = (vec![0.5f32, -1.0, 2.0], [0.25f32, 1.5].repeat(shape.rows));
+    let gradients = |entries: usize| {
+        let mut gradients = [entries * 3, 3, 3].map(|elements| vec![1.0f32; elements]);
+        let [token, dweight, dnorm_bias] = gradients.each_mut();
+        let pass = BackwardNorm {
+            shape,
+            norm: Norm::layer(1e-5),
+            lookups: Lookups::tokens(entries, &ids as In<'_, u32, Emulator>),
+            tables: Tables { token: &&table[..entries * 3], position: None, segment: None },
+            weight: &weight,
+            stats: &stats,
+            dy: &dy,
+            gradients: Gradients { token: Some(Gradient::Add(token)), ..Gradients::NONE },
+            dweight: Some(Gradient::Add(dweight)),
+            dnorm_bias: Some(Gradient::Add(dnorm_bias)),
+        };
+        let drop = Dropout::new(Key::new(4, 5), Probability::new(0.2).unwrap());
+        Emulator::new().run(&drop, pass).unwrap();
+        gradients
+    };
+    let [[token, dweight, dnorm_bias], expected] = [gradients(2100), gradients(1900)];
+    assert_same(&token[..1900 * 3], &expected[0], "token");
+    assert_same(&token[1900 * 3..], &[1.0; 200 * 3], "token beyond the ids");
+    assert_same(&dweight, &expected[1], "dweight");
+    assert_same(&dnorm_bias, &expected[2], "dnorm_bias");
+}
+
+/// A tensor that a device does not take.
+struct Foreign(Vec<f32>);
+
+fn foreign<'a>() -> Result<Address<'a, Emulator>, Error> {
+    Err(Error::Unavailable { backend: "emulator", reason: "of another device".to_owned() })
+}
+
+// SAFETY: no address is given.
+unsafe impl Readable<f32, Emulator> for Foreign {
+    fn elements(&self) -> usize {
+        self.0.len()
+    }
+    fn read<'a>(&'a self, _: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
+        foreign()
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Writable<f32, Emulator> for Foreign {
+    fn write<'a>(&'a mut self, _: &'a Emulator) -> Result<Address<'a, Emulator>, Error> {
+        foreign()
+    }
+}
+
+/// A gradient that cannot be written is found before another one is.
+#[test]
+fn a_refused_gradient_leaves_the_others_as_they_were() {
+    let ids: Vec<u32> = (0..ROWS as u32).map(|r| r % 5).collect();
+    let dy = values(ROWS * COLS, 2);
+    let (mut token, mut position) = (vec![9.0f32; 5 * COLS], Foreign(vec![9.0; ROWS * COLS]));
+    let pass = Backward {
+        shape: SHAPE,
+        lookups: Lookups::tokens(5, &ids as In<'_, u32, Emulator>)
+            .positions(ROWS, Ids::Sequence(ROWS)),
+        dy: &dy,
+        gradients: Gradients {
+            token: Some(Gradient::Write(&mut token)),
+            position: Some(Gradient::Write(&mut position)),
+            segment: None,
+        },
+    };
+    let drop = Dropout::new(Key::new(4, 5), Probability::ZERO);
+    assert!(matches!(Emulator::new().run(&drop, pass), Err(Error::Unavailable { .. })));
+    assert_same(&token, &vec![9.0; 5 * COLS], "token");
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod norm;
 use super::abi::{Divisor, IndexDivisor, Mask, Octets};
 use super::sort_rows::Sorted;
 use super::stream::launch_stream;
-use super::{Address, Device, Launch, THREADS, aligned, dropout, kernel, launch, layout};
+use super::{Address, Device, Launch, THREADS, aligned, dropout, kernel, launch, layout, pointer};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::mask::OCTET;
@@ -119,8 +119,16 @@ pub(crate) fn backward<T: Dtype, D: Device>(
     let mut held = Held(Vec::new());
     let lookups = held.lookups(&pass.lookups, device)?;
     let dy = held.hold(pass.dy.read(device))?;
-    // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
-    unsafe { table_gradients::<T, D>(device, &mask, shape, lookups, dy, pass.gradients) }
+    let gradients = TableGradient::all(lookups, pass.gradients, device)?;
+    let scratch = match TableGradient::scratch(&gradients, shape) {
+        0 => None,
+        elements => Some(device.workspace(elements)?),
+    };
+    let tables = GivenTables { device, shape, lookups, scratch: pointer(&scratch) };
+    gradients.iter().try_for_each(|gradient| {
+        // SAFETY: the lengths were checked against the shape; the addresses are held until the end.
+        unsafe { tables.gradient::<T>(&mask, dy, gradient) }
+    })
 }
 
 /// Tensors that are held until the pass has been submitted.
@@ -189,86 +197,123 @@ struct TableGradParams {
 }
 const _: () = assert!(size_of::<TableGradParams>() == 368);
 
-/// The gradients of the tables from D(`dy`), with the mask `mask`.
-unsafe fn table_gradients<T: Dtype, D: Device>(
-    device: &D,
-    mask: &Mask,
-    shape: Shape,
-    lookups: Lookups<u64>,
-    dy: u64,
-    gradients: Gradients<Gradient<'_, D>>,
-) -> Result<(), Error> {
-    for (taken, gradient) in lookups.all().into_iter().zip(gradients.all()) {
-        let (Some(taken), Some(gradient)) = (taken, gradient) else { continue };
-        // SAFETY: the caller's promise.
-        unsafe { table_gradient::<T, D>(device, mask, shape, lookups, taken, dy, gradient)? };
-    }
-    Ok(())
+/// Where the gradient of a table goes, and which of its entries the rows take.
+struct TableGradient<'a, D: Device + 'a> {
+    taken: Lookup<u64>,
+    elements: usize,
+    sum: Sum<'a, D>,
 }
 
-/// The gradient of the entries that `taken` says, from D(`source`).
-unsafe fn table_gradient<T: Dtype, D: Device>(
-    device: &D,
-    mask: &Mask,
+impl<'a, D: Device> TableGradient<'a, D> {
+    fn new<'g: 'a>(
+        taken: Lookup<u64>,
+        gradient: Gradient<'g, D>,
+        device: &'a D,
+    ) -> Result<Self, Error> {
+        let elements = gradient.tensor().elements();
+        Ok(Self { taken, elements, sum: Sum::of(gradient, device)? })
+    }
+
+    /// Those that are asked for.
+    fn all<'g: 'a>(
+        lookups: Lookups<u64>,
+        gradients: Gradients<Gradient<'g, D>>,
+        device: &'a D,
+    ) -> Result<Vec<Self>, Error> {
+        let tables = lookups.all().into_iter().zip(gradients.all());
+        let asked = tables.filter_map(|(taken, gradient)| Some((taken?, gradient?)));
+        asked.map(|(taken, gradient)| Self::new(taken, gradient, device)).collect()
+    }
+
+    /// Elements of scratch memory that gradients need, one after the other.
+    fn scratch(gradients: &[Self], shape: Shape) -> usize {
+        let sorts = gradients.iter().any(|gradient| Way::new(&gradient.taken, shape).sorted);
+        if sorts { Sorted::elements(shape.rows) } else { 0 }
+    }
+}
+
+/// What the gradients of the tables of a call have in common.
+struct GivenTables<'a, D: Device> {
+    device: &'a D,
     shape: Shape,
     lookups: Lookups<u64>,
-    taken: Lookup<u64>,
-    source: u64,
-    gradient: Gradient<'_, D>,
-) -> Result<(), Error> {
-    let elements = gradient.tensor().elements();
-    let Sum { to: address, add } = Sum::of(gradient, device)?;
-    let gradient = address.pointer;
-    if !add {
-        // SAFETY: the tensor's own length.
-        unsafe { dropout::zeros(device, mask, elements, gradient)? };
+    /// [`TableGradient::scratch`] elements.
+    scratch: u64,
+}
+
+impl<D: Device> GivenTables<'_, D> {
+    /// The gradient of a table from D(`source`), with the mask `mask`.
+    ///
+    /// # Safety
+    /// On the device, `source` is a tensor of T of the shape, the ids have an element a row, and the gradient as many rows as
+    /// its table has entries. They and the scratch memory are valid until the kernels have run, and no two overlap.
+    unsafe fn gradient<T: Dtype>(
+        &self,
+        mask: &Mask,
+        source: u64,
+        gradient: &TableGradient<'_, D>,
+    ) -> Result<(), Error> {
+        let &Self { device, shape, lookups, scratch } = self;
+        let TableGradient { taken, elements, sum: Sum { to, add } } = gradient;
+        let after = to.pointer;
+        if !add {
+            // SAFETY: the tensor's own length.
+            unsafe { dropout::zeros(device, mask, *elements, after)? };
+        }
+        if shape.cols == 0 {
+            return Ok(());
+        }
+        let way = Way::new(taken, shape);
+        let octets = shape.cols.div_ceil(OCTET);
+        let taken = LookupParams::new(Some(*taken));
+        let [keys, order] = match way.sorted {
+            true => {
+                let rows = shape.rows as u32;
+                // SAFETY: the caller's promise: ids that are sorted are given.
+                let sorted =
+                    unsafe { Sorted::new(device, scratch, taken.ids, rows, taken.entries)? };
+                [sorted.keys, sorted.rows]
+            }
+            false => [0; 2],
+        };
+        let whole = aligned(shape.cols, [source, after]);
+        let params = TableGradParams {
+            mask: *mask,
+            dy: source,
+            before: after,
+            after,
+            taken,
+            lookups: LookupParams::all(lookups),
+            cols: shape.cols as u64,
+            keys,
+            order,
+            rows: shape.rows as u32,
+            candidates: way.walks as u32,
+            by_row: u32::from(way.by_row),
+            log_width: 0,
+            blocks: IndexDivisor::new(1),
+            padding: 0,
+        };
+        if way.walks > 0 {
+            let kernel = kernel!(NAME, "embedding_dropout_table_walk", T, if whole);
+            let blocks = octets.div_ceil(WALK_OCTETS);
+            let params = TableGradParams { blocks: IndexDivisor::new(blocks as u32), ..params };
+            let groups = way.walks.div_ceil(WALKS_A_BLOCK);
+            // SAFETY: the caller's promise; the kernel reads no row beyond the last and writes no entry that is not in its table.
+            unsafe { launch(device, kernel, groups.saturating_mul(blocks), &params)? };
+        }
+        if way.blocks > 0 {
+            let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if whole);
+            let width = width(octets, way.blocks);
+            let blocks = octets.div_ceil(width);
+            let log_width = width.ilog2();
+            let params =
+                TableGradParams { log_width, blocks: IndexDivisor::new(blocks as u32), ..params };
+            // SAFETY: as above.
+            unsafe { launch(device, kernel, way.blocks.saturating_mul(blocks), &params)? };
+        }
+        Ok(())
     }
-    let way = Way::new(&taken, shape);
-    let octets = shape.cols.div_ceil(OCTET);
-    let taken = LookupParams::new(Some(taken));
-    let sorted = match way.sorted {
-        // SAFETY: the caller's promise: ids that are sorted are given.
-        true => Some(unsafe { Sorted::new(device, taken.ids, shape.rows as u32, taken.entries)? }),
-        false => None,
-    };
-    let [keys, order] = sorted.as_ref().map_or([0; 2], |sorted| [sorted.keys, sorted.rows]);
-    let whole = aligned(shape.cols, [source, gradient]);
-    let params = TableGradParams {
-        mask: *mask,
-        dy: source,
-        before: gradient,
-        after: gradient,
-        taken,
-        lookups: LookupParams::all(lookups),
-        cols: shape.cols as u64,
-        keys,
-        order,
-        rows: shape.rows as u32,
-        candidates: way.walks as u32,
-        by_row: u32::from(way.by_row),
-        log_width: 0,
-        blocks: IndexDivisor::new(1),
-        padding: 0,
-    };
-    if way.walks > 0 && octets > 0 {
-        let kernel = kernel!(NAME, "embedding_dropout_table_walk", T, if whole);
-        let blocks = octets.div_ceil(WALK_OCTETS);
-        let params = TableGradParams { blocks: IndexDivisor::new(blocks as u32), ..params };
-        let groups = way.walks.div_ceil(WALKS_A_BLOCK);
-        // SAFETY: the caller's promise; the kernel reads no row beyond the last and writes no entry that is not in its table.
-        unsafe { launch(device, kernel, groups.saturating_mul(blocks), &params)? };
-    }
-    if way.blocks > 0 && octets > 0 {
-        let kernel = kernel!(NAME, "embedding_dropout_table_grad", T, if whole);
-        let width = width(octets, way.blocks);
-        let blocks = octets.div_ceil(width);
-        let log_width = width.ilog2();
-        let params =
-            TableGradParams { log_width, blocks: IndexDivisor::new(blocks as u32), ..params };
-        // SAFETY: as above.
-        unsafe { launch(device, kernel, way.blocks.saturating_mul(blocks), &params)? };
-    }
-    Ok(())
 }
 
 /// How a table's gradient is computed: the top of `kernels/embedding_dropout.cu`.

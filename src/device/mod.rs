@@ -64,7 +64,7 @@ pub trait Device: Sized {
     ) -> Result<(), Error>;
 
     /// Scratch memory of `elements` f32, whose contents do not matter, aligned to 16 bytes. It is the caller's alone
-    /// until the address is dropped, and the kernels that are launched until then can use it.
+    /// until the address is dropped, and the kernels that are launched until then can use it. A pass holds one at a time.
     ///
     /// # Errors
     /// What the device says.

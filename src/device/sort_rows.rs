@@ -1,6 +1,6 @@
 //! The rows of a tensor in the order of the table's entry that they take: `kernels/sort_rows.cu`.
 
-use super::{Address, Device, Kernel, THREADS, launch, launch_threads};
+use super::{Device, Kernel, THREADS, launch, launch_threads};
 use crate::error::Error;
 
 /// The file of the kernels.
@@ -37,27 +37,41 @@ struct Params {
 }
 const _: () = assert!(size_of::<Params>() == 80);
 
-/// Rows in the order of the entries that they take, in a workspace.
-pub(super) struct Sorted<'a, D: Device + 'a> {
+/// Rows in the order of the entries that they take, in scratch memory.
+pub(super) struct Sorted {
     /// Their entries, in order; the number of entries for a row that takes none.
     pub keys: u64,
     pub rows: u64,
-    _workspace: Address<'a, D>,
 }
 
-impl<'a, D: Device> Sorted<'a, D> {
+/// Rows of a chunk.
+fn chunk(rows: usize) -> usize {
+    rows.div_ceil(CHUNKS).next_multiple_of(32).max(CHUNK_ROWS)
+}
+
+impl Sorted {
+    /// Elements of scratch memory that a sort of so many rows needs: twice keys and rows, to and from; the counts.
+    pub fn elements(rows: usize) -> usize {
+        let counts = rows.div_ceil(chunk(rows)) * DIGITS;
+        rows.saturating_mul(4).saturating_add(counts)
+    }
+
     /// Sorts the `rows` rows by the `ids` of a table of `entries`.
     ///
     /// # Safety
-    /// There are as many ids in the device's memory, which the kernels may read until the device has run them.
-    pub unsafe fn new(device: &'a D, ids: u64, rows: u32, entries: u32) -> Result<Self, Error> {
+    /// On the device there are as many ids, and [`elements`](Self::elements) at `scratch`, which the kernels may use until the
+    /// device has run them.
+    pub unsafe fn new<D: Device>(
+        device: &D,
+        scratch: u64,
+        ids: u64,
+        rows: u32,
+        entries: u32,
+    ) -> Result<Self, Error> {
         let count = rows as usize;
-        let chunk = count.div_ceil(CHUNKS).next_multiple_of(32).max(CHUNK_ROWS);
+        let chunk = chunk(count);
         let chunks = count.div_ceil(chunk);
-        // Twice keys and rows, to and from; the counts.
-        let elements = 4 * count + chunks * DIGITS;
-        let workspace = device.workspace(elements)?;
-        let part = |i: usize| workspace.pointer + (i * size_of::<u32>()) as u64;
+        let part = |i: usize| scratch + (i * size_of::<u32>()) as u64;
         let [mut from, mut to] = [[0, count], [2 * count, 3 * count]].map(|pair| pair.map(part));
         let counts = part(4 * count);
         let all = Params {
@@ -70,7 +84,7 @@ impl<'a, D: Device> Sorted<'a, D> {
             ..Params::default()
         };
         let warps = chunks.div_ceil(THREADS as usize / 32);
-        // SAFETY: the caller's promise; the parts of the workspace do not overlap, and a pass writes what the one before
+        // SAFETY: the caller's promise; the parts of the scratch memory do not overlap, and a pass writes what the one before
         // read.
         unsafe {
             for shift in (0..u32::BITS - entries.leading_zeros()).step_by(DIGIT_BITS as usize) {
@@ -85,7 +99,7 @@ impl<'a, D: Device> Sorted<'a, D> {
                 (from, to) = (to, from);
             }
         }
-        Ok(Self { keys: from[0], rows: from[1], _workspace: workspace })
+        Ok(Self { keys: from[0], rows: from[1] })
     }
 }
 

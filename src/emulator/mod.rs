@@ -97,6 +97,7 @@ struct Tensor {
     id: u64,
     thread: ThreadId,
     guarded: runtime::Guarded,
+    is_workspace: bool,
 }
 
 impl Emulator {
@@ -156,7 +157,8 @@ impl Emulator {
         let mut state = self.lock();
         let id = state.next;
         state.next += 1;
-        state.tensors.push(Tensor { id, thread: thread::current().id(), guarded });
+        let is_workspace = writable && target.is_null();
+        state.tensors.push(Tensor { id, thread: thread::current().id(), guarded, is_workspace });
         let target = target.cast();
         let hold = Hold { device: self, id, guarded, target, bytes, tensor: PhantomData };
         Ok(Address { pointer: guarded.start as u64, hold: Some(hold) })
@@ -237,8 +239,14 @@ impl Device for Emulator {
         if completed { Ok(()) } else { fault(runtime::message(&launch)) }
     }
 
-    /// NaN in every element: what lies in a workspace must not matter.
+    /// NaN in every element: what lies in a workspace must not matter. A thread has one at a time, as a stream has: with a GPU
+    /// it would wait for itself.
     fn workspace(&self, elements: usize) -> Result<Address<'_, Self>, Error> {
+        let own = thread::current().id();
+        if self.lock().tensors.iter().any(|tensor| tensor.is_workspace && tensor.thread == own) {
+            let fault = "the pass holds a workspace, and asks for another one".to_owned();
+            return Err(Error::Fault { kernel: "workspace", fault });
+        }
         let mut contents = Vec::new();
         let reserved = contents.try_reserve_exact(elements);
         reserved.map_err(|_| {

@@ -1,7 +1,7 @@
 //! `embedding_dropout` with a norm: y = D(norm(token + position + segment)), and its gradients; see
 //! [`crate::ops::embedding_dropout`].
 
-use super::{Embeddings, Held, TABLE_GRAD_ROWS, check_rows, table_gradient, table_gradients};
+use super::{Embeddings, GivenTables, Held, TABLE_GRAD_ROWS, TableGradient, check_rows};
 use crate::device::abi::{Mask, RowNorm};
 use crate::device::rows::{Kernels, kernels, launch_rows};
 use crate::device::{Device, Launch, aligned, pointer};
@@ -74,38 +74,40 @@ pub(crate) fn backward_norm<T: Dtype, D: Device>(
     let tables = held.tables(&pass.tables, device)?;
     let (weight, stats) = (pass.weight.read(device)?, pass.stats.read(device)?);
     let dy = held.hold(pass.dy.read(device))?;
-    // The gradient of the sum, and h * xhat.
+    let gradients = TableGradient::all(lookups, pass.gradients, device)?;
+    let of_parameter = |gradient| TableGradient::new(EVERY_ROW, gradient, device);
+    let dweight = pass.dweight.map(of_parameter).transpose()?;
+    let dnorm_bias = pass.dnorm_bias.map(of_parameter).transpose()?;
+    // The gradient of the sum, h * xhat, and what the tables need: a device has one workspace at a time.
     let elements = shape.elements(NAME)?;
-    let workspace = device.workspace(elements.saturating_mul(2))?;
-    let slopes = workspace.pointer + (elements * size_of::<f32>()) as u64;
+    let scratch = TableGradient::scratch(&gradients, shape);
+    let workspace = device.workspace(elements.saturating_mul(2).saturating_add(scratch))?;
+    let part = |i: usize| workspace.pointer + (i * elements * size_of::<f32>()) as u64;
+    let [ds, slopes, scratch] = [part(0), part(1), part(2)];
     let params = NormParams {
         weight: weight.pointer,
         stats: stats.pointer,
         dy,
-        ds: workspace.pointer,
-        slopes: if pass.dweight.is_some() { slopes } else { 0 },
+        ds,
+        slopes: if dweight.is_some() { slopes } else { 0 },
         ..norm_params(mask, &pass.norm, shape, lookups, tables)
     };
     let kernels = kernels!(KERNELS, "embedding_dropout_norm_backward", T);
     // Everything is kept of what is a gradient already.
     let kept = mask.all_kept();
+    let tables = GivenTables { device, shape, lookups, scratch };
     // SAFETY: as in `backward`; the kernels that read the workspace run behind the one that writes it, and read no row
     // that it left out.
     unsafe {
         launch_norm(device, kernels, shape, params)?;
-        table_gradients::<f32, D>(
-            device,
-            &kept,
-            shape,
-            lookups,
-            workspace.pointer,
-            pass.gradients,
-        )?;
-        if let Some(gradient) = pass.dweight {
-            table_gradient::<f32, D>(device, &kept, shape, lookups, EVERY_ROW, slopes, gradient)?;
+        for gradient in &gradients {
+            tables.gradient::<f32>(&kept, ds, gradient)?;
         }
-        if let Some(gradient) = pass.dnorm_bias {
-            table_gradient::<T, D>(device, &mask, shape, lookups, EVERY_ROW, dy, gradient)?;
+        if let Some(gradient) = &dweight {
+            tables.gradient::<f32>(&kept, slopes, gradient)?;
+        }
+        if let Some(gradient) = &dnorm_bias {
+            tables.gradient::<T>(&mask, dy, gradient)?;
         }
     }
     Ok(())
