@@ -328,8 +328,8 @@ struct Way {
     by_row: bool,
 }
 
-/// Rows times entries or, where these are less, rows from which on the rows are sorted. Below, all ids are read from L2 for each
-/// block, which takes a few microseconds: an estimate, not timed.
+/// The product of rows and entries (at most as many as rows) from which on the rows are sorted. Below, all ids are read from L2
+/// for each block, which takes a few microseconds: an estimate, not timed.
 const SORTED_FROM: usize = 1 << 22;
 
 /// Rows of an entry up to which a walk is short: an estimate, not timed.
