@@ -113,10 +113,6 @@ struct SumRow {
         return place(matrix, octet).template streaming<aligned>(8 * octet.ahead, count);
     }
 
-    __device__ __forceinline__ void fetch(const InMatrix<T>& matrix, Index octet) const {
-        place(matrix, octet).fetch(8 * octet.ahead);
-    }
-
     __device__ __forceinline__ void store(const OutMatrix<T>& matrix, Index octet, unsigned count,
                                           const Octet<T>& values) const {
         place(matrix, octet).template cached<aligned>(8 * octet.ahead, count, values);
@@ -294,14 +290,6 @@ struct GradientRow {
         return {sum.load_terms(octet, count), sum.load(p.dy, octet, count)};
     }
 
-    /// Has the octet brought to L2.
-    __device__ __forceinline__ void fetch(Index octet) const {
-        sum.fetch(p.sum.residual, octet);
-        sum.fetch(p.dy, octet);
-        if (p.ds.present()) sum.fetch(p.ds, octet);
-        if (sum.computes()) sum.fetch(p.sum.x, octet);
-    }
-
     __device__ __forceinline__ Octet<T> load_ds(Index octet, unsigned count) const {
         if (!p.ds.present()) return {};
         return sum.load(p.ds, octet, count);
@@ -461,7 +449,6 @@ __device__ __forceinline__ void write_sums(const Walk& walk, const Values (&of_r
 /// The row and the sums stay in registers.
 template <typename T, typename Walk>
 __device__ __forceinline__ void norm_sums(const NormBackwardParams<T>& p) {
-    constexpr unsigned AHEAD = FD_NORM_SUMS_AHEAD;
     __shared__ NormScratch<Walk> scratch[2];  // in turns: a barrier a row
     Walk walk = {{}, p.cols};
     const unsigned first = blockIdx.x * TILE_ROWS;
@@ -490,10 +477,6 @@ __device__ __forceinline__ void norm_sums(const NormBackwardParams<T>& p) {
             walk.each([&](unsigned slot, Index octet, unsigned count) {
                 s[slot] = row.sum.sum(octet, count, {row.sum.load(p.sum.x, octet, count), s[slot]});
             });
-        }
-        if (AHEAD > 0 && i + AHEAD < RUN_ROWS && own + AHEAD < p.rows) {
-            const GradientRow<T, true> ahead(p, own + AHEAD);
-            walk.each([&](unsigned, Index octet, unsigned) { ahead.fetch(octet); });
         }
         __syncwarp();  // keeps the loads first; all threads are here
         const auto pair_of = [&](unsigned slot, Index octet, unsigned count) {

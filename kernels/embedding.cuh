@@ -45,20 +45,6 @@ struct Lookup {
 };
 static_assert(sizeof(Lookup) == 24, "embedding_dropout.rs: LookupParams");
 
-/// The first place from `first` to `end` of which `values` is not below `least`; they ascend.
-__device__ __forceinline__ unsigned lower_bound(const In<unsigned>& values, unsigned first,
-                                                unsigned end, unsigned least) {
-    while (first < end) {
-        const unsigned middle = first + (end - first) / 2;
-        if (values.cached(middle) < least) {
-            first = middle + 1;
-        } else {
-            end = middle;
-        }
-    }
-    return first;
-}
-
 /// What a row takes from each table.
 struct Entries {
     unsigned at[TABLES];

@@ -127,6 +127,20 @@ struct TableGradParams {
 };
 static_assert(sizeof(TableGradParams<float>) == 368, "embedding_dropout.rs: TableGradParams");
 
+/// The first place from `first` to `end` of which `values` is not below `least`; they ascend.
+__device__ __forceinline__ unsigned lower_bound(const In<unsigned>& values, unsigned first,
+                                                unsigned end, unsigned least) {
+    while (first < end) {
+        const unsigned middle = first + (end - first) / 2;
+        if (values.cached(middle) < least) {
+            first = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return first;
+}
+
 /// The rows of a span that take an entry, a bit each.
 struct Matches {
     unsigned words[SPAN / 32];
@@ -214,7 +228,7 @@ struct Shelf {
     }
 };
 
-/// The sum of ascending rows of a tile.
+/// The sum of ascending rows of a tile: in order in each run, and of the runs in order.
 struct TileSum {
     unsigned last;  // the row before
     Values run = {};
@@ -228,6 +242,12 @@ struct TileSum {
         add(before, run);
         run = {};
         return run;
+    }
+
+    __device__ __forceinline__ Values total() const {
+        Values sums = before;
+        add(sums, run);
+        return sums;
     }
 };
 
@@ -272,13 +292,12 @@ struct Column {
         }
     }
 
-    /// The sum of g over the rows `rows` of the 64 from `first_row` on: in order in each run, and of the runs in order.
+    /// The sum of g over the rows `rows` of the 64 from `first_row` on.
     __device__ __forceinline__ Values sum(unsigned first_row, unsigned long long rows) const {
         TileSum tile = {first_row};
         const auto row_of = [&](unsigned bit) { return first_row + bit; };
         add_rows(rows, row_of, [&](unsigned row) -> Values& { return tile.sum_of(row); });
-        add(tile.before, tile.run);
-        return tile.before;
+        return tile.total();
     }
 };
 
@@ -287,16 +306,10 @@ struct Column {
 struct Climb {
     Shelf (&above)[3];  // sums over tiles, over spans, and over 64 spans
     unsigned used = 0;  // a bit for each of these
-    unsigned last;      // the row before
-    Values run = {};
-    Values tile = {};  // of the runs before
+    TileSum tile = {};
 
     __device__ __forceinline__ void put(unsigned level, Values sums) {
-        if (used >> level & 1) {
-            const Values part = sums;
-            sums = above[level].get(threadIdx.x);
-            add(sums, part);
-        }
+        if (used >> level & 1) add(sums, above[level].get(threadIdx.x));
         above[level].put(sums);
         used |= 1u << level;
     }
@@ -309,30 +322,22 @@ struct Climb {
 
     /// Where the terms of a row go.
     __device__ __forceinline__ Values& sum_of(unsigned row) {
-        const unsigned differ = row ^ last;
-        last = row;
-        if (differ < RUN_ROWS) return run;
-        add(tile, run);
-        run = {};
-        if (differ < TILE_ROWS) return run;
-        put(0, tile);
-        tile = {};
+        const unsigned differ = row ^ tile.last;
+        if (differ < TILE_ROWS) return tile.sum_of(row);
+        put(0, tile.total());
+        tile = {row};
         if (differ >= SPAN) close(0);
         if (differ >= RADIX * SPAN) close(1);
-        return run;
+        return tile.run;
     }
 
-    __device__ __forceinline__ Values total() {
-        add(tile, run);
+    __device__ __forceinline__ Values total() const {
+        Values sums = tile.total();
 #pragma unroll
         for (unsigned level = 0; level < 3; ++level) {
-            if (used >> level & 1) {
-                const Values part = tile;
-                tile = above[level].get(threadIdx.x);
-                add(tile, part);
-            }
+            if (used >> level & 1) add(sums, above[level].get(threadIdx.x));
         }
-        return tile;
+        return sums;
     }
 };
 
@@ -389,7 +394,7 @@ __device__ __forceinline__ void table_walk(const TableGradParams<T>& p) {
         const auto row_of = [&](unsigned lane) { return __shfl_sync(0xffffffffu, own.row, lane); };
         if (rows != 0 && !taken) {
             taken = true;
-            climb.last = row_of(__ffs(rows) - 1);
+            climb.tile.last = row_of(__ffs(rows) - 1);
         }
         column.add_rows(rows, row_of, [&](unsigned row) -> Values& { return climb.sum_of(row); });
         if (!__all_sync(0xffffffffu, found)) break;

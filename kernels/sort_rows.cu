@@ -12,7 +12,6 @@
 //
 // Bytes a row and pass: 4 read by count; 8 read by scatter, 4 in the first pass; 8 written.
 
-#include "embedding.cuh"
 #include "kernel.cuh"
 
 /// Values of a digit.

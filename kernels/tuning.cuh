@@ -115,7 +115,7 @@ static_assert(FD_SOFTMAX_FORWARD_THREADS >= 0 && FD_SOFTMAX_FORWARD_THREADS <= 2
 static_assert(FD_SOFTMAX_BACKWARD_THREADS >= 0 && FD_SOFTMAX_BACKWARD_THREADS <= 2048, "FD_SOFTMAX_BACKWARD_THREADS");
 
 /// Such threads of a softmax's forward pass with a mask, rows of at most 2,048 columns in 16-bit storage. Without a bound ptxas
-/// spills for no reason; with 1024 it spills for the other chips. H200, causal: 512: 18.9, 640: 18.9, 768: 18.9, 1024: 17.7.
+/// spills for no reason; with 1024 it spills for sm_80. H200, causal: 512: 18.9, 640: 18.9, 768: 18.9, 1024: 17.7.
 // tune: 512 768 1024
 // file: softmax_dropout.cu
 // case: causal_softmax_dropout forward bf16 16384x1024
@@ -130,7 +130,7 @@ static_assert(FD_SOFTMAX_MASKED_FORWARD_THREADS >= 0 && FD_SOFTMAX_MASKED_FORWAR
               "FD_SOFTMAX_MASKED_FORWARD_THREADS");
 
 /// Such threads of its backward pass, rows of any length that is held. H200, causal: 512: 25.1, 640: 25.1, 1024: 35.0; 768: 23.7,
-/// for all that it spills 80 bytes: with fewer registers by other means there are 5 % to gain.
+/// for all that it spills 76 bytes: with fewer registers by other means there are 5 % to gain.
 // tune: 512 640 768
 // file: softmax_dropout.cu
 // case: causal_softmax_dropout backward bf16 16384x1024
@@ -220,16 +220,6 @@ static_assert(FD_SUM_TILE_BYTES_F32 >= 32 && FD_SUM_TILE_BYTES_F32 <= 1024, "FD_
 #define FD_NORM_SUMS_THREADS 512
 #endif
 static_assert(FD_NORM_SUMS_THREADS >= 0 && FD_NORM_SUMS_THREADS <= 2048, "FD_NORM_SUMS_THREADS");
-
-/// By how many rows such a team has a row brought to L2 before it loads it; 0: not at all. Not timed.
-// tune: 0 1 2
-// file: dropout_add_norm.cu
-// case: dropout_add_layernorm backward bf16 16384x1024
-// case: dropout_add_layernorm backward f32 16384x1024
-#ifndef FD_NORM_SUMS_AHEAD
-#define FD_NORM_SUMS_AHEAD 0
-#endif
-static_assert(FD_NORM_SUMS_AHEAD >= 0 && FD_NORM_SUMS_AHEAD <= 16, "FD_NORM_SUMS_AHEAD: of a run's 16");
 
 /// Partial sums that a thread loads at once, of the 64 of a group. Not timed.
 // tune: 8 16 32 64

@@ -221,14 +221,6 @@ public:
         return whole<false>(halves.first, 2);
     }
 
-    /// Has the sector of an element brought to L2, and does not wait.
-    __device__ __forceinline__ void fetch(unsigned long long element) const {
-        FD_TOUCH(pointer + element, sizeof(T), false);
-#ifndef FUSED_DROPOUT_EMULATOR
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer + element));
-#endif
-    }
-
     /// One element of a tensor that kernels do arithmetic on as it is (f32, integers).
     __device__ __forceinline__ T cached(unsigned long long element) const {
         return load<false>(pointer + element);
